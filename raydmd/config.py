@@ -1,0 +1,304 @@
+"""The recipe: one typed tree, read from YAML, validated, overridable with ``--set key.path=value``."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from raydmd.errors import UserError, nearest
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are refused, values are fixed once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Teacher(Section):
+    """The many-step diffusion model to distil."""
+
+    family: str = Field("digits", description="kind of network: see `raydmd recipes --families`")
+    path: str | None = Field(None, description="its weights: a folder of `raydmd pretrain`, or what from_pretrained takes")
+    guidance_scale: float = Field(1.5, ge=0, description="w in u + w (c - u); 1 means no guidance")
+    steps: Positive = Field(25, description="steps of its own many-step sampler, for evaluation and ODE pairs")
+    options: dict[str, Any] = Field(default_factory=dict, description="what the family's network takes")
+
+
+class Pretrain(Section):
+    """Training of an embedded teacher by denoising score matching (`raydmd pretrain`)."""
+
+    iterations: Positive = 3000
+    batch: Positive = 128
+    micro: Positive | None = Field(64, description="samples of a micro-batch; null: the whole batch is one")
+    lr: Rate = 2e-3
+    warmup: NonNegative = 100
+    ema: float = Field(0.999, ge=0, lt=1)
+    label_dropout: float = Field(0.1, ge=0, le=1)
+    checkpoint_every: Positive = 500
+    min_workers: Positive = Field(1, description="Ray Train goes on with as few as these")
+    max_workers: Positive = Field(2, description="and takes as many as these when there is room")
+    cpus: float = Field(1.0, gt=0, description="CPUs of a worker")
+
+    @model_validator(mode="after")
+    def _micro_divides(self) -> Self:
+        if self.micro is not None and self.batch % self.micro:
+            raise ValueError(f"pretrain.micro ({self.micro}) must divide pretrain.batch ({self.batch})")
+        if self.max_workers < self.min_workers:
+            raise ValueError(f"pretrain.max_workers ({self.max_workers}) is below min_workers ({self.min_workers})")
+        return self
+
+
+class Regression(Section):
+    """DMD's regression on the teacher's ODE pairs (DMD Eq. 9); weight 0 leaves it out."""
+
+    weight: float = Field(0.0, ge=0)
+    pairs: Positive = Field(1024, description="number of (noise, teacher's result) pairs made before training")
+
+
+class Experts(Section):
+    """How the generator's experts are held."""
+
+    kind: Literal["full", "lora"] = "full"
+    rank: Positive = 64
+    alpha: Rate = 8.0
+
+
+class Method(Section):
+    """Which distillation; the switches are the papers' ablations."""
+
+    name: str = Field("phased", description="dmd | dmd-fewstep | dmd-sgts | phased")
+    steps: Positive | None = Field(None, description="network calls of the student; null: 4, or 1 for dmd")
+    phases: Positive | None = Field(None, description="experts of `phased`; null: 2, or 1 for the others")
+    gradient: Literal["sgts", "vanilla"] | None = Field(None, description="null: what the method's name says")
+    solver: Literal["euler", "renoise"] = "euler"
+    timestep_shift: Rate = Field(1.0, description="shift of the student's step grid")
+    score_interval: Literal["nested", "disjoint", "fixed"] = "nested"
+    fixed_t: float | None = Field(None, description="the t of score_interval: fixed", gt=0, le=1)
+    score_shift: Rate = Field(1.0, description="timestep shift of the law of the scores' t")
+    score_distribution: Literal["uniform", "logit_normal"] = "uniform"
+    score_margin: float = Field(0.02, ge=0, lt=0.5, description="t keeps this far above the phase's end")
+    fake_target: Literal["subinterval", "naive"] = "subinterval"
+    clamp: float | None = Field(10.0, description="largest 1/sigma_{t|s}^2 in the fake score's loss", gt=0)
+    gradient_weight: Literal["normalized", "raw"] = "normalized"
+    fake_updates: Positive = Field(5, description="fake-score updates to one of the generator")
+    regression: Regression = Regression()
+    experts: Experts = Experts()
+
+    @model_validator(mode="after")
+    def _fixed_t_goes_with_fixed(self) -> Self:
+        if (self.fixed_t is not None) != (self.score_interval == "fixed"):
+            raise ValueError("method.fixed_t is given exactly when method.score_interval is fixed")
+        return self
+
+
+class Optimizer(Section):
+    """AdamW; the papers' betas are (0, 0.999)."""
+
+    lr: Rate
+    betas: tuple[float, float] = (0.0, 0.999)
+    eps: Rate = 1e-8
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float | None = Field(1.0, description="largest norm of the whole gradient; null: no clipping", gt=0)
+
+
+class Optimizers(Section):
+    """One optimizer for each trained role."""
+
+    generator: Optimizer = Optimizer(lr=5e-4)
+    fake: Optimizer = Optimizer(lr=1e-3)
+
+
+class Batch(Section):
+    """The fixed global batch, cut into fixed micro-batches that workers share out."""
+
+    size: Positive = 64
+    micro: Positive | None = Field(None, description="samples of a micro-batch; null: the whole batch is one")
+
+    @model_validator(mode="after")
+    def _micro_divides(self) -> Self:
+        if self.micro is not None and self.size % self.micro:
+            raise ValueError(f"batch.micro ({self.micro}) must divide batch.size ({self.size})")
+        return self
+
+    @property
+    def micros(self) -> int:
+        """How many micro-batches make a batch."""
+        return self.size // (self.micro or self.size)
+
+
+class Prompts(Section):
+    """What is generated: rows of a Parquet file; the k-th sample of a run uses row k mod N."""
+
+    path: str | None = Field(None, description="Parquet; null: those that ship with the embedded family")
+    cache_mb: NonNegative = Field(256, description="encoded prompts are kept when they fit in this much memory")
+    encoders: Positive = Field(1, description="actors that encode prompts")
+
+
+class Role(Section):
+    """Where a role's workers may run and how many there are."""
+
+    min_workers: Positive = 1
+    max_workers: Positive = 1
+    cpus: float = Field(1.0, ge=0)
+    gpus: float = Field(0.0, ge=0)
+    resources: dict[str, float] = Field(default_factory=dict, description="custom Ray resources, each worker")
+    labels: dict[str, str] = Field(default_factory=dict, description="Ray label selector, e.g. ray.io/market-type: spot")
+    fallbacks: list[dict[str, str]] = Field(default_factory=list, description="label selectors to try next")
+    threads: Positive = Field(1, description="torch threads of a worker")
+
+    @model_validator(mode="after")
+    def _range(self) -> Self:
+        if self.max_workers < self.min_workers:
+            raise ValueError(f"max_workers ({self.max_workers}) is below min_workers ({self.min_workers})")
+        return self
+
+
+class Runtime(Section):
+    """The Ray side."""
+
+    teacher: Role = Role()
+    fake: Role = Role()
+    generator: Role = Role()
+    max_staleness: NonNegative = Field(0, description="versions that the fake's rollouts may lag; 0 is exact")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    object_store_mb: Positive = Field(512, description="object store of a Ray that raydmd starts itself")
+    placement_timeout: Rate = Field(600.0, description="seconds to wait for every role's min_workers")
+
+
+class Checkpoint(Section):
+    """Manifests: one atomic record of the whole run."""
+
+    every: Positive = Field(25, description="iterations between manifests")
+    keep: Positive = 2
+
+
+class Monitor(Section):
+    """What is seen while it trains."""
+
+    samples_every: NonNegative = Field(50, description="iterations between sample grids; 0: none")
+    samples: Positive = 40
+    tensorboard: bool = True
+
+
+class Evaluation(Section):
+    """`raydmd evaluate`."""
+
+    samples: Positive = 2000
+    batch: Positive = 500
+
+
+class Recipe(Section):
+    """All that a run needs to know."""
+
+    name: str
+    seed: NonNegative = 0
+    iterations: Positive | list[Positive] = Field(
+        200, description="generator updates in all, shared out evenly between phases, or a list, one a phase"
+    )
+    ema: float = Field(0.99, ge=0, lt=1, description="decay of the generator's averaged weights; 0: none")
+    teacher: Teacher = Teacher()
+    pretrain: Pretrain = Pretrain()
+    method: Method = Method()
+    optimizer: Optimizers = Optimizers()
+    batch: Batch = Batch()
+    prompts: Prompts = Prompts()
+    runtime: Runtime = Runtime()
+    checkpoint: Checkpoint = Checkpoint()
+    monitor: Monitor = Monitor()
+    evaluation: Evaluation = Evaluation()
+
+
+def recipes_folder() -> Path:
+    """Return the folder of the shipped recipes, in an installed package or a checkout."""
+    installed = Path(__file__).parent / "recipes"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "jobs" / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the shipped recipes by name."""
+    return {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}
+
+
+def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe by file or shipped name and apply ``key.path=value`` overrides (values are YAML).
+
+    Raises:
+        UserError: no such file or name, YAML that cannot be read, an unknown key or a value out of range.
+    """
+    path = Path(name_or_path)
+    if not path.is_file():
+        shipped = shipped_recipes()
+        if name_or_path not in shipped:
+            raise UserError(f"no recipe '{name_or_path}': neither a file nor a shipped one{nearest(name_or_path, shipped)}")
+        path = shipped[name_or_path]
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys, not a {type(tree).__name__}")
+    tree.setdefault("name", path.stem)
+    for override in overrides or []:
+        _override(tree, override)
+    return parse_recipe(tree, str(path))
+
+
+def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:
+    """Validate a tree of plain values; ``source`` names it in errors.
+
+    Raises:
+        UserError: one line that names the first wrong key and the nearest right one.
+    """
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_explain(error)}") from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override}: expected key.path=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: the value is not readable as YAML") from None
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {override}: '{parent}' is a value, not a section")
+    node[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """Reduce pydantic's report to one line: the key's path, what is wrong, the nearest right key."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        *parents, key = [str(part) for part in first["loc"]]
+        return f"unknown key '{where}'{nearest(key, _keys(parents))}"
+    message = first["msg"].removeprefix("Value error, ")
+    value = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+    return f"{where}: {message}{value}" if where else message
+
+
+def _keys(parents: list[str]) -> list[str]:
+    section: Any = Recipe
+    for parent in parents:
+        field = section.model_fields.get(parent)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        section = field.annotation
+    return list(section.model_fields)

@@ -1,0 +1,1 @@
+"""The embedded data sets, and prompt tables in Parquet."""

@@ -1,0 +1,216 @@
+"""Prompt tables in Parquet: written once, read by row number, so that sample k of a run has one prompt for good."""
+
+import os
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from raydmd.errors import UserError, nearest
+from raydmd.models.protocol import Family
+
+GROUP_BYTES = 16 * 2**20
+CACHED_GROUPS = 4
+
+
+def write_prompts(path: str | Path, rows: Mapping[str, np.ndarray | Sequence[object]]) -> Path:
+    """Write columns of equal length to a Parquet file, whole or not at all.
+
+    Args:
+        path: the file.
+        rows: arrays [N, ...] or lists by column name; what follows N becomes fixed-size lists.
+
+    Raises:
+        ValueError: no columns, no rows, or columns of unequal length.
+    """
+    path = Path(path)
+    arrays = {name: np.asarray(values) for name, values in rows.items()}
+    lengths = {len(array) for array in arrays.values()}
+    if len(lengths) != 1 or not min(lengths):
+        raise ValueError(f"columns need one and the same length above 0, not {sorted(lengths)}")
+    table = pa.table({name: _to_arrow(array) for name, array in arrays.items()})
+    group = max(1, int(GROUP_BYTES * table.num_rows / max(table.nbytes, 1)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(table, partial, row_group_size=group)
+    os.replace(partial, path)
+    return path
+
+
+class PromptTable:
+    """A Parquet file (or a folder of them, by name) as an endless sequence of rows: row k is row k mod N.
+
+    Only the row groups in use are held, so a table of embeddings may be larger than memory.
+
+    Args:
+        path: a file or folder; also a URI that pyarrow.fs knows (``s3://``, ``gs://``).
+        columns: those to read; None for all.
+
+    Attributes:
+        columns: the names that `rows` returns.
+
+    Raises:
+        UserError: no such file, not Parquet, no rows, or a column that it lacks.
+    """
+
+    def __init__(self, path: str | Path, columns: Sequence[str] | None = None) -> None:
+        self.path = str(path)
+        self._files = [self._open(file) for file in self._list_files()]
+        self._groups = [(file, i) for file in self._files for i in range(file.num_row_groups)]
+        sizes = [file.metadata.row_group(i).num_rows for file, i in self._groups]
+        self._ends = list(accumulate(sizes))
+        if not self._ends or not self._ends[-1]:
+            raise UserError(f"prompts: '{self.path}' has no rows")
+        names = self._files[0].schema_arrow.names
+        self.columns = list(names if columns is None else columns)
+        for file in self._files:
+            for name in self.columns:
+                if name not in file.schema_arrow.names:
+                    raise UserError(f"prompts: '{self.path}' has no column '{name}'{nearest(name, names)}")
+        self._cache: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Return N, the number of rows on disk."""
+        return self._ends[-1]
+
+    def rows(self, start: int, count: int) -> dict[str, np.ndarray]:
+        """Return samples ``start .. start + count`` of a run, in order: sample k uses row k mod N.
+
+        Columns of numbers come as [count], fixed-size lists as [count, ...], text as [count] objects.
+
+        Raises:
+            ValueError: a negative start or count.
+            UserError: a list column whose rows are of unequal lengths, or has empty values.
+        """
+        if start < 0 or count < 0:
+            raise ValueError(f"rows start and count from 0, not {start} and {count}")
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in self.columns}
+        at, end = start, start + count
+        while at < end or not count:
+            row = at % len(self)
+            index = bisect_right(self._ends, row)
+            first = self._ends[index - 1] if index else 0
+            low, high = row - first, min(self._ends[index] - first, row - first + end - at)
+            for name, values in self._group(index).items():
+                parts[name].append(values[low:high])
+            at += high - low
+            if not count:
+                break
+        return {name: values[0] if len(values) == 1 else self._join(name, values) for name, values in parts.items()}
+
+    def _join(self, name: str, parts: list[np.ndarray]) -> np.ndarray:
+        if len({part.shape[1:] for part in parts}) > 1:
+            raise UserError(f"prompts: column '{name}' of '{self.path}' has lists of unequal lengths; pad them")
+        return np.concatenate(parts)
+
+    def _group(self, index: int) -> dict[str, np.ndarray]:
+        """Return a row group's columns; the last few are kept."""
+        if index in self._cache:
+            self._cache.move_to_end(index)
+            return self._cache[index]
+        file, number = self._groups[index]
+        table = file.read_row_group(number, columns=self.columns)
+        group = {name: self._to_numpy(name, table.column(name)) for name in self.columns}
+        self._cache[index] = group
+        if len(self._cache) > CACHED_GROUPS:
+            self._cache.popitem(last=False)
+        return group
+
+    def _to_numpy(self, name: str, column: pa.ChunkedArray) -> np.ndarray:
+        array = column.combine_chunks()
+        if isinstance(array, pa.ChunkedArray):
+            array = pa.concat_arrays(array.chunks)
+        shape: list[int] = [len(array)]
+        if isinstance(array.type, pa.FixedShapeTensorType):
+            shape, array = [len(array), *array.type.shape], array.storage.flatten()
+        while _is_list(array.type) and not array.null_count:
+            fixed = pa.types.is_fixed_size_list(array.type)
+            sizes = {array.type.list_size} if fixed else set(array.value_lengths().to_pylist())
+            if len(sizes) != 1:
+                raise UserError(f"prompts: column '{name}' of '{self.path}' has lists of unequal lengths; pad them")
+            shape.append(sizes.pop())
+            array = array.flatten()
+        if array.null_count:
+            raise UserError(f"prompts: column '{name}' of '{self.path}' has rows without a value")
+        return array.to_numpy(zero_copy_only=False).reshape(shape)
+
+    def _list_files(self) -> list[str]:
+        self._filesystem: pyarrow.fs.FileSystem
+        try:
+            if "://" in self.path:
+                self._filesystem, place = pyarrow.fs.FileSystem.from_uri(self.path)
+            else:
+                self._filesystem, place = pyarrow.fs.LocalFileSystem(), self.path
+            kind = self._filesystem.get_file_info(place).type
+            if kind == pyarrow.fs.FileType.File:
+                return [place]
+            if kind == pyarrow.fs.FileType.Directory:
+                found = self._filesystem.get_file_info(pyarrow.fs.FileSelector(place))
+                files = sorted(info.path for info in found if info.path.endswith(".parquet"))
+                if not files:
+                    raise UserError(f"prompts: folder '{self.path}' has no .parquet file")
+                return files
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"prompts: cannot reach '{self.path}': {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"prompts: no file '{self.path}'{_nearest_file(self.path)}")
+
+    def _open(self, file: str) -> pq.ParquetFile:
+        try:
+            return pq.ParquetFile(self._filesystem.open_input_file(file))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"prompts: '{file}' is not a Parquet file") from error
+
+
+def ensure_embedded_prompts(family: Family | str, folder: str | Path) -> Path:
+    """Write an embedded data set's prompts as Parquet, unless they are there, and return the path.
+
+    ``digits``: column ``label``, scikit-learn's 1,797 labels in file order. ``ring``: column ``index``, 0..1023.
+
+    Args:
+        family: the family or its name.
+        folder: where ``<family>.parquet`` goes.
+
+    Raises:
+        UserError: a family that has none of its own.
+    """
+    name = family if isinstance(family, str) else family.name
+    path = Path(folder) / f"{name}.parquet"
+    if name == "digits":
+        if not path.is_file():
+            from raydmd.data.digits import load_digits
+
+            write_prompts(path, {"label": load_digits()[1].numpy()})
+    elif name == "ring":
+        if not path.is_file():
+            write_prompts(path, {"index": np.arange(1024)})
+    else:
+        raise UserError(f"prompts.path: family '{name}' ships no prompts; give a Parquet file")
+    return path
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def _to_arrow(array: np.ndarray) -> pa.Array:
+    """Return an array [N, ...] as N values, or N nested fixed-size lists."""
+    if array.ndim == 1:
+        return pa.array(array.tolist() if array.dtype.kind in "OU" else array)
+    values = pa.array(np.ascontiguousarray(array).reshape(-1))
+    for size in reversed(array.shape[1:]):
+        values = pa.FixedSizeListArray.from_arrays(values, size)
+    return values
+
+
+def _nearest_file(path: str) -> str:
+    folder = Path(path).parent
+    if "://" in path or not folder.is_dir():
+        return ""
+    names = [entry.name for entry in folder.iterdir() if entry.suffix == ".parquet"]
+    return nearest(Path(path).name, names)

@@ -1,0 +1,59 @@
+"""What an update needs of its peers, and a gradient sum in which nobody's order shows."""
+
+import math
+from typing import Protocol
+
+import torch
+
+
+class Collective(Protocol):
+    """In-place reductions over the replicas of a trainer group."""
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum ``tensor`` over replicas, in place."""
+
+    def max_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Take the element-wise largest over replicas, in place."""
+
+
+class Alone:
+    """The collective of a single replica."""
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return ``tensor``."""
+        return tensor
+
+    def max_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return ``tensor``."""
+        return tensor
+
+
+def exact_sum(gradients: list[torch.Tensor], like: torch.Tensor, count: int, collective: Collective) -> torch.Tensor:
+    """Sum the gradients of a batch's micro-batches; the result has the same bits however they are shared out.
+
+    Each is rounded to int64 at one power-of-two scale, set by the largest element of all (an all-reduced
+    maximum), and integer addition is associative. An element keeps all 24 bits of its float32 down to about
+    2^-36 of the largest. A batch of a single micro-batch is passed on unrounded.
+
+    Args:
+        gradients: this replica's micro-batches' flat gradients, float32 [N] each; may be none.
+        like: a tensor of the result's shape, dtype and device.
+        count: micro-batches of the global batch, over all replicas.
+        collective: how to reduce over replicas.
+
+    Raises:
+        FloatingPointError: an element is infinite or not a number.
+    """
+    if count == 1:  # one replica has it, the others add zeros
+        return collective.sum_(gradients[0] if gradients else torch.zeros_like(like))
+    largest = torch.zeros((), dtype=torch.float64, device=like.device)
+    for gradient in gradients:
+        largest = torch.maximum(largest, gradient.abs().max().double())
+    peak = float(collective.max_(largest))
+    if not math.isfinite(peak):
+        raise FloatingPointError("a gradient is not finite")
+    bits = 62 - math.ceil(math.log2(count)) - math.frexp(peak)[1]
+    total = torch.zeros(like.shape, dtype=torch.int64, device=like.device)
+    for gradient in gradients:
+        total += torch.ldexp(gradient.double(), torch.tensor(bits)).round_().to(torch.int64)
+    return torch.ldexp(collective.sum_(total).double(), torch.tensor(-bits)).to(like.dtype)

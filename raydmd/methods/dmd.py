@@ -1,0 +1,12 @@
+"""DMD: one network call from noise to data (DMD Sec. 3), with or without regression on ODE pairs."""
+
+from raydmd.config import Method
+from raydmd.diffusion.times import step_grid
+from raydmd.methods.phase import Phase, make_phase
+
+STEPS, PHASES = 1, 1
+
+
+def phases(method: Method, steps: int, count: int, t_max: float) -> list[Phase]:
+    """Return the one phase of one step."""
+    return [make_phase(method, 0, step_grid(1, method.timestep_shift, t_max), "vanilla", t_max)]

@@ -1,0 +1,81 @@
+"""The fake score's part of an iteration: score matching on the generator's samples, and scoring its proposal."""
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+
+from raydmd.config import Recipe
+from raydmd.diffusion.random import Key, normal, uniform
+from raydmd.methods.batch import Noised, Samples, Score
+from raydmd.methods.collective import Alone, Collective
+from raydmd.methods.flat import FlatParameters
+from raydmd.methods.plan import plan_phases
+from raydmd.models.protocol import Denoiser, Family
+from raydmd.objectives.score_matching import score_matching_loss
+
+
+@dataclass(frozen=True)
+class FakeStats:
+    """Figures of one update: the gradient's norm and per micro-batch (start, loss)."""
+
+    norm: float
+    losses: list[tuple[int, float]]
+    version: int
+
+
+class Fake:
+    """Tracks the score of the generator's distribution at x_t, t > s; re-made from the teacher each phase."""
+
+    def __init__(self, recipe: Recipe, family: Family, teacher: Denoiser, device: torch.device | str = "cpu") -> None:
+        self.recipe, self.family, self.device = recipe, family, torch.device(device)
+        self.phases = plan_phases(recipe, family.schedule.t_max)
+        self._teacher = teacher
+        self.updates = 0
+
+    def start_phase(self, index: int, iteration: int) -> None:
+        """Re-make the fake score from the teacher's weights (Phased DMD Sec. 2.3.1), with a new optimizer."""
+        self.phase, self.updates = self.phases[index], iteration * self.recipe.method.fake_updates
+        self.network = copy.deepcopy(self._teacher).to(self.device).requires_grad_(True)
+        self.flat = FlatParameters(dict(self.network.named_parameters()), self.recipe.optimizer.fake)
+
+    def update(self, batches: list[Samples], collective: Collective | None = None) -> FakeStats:
+        """Train on this replica's micro-batches of x_s (Phased DMD Eq. 13), and step with the others'."""
+        method, schedule, gradients, losses = self.recipe.method, self.family.schedule, [], []
+        for number, samples in enumerate(batches, start=1):
+            stamp, x_s = samples.stamp, samples.x_s.to(self.device)
+            count = x_s.shape[0]
+            t = self.phase.score_times(method, uniform(self._key("fake-t", stamp.draw), stamp.start, count))
+            noise = normal(self._key("fake-noise", stamp.draw), stamp.start, count, self.family.latent_shape)
+            noise = noise.to(self.device)
+            x_t = schedule.diffuse(x_s, noise, t, self.phase.end)
+            conditions = {name: value.to(self.device) for name, value in samples.conditions.items()}
+            output = self.network(x_t, t.to(self.device), conditions)
+            loss = score_matching_loss(
+                schedule,
+                output,
+                x_s,
+                noise,
+                t,
+                self.phase.end,
+                self.family.prediction,
+                clamp=method.clamp,
+                target=method.fake_target,
+            )
+            (loss.sum() / self.recipe.batch.size).backward()
+            gradients.append(self.flat.take_gradient(last=number == len(batches)))
+            losses.append((stamp.start, float(loss.detach().mean())))
+        norm = self.flat.step(gradients, self.recipe.batch.micros, collective or Alone())
+        self.updates += 1
+        return FakeStats(norm, losses, self.updates)
+
+    @torch.no_grad()
+    def score(self, proposal: Noised) -> Score:
+        """Predict on the generator's proposal, without guidance."""
+        stamp = proposal.stamp
+        conditions = {name: value.to(self.device) for name, value in proposal.conditions.items()}
+        prediction = self.network(proposal.x_t.to(self.device), proposal.t.to(self.device), conditions)
+        return Score(replace(stamp, fake_version=self.updates), prediction)
+
+    def _key(self, stream: str, draw: int) -> Key:
+        return Key(self.recipe.seed, self.phase.index, stream, draw)

@@ -1,0 +1,140 @@
+"""The generator's part of an iteration: rollouts, a proposal to be scored, the distribution-matching update."""
+
+from dataclasses import dataclass
+
+import torch
+
+from raydmd.config import Recipe
+from raydmd.diffusion.random import Key, normal, uniform
+from raydmd.methods.batch import Noised, Samples, Score, Stamp
+from raydmd.methods.collective import Alone, Collective
+from raydmd.methods.flat import FlatParameters
+from raydmd.methods.pairs import Pairs
+from raydmd.methods.plan import plan_phases
+from raydmd.methods.rollout import exit_step, rollout
+from raydmd.models.experts import Experts
+from raydmd.models.protocol import Conditions, Denoiser, Family
+from raydmd.objectives.distribution_matching import distribution_matching_gradient, surrogate_loss
+from raydmd.objectives.regression import regression_loss
+
+
+@dataclass(frozen=True)
+class GeneratorStats:
+    """Figures of one update: the gradient's norm, and per micro-batch (start, |g| mean, x_s mean, x_s std)."""
+
+    norm: float
+    micro: list[tuple[int, float, float, float]]
+    version: int
+
+
+class Generator:
+    """Trains one expert a phase; earlier experts are frozen.
+
+    Args:
+        recipe: the run's recipe.
+        family: the kind of network.
+        teacher: its weights, from which every expert starts.
+        device: where it computes.
+    """
+
+    def __init__(self, recipe: Recipe, family: Family, teacher: Denoiser, device: torch.device | str = "cpu") -> None:
+        self.recipe, self.family, self.device = recipe, family, torch.device(device)
+        self.phases = plan_phases(recipe, family.schedule.t_max)
+        kind = recipe.method.experts
+        self.experts = Experts(
+            teacher.to(self.device), len(self.phases), kind.kind, kind.rank, kind.alpha, family.lora_targets, recipe.seed
+        )
+        self.draws = recipe.method.fake_updates + 1
+        self.pairs: Pairs | None = None
+        self.updates = 0  # over all phases
+        self._kept: dict[int, tuple[torch.Tensor, Noised]] = {}
+
+    def start_phase(self, index: int, iteration: int) -> None:
+        """Make expert ``index`` from the teacher and begin to train it at ``iteration``, with a new optimizer."""
+        self.phase, self.updates = self.phases[index], iteration
+        self.experts.start(index)
+        parameters = self.experts.trainable_parameters()
+        self.flat = FlatParameters(parameters, self.recipe.optimizer.generator, self.recipe.ema)
+        self._kept.clear()
+
+    def end_phase(self) -> dict[str, torch.Tensor]:
+        """Give the expert its averaged weights for good, and return them by name."""
+        self.flat.swap_average()
+        return self.experts.state(self.phase.index)
+
+    def rollout(self, iteration: int, update: int, start: int, count: int, conditions: Conditions) -> Samples:
+        """Make the samples [count, ...] of fake update ``update``, without gradient."""
+        return self._samples(iteration, update, start, count, conditions, grad=False)
+
+    def propose(self, iteration: int, start: int, count: int, conditions: Conditions) -> Noised:
+        """Make the generator's own samples, keep their graph, and noise them for scoring (Phased DMD Eq. 11)."""
+        samples = self._samples(iteration, self.draws - 1, start, count, conditions, grad=True)
+        method, schedule = self.recipe.method, self.family.schedule
+        u = uniform(self._key("score-t", samples.stamp.draw), start, count)
+        t = self.phase.score_times(method, u)
+        noise = normal(self._key("score-noise", samples.stamp.draw), start, count, self.family.latent_shape)
+        x_t = schedule.diffuse(samples.x_s.detach(), noise.to(self.device), t, self.phase.end)
+        proposal = Noised(samples.stamp, x_t, t, samples.conditions)
+        self._kept[start] = samples.x_s, proposal
+        return proposal
+
+    def update(self, teacher: list[Score], fake: list[Score], collective: Collective | None = None) -> GeneratorStats:
+        """Apply the distribution-matching gradient to this replica's proposals, and step with the others'."""
+        method, gradients, figures = self.recipe.method, [], []
+        for number, (real, generated) in enumerate(zip(teacher, fake, strict=True), start=1):
+            x_s, proposal = self._kept.pop(real.stamp.start)
+            assert proposal.stamp.draw == real.stamp.draw == generated.stamp.draw, "scores of another iteration"
+            gradient = distribution_matching_gradient(
+                self.family.schedule,
+                x_s.detach(),
+                proposal.x_t,
+                real.prediction.to(self.device),
+                generated.prediction.to(self.device),
+                proposal.t,
+                self.phase.end,
+                self.family.prediction,
+                weight=method.gradient_weight,
+            )
+            share = x_s.shape[0] / self.recipe.batch.size
+            loss = surrogate_loss(x_s, gradient) * share
+            if self.pairs is not None:
+                loss = loss + method.regression.weight * share * self._regression(proposal.stamp, x_s.shape[0])
+            loss.backward()
+            gradients.append(self.flat.take_gradient(last=number == len(teacher)))
+            mean, spread = float(x_s.detach().mean()), float(x_s.detach().std())
+            figures.append((proposal.stamp.start, float(gradient.abs().mean()), mean, spread))
+        norm = self.flat.step(gradients, self.recipe.batch.micros, collective or Alone())
+        self.updates += 1
+        return GeneratorStats(norm, figures, self.updates)
+
+    def _samples(
+        self, iteration: int, update: int, start: int, count: int, conditions: Conditions, grad: bool
+    ) -> Samples:
+        draw = iteration * self.draws + update
+        conditions = {name: value.to(self.device) for name, value in conditions.items()}
+        x_s = rollout(
+            self.family,
+            self.experts,
+            self.phases[: self.phase.index + 1],
+            self._key("rollout", draw),
+            start,
+            conditions,
+            count,
+            solver=self.recipe.method.solver,
+            leave=exit_step(self.phase, self._key("exit", draw)),
+            grad=grad,
+            device=self.device,
+        )
+        return Samples(Stamp(self.phase.index, draw, start, self.updates), x_s, conditions)
+
+    def _regression(self, stamp: Stamp, count: int) -> torch.Tensor:
+        """L2 between the student's and the teacher's result from the same noise (DMD Sec. 3.3)."""
+        assert self.pairs is not None
+        noise, target, conditions = self.pairs.batch(stamp.draw // self.draws * self.recipe.batch.size + stamp.start, count)
+        t = torch.full((count,), self.phase.times[0], dtype=torch.float64, device=self.device)
+        prediction = self.experts.expert(self.phase.index)(noise, t, conditions)
+        x0 = self.family.schedule.convert(prediction, noise, t, self.family.prediction, "x0")
+        return regression_loss(x0, target).mean()
+
+    def _key(self, stream: str, draw: int) -> Key:
+        return Key(self.recipe.seed, self.phase.index, stream, draw)

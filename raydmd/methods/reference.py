@@ -1,0 +1,89 @@
+"""The sequential reference: the whole distillation in one process, to be read beside the paper.
+
+The Ray runtime runs the same parts (`Generator`, `Fake`, `Scorer`) in actors and must end at the same weights.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from raydmd.config import Recipe
+from raydmd.data.prompts import PromptTable
+from raydmd.methods.fake import Fake, FakeStats
+from raydmd.methods.generator import Generator, GeneratorStats
+from raydmd.methods.pairs import Pairs
+from raydmd.methods.plan import plan_iterations
+from raydmd.methods.scorer import Scorer
+from raydmd.models.protocol import Conditions, Denoiser, Family
+
+
+@dataclass
+class Reference:
+    """What the reference trainer ends with: the parts, and every expert's averaged weights by name."""
+
+    generator: Generator
+    fake: Fake
+    scorer: Scorer
+    experts: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+
+def train(
+    recipe: Recipe,
+    family: Family,
+    teacher: Denoiser,
+    prompts: PromptTable,
+    on_iteration: Callable[[int, list[FakeStats], GeneratorStats], None] | None = None,
+    iterations: int | None = None,
+) -> Reference:
+    """Distil ``teacher`` by the recipe's method, sequentially.
+
+    Args:
+        recipe: the run's recipe.
+        family: the kind of network.
+        teacher: the many-step teacher.
+        prompts: the k-th sample of the run uses row k mod N.
+        on_iteration: called with (iteration, the fake's figures, the generator's) after each iteration.
+        iterations: stop after this many, without ending the phase; default: all.
+    """
+    generator, fake = Generator(recipe, family, teacher), Fake(recipe, family, teacher)
+    run = Reference(generator, fake, Scorer(recipe, family, teacher))
+    size, micro, updates = recipe.batch.size, recipe.batch.micro or recipe.batch.size, recipe.method.fake_updates
+    starts = range(0, size, micro)
+
+    def conditions(draw: int, start: int) -> Conditions:
+        return family.conditions(prompts.rows(draw * size + start, micro))
+
+    if recipe.method.regression.weight:
+        generator.pairs = make_pairs(recipe, family, run.scorer, prompts)
+    iteration = 0
+    for index, length in enumerate(plan_iterations(recipe, generator.phases)):
+        generator.start_phase(index, iteration)
+        fake.start_phase(index, iteration)
+        for _ in range(length):
+            if iteration == iterations:
+                return run
+            draw, losses = iteration * (updates + 1), []
+            for u in range(updates):
+                batches = [generator.rollout(iteration, u, s, micro, conditions(draw + u, s)) for s in starts]
+                losses.append(fake.update(batches))
+            proposals = [generator.propose(iteration, s, micro, conditions(draw + updates, s)) for s in starts]
+            real = [run.scorer.score(proposal) for proposal in proposals]
+            generated = [fake.score(proposal) for proposal in proposals]
+            figures = generator.update(real, generated)
+            if on_iteration is not None:
+                on_iteration(iteration, losses, figures)
+            iteration += 1
+        run.experts.append(generator.end_phase())
+    return run
+
+
+def make_pairs(recipe: Recipe, family: Family, scorer: Scorer, prompts: PromptTable, chunk: int = 256) -> Pairs:
+    """Let the teacher make the recipe's ODE pairs; pair j uses prompt row j."""
+    total, parts = recipe.method.regression.pairs, []
+    for start in range(0, total, chunk):
+        conditions = family.conditions(prompts.rows(start, min(chunk, total - start)))
+        parts.append((*scorer.pairs(start, min(chunk, total - start), conditions), conditions))
+    noise, result = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+    names = parts[0][2]
+    return Pairs(noise, result, {name: torch.cat([part[2][name] for part in parts]) for name in names})

@@ -1,0 +1,61 @@
+"""The teacher's part: guided scores, its own many-step sampling, ODE pairs. Frozen and stateless."""
+
+import torch
+
+from raydmd.config import Recipe
+from raydmd.diffusion.random import Key, normal
+from raydmd.diffusion.solvers import integrate
+from raydmd.diffusion.times import step_grid
+from raydmd.methods.batch import Noised, Score
+from raydmd.models.protocol import Conditions, Denoiser, Family
+from raydmd.objectives.distribution_matching import guided
+
+
+class Scorer:
+    """The frozen teacher with classifier-free guidance, u + w (c - u)."""
+
+    def __init__(self, recipe: Recipe, family: Family, teacher: Denoiser, device: torch.device | str = "cpu") -> None:
+        self.recipe, self.family, self.device = recipe, family, torch.device(device)
+        self.network = teacher.to(self.device).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        """Return the guided prediction, like ``x_t`` [B, ...], for ``t`` [B]."""
+        scale = self.recipe.teacher.guidance_scale
+        conditions = {name: value.to(self.device) for name, value in conditions.items()}
+        x_t, t = x_t.to(self.device), t.to(self.device)
+        if scale == 1.0 or not conditions:
+            return self.network(x_t, t, conditions)
+        empty = self.family.unconditional(conditions)
+        both = {name: torch.cat([value, empty[name]]) for name, value in conditions.items()}
+        conditional, unconditional = self.network(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+        return guided(conditional, unconditional, scale)
+
+    def score(self, proposal: Noised) -> Score:
+        """Predict on the generator's proposal."""
+        return Score(proposal.stamp, self.predict(proposal.x_t, proposal.t, proposal.conditions))
+
+    def sample(
+        self, x: torch.Tensor, conditions: Conditions, *, steps: int, start: float | None = None, method: str = "heun"
+    ) -> torch.Tensor:
+        """Follow the guided PF-ODE from ``x`` [B, ...] at time ``start`` (default: the noisiest) to 0.
+
+        The grid is the teacher's own of ``steps`` steps, cut at ``start``. Returns [points, B, ...].
+        """
+        t_max = self.family.schedule.t_max
+        start = t_max if start is None else start
+        grid = [start, *(t for t in step_grid(steps, t_max=t_max) if t < start - 1e-9)]
+
+        def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
+            return self.predict(x, torch.full((x.shape[0],), t, dtype=torch.float64), conditions)
+
+        return integrate(
+            self.family.schedule, denoise, x.to(self.device), grid, self.family.prediction,
+            "heun" if method == "heun" else "euler",
+        )  # fmt: skip
+
+    def pairs(self, start: int, count: int, conditions: Conditions) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return noise and the teacher's many-step result of ODE pairs ``start..start+count`` (DMD Sec. 3.3)."""
+        noise = normal(Key(self.recipe.seed, 0, "pairs", 0), start, count, self.family.latent_shape)
+        noise = noise * float(self.family.schedule.sigma(self.family.schedule.t_max))
+        return noise, self.sample(noise, conditions, steps=self.recipe.teacher.steps)[-1].cpu()

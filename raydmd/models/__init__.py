@@ -1,0 +1,1 @@
+"""Networks behind one protocol: embedded ones, diffusers' families, and experts as copies or LoRA adapters."""

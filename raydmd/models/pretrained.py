@@ -1,0 +1,167 @@
+"""What the families of diffusers' pretrained networks share: loading, prompt embeddings, decoding with the VAE."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from raydmd.diffusion.schedule import RectifiedFlow
+from raydmd.errors import UserError, nearest
+from raydmd.models.protocol import Conditions, Denoiser, Family, no_folder, one_line, require_column
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HUB = "hf://"
+
+
+class PretrainedDenoiser(Denoiser):
+    """A diffusers transformer behind the protocol; its parameters' names start with ``transformer.``, as in diffusers'
+    LoRA files.
+    """  # noqa: D205
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.transformer: Any = transformer
+
+    def checkpoint_activations(self, run: Callable[..., Any]) -> bool:
+        """Recompute each transformer block in the backward pass, through ``run(block, *args)``."""
+        self.transformer.enable_gradient_checkpointing(run)
+        return True
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether blocks are recomputed in the backward pass."""
+        return bool(self.transformer.gradient_checkpointing)
+
+
+class PretrainedFamily(Family):
+    """A family whose teacher is a diffusers model: a pipeline's folder, the transformer's own, or ``hf://owner/name``.
+
+    Rectified flow, flow prediction. Options:
+
+    - ``latent_shape``: of one sample;
+    - ``dtype``: of the frozen weights (float32, bfloat16, float16); LoRA weights are float32 always;
+    - ``subfolder``: of the transformer in a pipeline's folder;
+    - ``gradient_checkpointing``: recompute blocks in the backward pass, for memory.
+    """
+
+    transformer_class: ClassVar[str]
+    vae_class: ClassVar[str]
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "latent_shape": None, "dtype": "float32", "subfolder": "transformer", "gradient_checkpointing": False,
+    }  # fmt: skip
+
+    def __init__(self, path: str | None = None, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__(path, options)
+        shape = self.options["latent_shape"]
+        if not isinstance(shape, list | tuple) or not all(isinstance(n, int) and n > 0 for n in shape):
+            raise UserError(f"teacher.options.latent_shape: a list of sizes is needed, not {shape}")
+        self.latent_shape = tuple(shape)
+        self._check_latent_shape()
+        if self.options["dtype"] not in DTYPES:
+            dtype = self.options["dtype"]
+            raise UserError(f"teacher.options.dtype: no '{dtype}'{nearest(dtype, DTYPES)}")
+        self.schedule = RectifiedFlow()
+        self._vae: Any = None
+
+    def _check_latent_shape(self) -> None:
+        """Refuse a latent shape that the network cannot take."""
+
+    def _wrap(self, transformer: Any) -> PretrainedDenoiser:
+        """Put the loaded transformer behind the protocol; refuse one that does not fit ``latent_shape``."""
+        raise NotImplementedError
+
+    def load_teacher(self) -> Denoiser:
+        """Load the frozen transformer with diffusers' ``from_pretrained``.
+
+        Raises:
+            UserError: no path, nothing there, another kind of network, or one that does not fit ``latent_shape``.
+        """
+        if self.path is None:
+            raise UserError(f"teacher.path: family '{self.name}' needs the teacher's folder, or {HUB}owner/name")
+        transformer = self._from_pretrained(self.transformer_class, self.options["subfolder"])
+        network = self._wrap(transformer)
+        network.requires_grad_(False).eval()
+        if self.options["gradient_checkpointing"]:
+            network.checkpoint_activations(checkpoint)
+        return network
+
+    def conditions(self, rows: Mapping[str, np.ndarray]) -> Conditions:
+        """Return the prompts' embeddings [B, L, D] and, where given, the null prompt's."""
+        conditions = {name: self._embeddings(rows, name) for name in self.condition_columns if name in rows}
+        require_column(rows, "prompt_embeds")
+        return conditions
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return pictures [B, 3, H, W] in [0, 1] (a video's middle frame), by the VAE beside the transformer.
+
+        Without a VAE, the latents' first three channels are shown, each sample scaled to [0, 1].
+        """
+        if latents.ndim == 4:
+            latents = latents[:, :, None]
+        vae = self._load_vae()
+        if vae is None:
+            frame = latents[:, :3, latents.shape[2] // 2].float()
+            low, high = frame.amin((1, 2, 3), keepdim=True), frame.amax((1, 2, 3), keepdim=True)
+            return ((frame - low) / (high - low).clamp(min=1e-6)).expand(-1, 3, -1, -1)
+        vae.to(latents.device)
+        mean, std = (
+            torch.tensor(numbers, device=latents.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
+            for numbers in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        with torch.no_grad():
+            frames = vae.decode(latents.to(vae.dtype) * std + mean, return_dict=False)[0]
+        return (frames[:, :, frames.shape[2] // 2].float() / 2 + 0.5).clamp(0, 1)
+
+    def _embeddings(self, rows: Mapping[str, np.ndarray], name: str) -> Tensor:
+        """Return one column as a tensor: masks [B, L] bool, all else float32."""
+        values = rows[name]
+        if name.endswith("_mask"):
+            return torch.from_numpy(values.astype(bool))
+        if values.dtype.kind != "f" or values.ndim < 3:
+            shape = list(values.shape[1:])
+            raise UserError(f"prompts: column '{name}' needs embeddings [tokens, width], not {shape} {values.dtype}")
+        return torch.from_numpy(values.astype(np.float32))
+
+    def _load_vae(self) -> Any:
+        if self._vae is None and self.path is not None:
+            if self.path.startswith(HUB) or (Path(self.path) / "vae" / "config.json").is_file():
+                self._vae = self._from_pretrained(self.vae_class, "vae").requires_grad_(False).eval()
+        return self._vae
+
+    def _from_pretrained(self, class_name: str, subfolder: str) -> Any:
+        """Load a diffusers model from ``path``: its subfolder where there is one, else the folder itself."""
+        import diffusers
+
+        assert self.path is not None
+        place = self.path.removeprefix(HUB)
+        within: str | None = subfolder
+        if not self.path.startswith(HUB):
+            folder = Path(place)
+            if not folder.is_dir():
+                raise no_folder(folder)
+            within = subfolder if (folder / subfolder / "config.json").is_file() else None
+            config = folder / (within or "") / "config.json"
+            if not config.is_file():
+                raise UserError(f"teacher.path: '{place}' has neither {subfolder}/config.json nor config.json")
+            try:
+                found = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
+            except (ValueError, AttributeError) as error:
+                raise UserError(f"teacher.path: {config} is not a diffusers model's config") from error
+            if found != class_name:
+                raise UserError(f"teacher.path: {config} is of a {found}; family '{self.name}' needs a {class_name}")
+        dtype = DTYPES[self.options["dtype"]]
+        try:
+            return getattr(diffusers, class_name).from_pretrained(place, subfolder=within, torch_dtype=dtype)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"teacher.path: cannot load '{self.path}': {one_line(error)}") from error
+
+
+def checkpoint(module: nn.Module, *args: Any) -> Any:
+    """Call ``module`` and recompute its activations in the backward pass."""
+    from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+    return torch_checkpoint(module.__call__, *args, use_reentrant=False)

@@ -1,0 +1,208 @@
+"""What the engine knows of a network (`Denoiser`) and of a kind of network (`Family`); teachers on disk."""
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from raydmd.diffusion.schedule import Prediction, Schedule
+from raydmd.errors import UserError, nearest
+
+Conditions = dict[str, Tensor]
+"""What a network is conditioned on: tensors by name, each with the batch first."""
+
+KINDS = {int: "a whole number", str: "text", bool: "true or false"}
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class Denoiser(nn.Module, ABC):
+    """A network that predicts flow, noise or data from noisy latents, in its schedule's own time."""
+
+    @abstractmethod
+    def forward(self, latents: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """Predict from ``latents`` [B, *latent_shape] at times ``t`` [B]; the result is of their shape and dtype."""
+
+    def checkpoint_activations(self, run: Callable[..., Any]) -> bool:
+        """Recompute activations in the backward pass through ``run(module, *args)``; False where it is not used."""
+        return False
+
+
+class Family(ABC):
+    """A kind of network: its shapes, its schedule, its conditions, and where its teacher comes from.
+
+    Args:
+        path: the teacher's folder; None while there is none.
+        options: the family's own settings; a name that is not in ``defaults`` is refused.
+
+    Raises:
+        UserError: an unknown option, or a value of another kind.
+    """
+
+    name: ClassVar[str]
+    defaults: ClassVar[Mapping[str, Any]] = {}
+
+    latent_shape: tuple[int, ...]
+    prediction: Prediction = "flow"
+    schedule: Schedule
+    lora_targets: list[str]  # endings of module names, as peft's target_modules
+    condition_columns: list[str]  # Parquet columns that `conditions` needs
+
+    def __init__(self, path: str | None = None, options: Mapping[str, Any] | None = None) -> None:
+        self.path = path
+        self.given = dict(options or {})
+        for key, value in self.given.items():
+            if key not in self.defaults:
+                raise UserError(f"teacher.options.{key}: family '{self.name}' has no such option"
+                                f"{nearest(key, self.defaults)}")  # fmt: skip
+            kind = type(self.defaults[key])
+            if kind in (int, str, bool) and (type(value) is not kind or (kind is int and value < 0)):
+                raise UserError(f"teacher.options.{key}: {KINDS[kind]} is needed, not {value!r}")
+        self.options: dict[str, Any] = {**self.defaults, **self.given}
+
+    @abstractmethod
+    def load_teacher(self) -> Denoiser:
+        """Load the frozen teacher from ``path``, in eval mode.
+
+        Raises:
+            UserError: the path is missing, or holds something else.
+        """
+
+    @abstractmethod
+    def conditions(self, rows: Mapping[str, np.ndarray]) -> Conditions:
+        """Turn prompt rows (``condition_columns`` by name, each [B, ...]) into condition tensors.
+
+        Raises:
+            UserError: a column is missing or does not fit the network.
+        """
+
+    @abstractmethod
+    def unconditional(self, conditions: Conditions) -> Conditions:
+        """Return the null prompt for the same batch: the same names, each of the same shape."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Turn latents [B, *latent_shape] into pictures [B, 1 or 3, H, W] in [0, 1]; points stay as they are."""
+
+
+class EmbeddedFamily(Family):
+    """A family whose small network is the project's own: built from ``options``, kept as two files.
+
+    A teacher's folder holds ``config.json`` (family and options) and ``model.safetensors``. An option that the
+    folder states need not be given again; given otherwise, it is refused by `load_teacher`.
+    """
+
+    def __init__(self, path: str | None = None, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__(path, options)
+        if path is not None and (Path(path) / CONFIG_FILE).is_file():
+            stored = read_teacher_config(path, self.name)
+            self.options = {**self.options, **{k: v for k, v in stored.items() if k not in self.given}}
+
+    @abstractmethod
+    def new_network(self, seed: int = 0) -> Denoiser:
+        """Build the untrained network of ``options``; the same seed gives the same weights."""
+
+    def load_teacher(self) -> Denoiser:
+        """Load the frozen teacher from ``path``.
+
+        Raises:
+            UserError: no path, a missing or unreadable file, another family, or options that contradict the folder.
+        """
+        if self.path is None:
+            raise UserError(f"teacher.path: family '{self.name}' needs a teacher's folder; `raydmd pretrain` makes one")
+        stored = read_teacher_config(self.path, self.name)
+        for key, value in self.given.items():
+            if key in stored and stored[key] != value:
+                raise UserError(f"teacher.options.{key}: {value} given, but '{self.path}' has {stored[key]}")
+        network = self.new_network()
+        load_weights(network, self.path)
+        return network.requires_grad_(False).eval()
+
+
+def save_teacher(denoiser: Denoiser, folder: str | Path, family: str, options: Mapping[str, Any]) -> None:
+    """Write a teacher's folder: its weights, then ``config.json``, each whole or not at all.
+
+    Args:
+        denoiser: the network.
+        folder: made if it is not there.
+        family: the family's name.
+        options: all that is needed to build the network again (`Family.options`).
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().cpu().contiguous() for name, value in denoiser.state_dict().items()}
+    partial = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
+    save_file(weights, partial)
+    os.replace(partial, folder / WEIGHTS_FILE)
+    partial = folder / f".{CONFIG_FILE}.{os.getpid()}"
+    partial.write_text(json.dumps({"family": family, "options": dict(options)}, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, folder / CONFIG_FILE)
+
+
+def read_teacher_config(folder: str | Path, family: str) -> dict[str, Any]:
+    """Return the options that a teacher's folder states.
+
+    Raises:
+        UserError: the folder or its file is missing or unreadable, or is of another family.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise no_folder(folder)
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise UserError(f"teacher.path: '{folder}' is no teacher's folder: it has no {CONFIG_FILE}")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        name, options = config["family"], dict(config["options"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"teacher.path: {file} is not a teacher's config (family and options)") from error
+    if name != family:
+        raise UserError(f"teacher.path: the teacher in '{folder}' is of family '{name}', not '{family}'")
+    return options
+
+
+def load_weights(denoiser: Denoiser, folder: str | Path) -> None:
+    """Load a teacher's folder's weights into ``denoiser``.
+
+    Raises:
+        UserError: the file is missing, unreadable, or of another network.
+    """
+    file = Path(folder) / WEIGHTS_FILE
+    if not file.is_file():
+        raise UserError(f"teacher.path: '{folder}' has no {WEIGHTS_FILE}")
+    try:
+        denoiser.load_state_dict(load_file(file))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"teacher.path: {file} is not readable: {one_line(error)}") from error
+    except RuntimeError as error:
+        raise UserError(f"teacher.path: {file} does not fit the network of {CONFIG_FILE}: {one_line(error)}") from error
+
+
+def no_folder(folder: Path) -> UserError:
+    """Return the error for a teacher's folder that is not there, with the nearest of its siblings."""
+    siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+    close = nearest(folder.name, siblings)
+    return UserError(f"teacher.path: no folder '{folder}'{close if 'did you mean' in close else ''}")
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """Return an error's message as one short line."""
+    return " ".join(str(error).split())[:limit]
+
+
+def require_column(rows: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """Return a prompt column.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if name not in rows:
+        raise UserError(f"prompts: no column '{name}'{nearest(name, rows)}")
+    return rows[name]

@@ -1,0 +1,110 @@
+"""Qwen-Image: diffusers' QwenImageTransformer2DModel behind the protocol."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from raydmd.errors import UserError
+from raydmd.models.pretrained import PretrainedDenoiser, PretrainedFamily
+from raydmd.models.protocol import Conditions, require_column
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Return 2x2 patches as tokens: [B, C, (1,) H, W] to [B, H/2 * W/2, 4 C], as diffusers' pipeline does."""
+    batch, channels, height, width = latents.shape[0], latents.shape[1], latents.shape[-2], latents.shape[-1]
+    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(batch, height // 2 * (width // 2), channels * 4)
+
+
+def unpack(tokens: Tensor, shape: torch.Size) -> Tensor:
+    """Return tokens [B, H/2 * W/2, 4 C] to latents of ``shape`` [B, C, (1,) H, W]."""
+    batch, channels, height, width = shape[0], shape[1], shape[-2], shape[-1]
+    patches = tokens.reshape(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(shape)
+
+
+class QwenImageDenoiser(PretrainedDenoiser):
+    """Takes [B, C, 1, H, W] or [B, C, H, W]; packs latents, and gives the network t itself (its timestep / 1000)."""
+
+    def forward(self, latents: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """Predict the flow from ``latents``, given ``prompt_embeds`` [B, L, D] and ``prompt_embeds_mask`` [B, L]."""
+        height, width = latents.shape[-2] // 2, latents.shape[-1] // 2
+        dtype = self.transformer.dtype
+        tokens = self.transformer(
+            hidden_states=pack(latents).to(dtype),
+            timestep=t.to(torch.float32),
+            encoder_hidden_states=conditions["prompt_embeds"].to(dtype),
+            encoder_hidden_states_mask=conditions["prompt_embeds_mask"],
+            img_shapes=[[(1, height, width)]] * latents.shape[0],
+            return_dict=False,
+        )[0]
+        return unpack(tokens, latents.shape).to(latents.dtype)
+
+
+class QwenImageFamily(PretrainedFamily):
+    """Qwen-Image, by prompts encoded beforehand.
+
+    Columns: ``prompt_embeds`` [L, D], ``prompt_embeds_mask`` [L], and the null prompt's ``negative_prompt_embeds``
+    [M, D] and ``negative_prompt_embeds_mask`` [M]; the shorter is padded to the longer and masked.
+    The default ``latent_shape`` is of 1328 x 1328 pixels.
+    """
+
+    name: ClassVar[str] = "qwen_image"
+    transformer_class: ClassVar[str] = "QwenImageTransformer2DModel"
+    vae_class: ClassVar[str] = "AutoencoderKLQwenImage"
+    defaults: ClassVar[Mapping[str, Any]] = {**PretrainedFamily.defaults, "latent_shape": [16, 1, 166, 166]}
+    lora_targets = [
+        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+        "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
+    ]  # fmt: skip
+    condition_columns = [
+        "prompt_embeds", "prompt_embeds_mask", "negative_prompt_embeds", "negative_prompt_embeds_mask",
+    ]  # fmt: skip
+
+    def conditions(self, rows: Mapping[str, np.ndarray]) -> Conditions:
+        """Return the four columns as tensors of one length: padding is zero and masked."""
+        conditions = super().conditions(rows)
+        length = max(value.shape[1] for value in conditions.values())
+        for prefix in ("", "negative_"):
+            embeds, mask = f"{prefix}prompt_embeds", f"{prefix}prompt_embeds_mask"
+            if embeds not in conditions:
+                continue
+            require_column(rows, mask)
+            if conditions[mask].shape != conditions[embeds].shape[:2]:
+                raise UserError(f"prompts: column '{mask}' is {list(conditions[mask].shape)}, but '{embeds}' "
+                                f"{list(conditions[embeds].shape)}")  # fmt: skip
+            extra = length - conditions[embeds].shape[1]
+            conditions[embeds] = F.pad(conditions[embeds], (0, 0, 0, extra))
+            conditions[mask] = F.pad(conditions[mask], (0, extra))
+        return conditions
+
+    def unconditional(self, conditions: Conditions) -> Conditions:
+        """Return the same with the null prompt in the prompt's place.
+
+        Raises:
+            UserError: the prompts came without it.
+        """
+        missing = [name for name in self.condition_columns if name not in conditions]
+        if missing:
+            raise UserError(f"prompts: guidance needs the null prompt in column '{missing[0]}'")
+        return {
+            **conditions,
+            "prompt_embeds": conditions["negative_prompt_embeds"],
+            "prompt_embeds_mask": conditions["negative_prompt_embeds_mask"],
+        }
+
+    def _check_latent_shape(self) -> None:
+        shape = self.latent_shape
+        if len(shape) not in (3, 4) or (len(shape) == 4 and shape[1] != 1) or shape[-2] % 2 or shape[-1] % 2:
+            raise UserError(f"teacher.options.latent_shape: [C, 1, H, W] or [C, H, W], H and W even, not {list(shape)}")
+
+    def _wrap(self, transformer: Any) -> QwenImageDenoiser:
+        channels = transformer.config.in_channels
+        if channels != 4 * self.latent_shape[0]:
+            raise UserError(f"teacher.options.latent_shape: the teacher takes {channels // 4} channels, "
+                            f"not {self.latent_shape[0]}")  # fmt: skip
+        return QwenImageDenoiser(transformer)

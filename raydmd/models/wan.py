@@ -1,0 +1,102 @@
+"""Wan 2.1 and 2.2 (text or image to video, text to image): diffusers' WanTransformer3DModel behind the protocol."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raydmd.errors import UserError
+from raydmd.models.pretrained import PretrainedDenoiser, PretrainedFamily
+from raydmd.models.protocol import Conditions, require_column
+
+TIMESTEPS = 1000.0
+"""Wan's network counts time from 0 to 1000."""
+
+
+class WanDenoiser(PretrainedDenoiser):
+    """Takes [B, C, frames, H, W]; gives the network 1000 t, and an image's latents as further channels."""
+
+    def forward(self, latents: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """Predict the flow from ``latents``, given ``prompt_embeds`` [B, L, D] and perhaps ``image_latents``."""
+        dtype = self.transformer.dtype
+        x = latents.to(dtype)
+        if "image_latents" in conditions:
+            x = torch.cat([x, conditions["image_latents"].to(dtype)], dim=1)
+        flow = self.transformer(
+            hidden_states=x,
+            timestep=TIMESTEPS * t.to(torch.float32),
+            encoder_hidden_states=conditions["prompt_embeds"].to(dtype),
+            return_dict=False,
+        )[0]
+        return flow.to(latents.dtype)
+
+
+class WanFamily(PretrainedFamily):
+    """Wan, by prompts encoded beforehand.
+
+    Columns: ``prompt_embeds`` [L, D] and ``negative_prompt_embeds`` [L, D], both padded with zeros to one length
+    (512 for Wan's own), since the network sees the padding; with the option ``image_channels`` also
+    ``image_latents`` [image_channels, frames, H, W] (mask and encoded image; 20 for Wan 2.2 I2V).
+    The default ``latent_shape`` is of 81 frames of 480 x 832. Wan 2.2's low-noise expert is ``subfolder:
+    transformer_2``.
+    """
+
+    name: ClassVar[str] = "wan"
+    transformer_class: ClassVar[str] = "WanTransformer3DModel"
+    vae_class: ClassVar[str] = "AutoencoderKLWan"
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **PretrainedFamily.defaults, "latent_shape": [16, 21, 60, 104], "image_channels": 0,
+    }  # fmt: skip
+    lora_targets = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+
+    def __init__(self, path: str | None = None, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__(path, options)
+        self.condition_columns = ["prompt_embeds", "negative_prompt_embeds"]
+        if self.options["image_channels"]:
+            self.condition_columns.append("image_latents")
+
+    def conditions(self, rows: Mapping[str, np.ndarray]) -> Conditions:
+        """Return the columns as tensors."""
+        conditions = super().conditions(rows)
+        null = conditions.get("negative_prompt_embeds", conditions["prompt_embeds"])
+        if null.shape != conditions["prompt_embeds"].shape:
+            own = list(conditions["prompt_embeds"].shape)
+            raise UserError(f"prompts: 'negative_prompt_embeds' is {list(null.shape)} and 'prompt_embeds' {own}; "
+                            f"pad both with zeros to one length")  # fmt: skip
+        if self.options["image_channels"]:
+            require_column(rows, "image_latents")
+            wanted = (self.options["image_channels"], *self.latent_shape[1:])
+            if conditions["image_latents"].shape[1:] != wanted:
+                raise UserError(f"prompts: column 'image_latents' is {list(conditions['image_latents'].shape[1:])} "
+                                f"a row, not {list(wanted)}")  # fmt: skip
+        return conditions
+
+    def unconditional(self, conditions: Conditions) -> Conditions:
+        """Return the same with the null prompt in the prompt's place; an image stays.
+
+        Raises:
+            UserError: the prompts came without it.
+        """
+        if "negative_prompt_embeds" not in conditions:
+            raise UserError("prompts: guidance needs the null prompt in column 'negative_prompt_embeds'")
+        return {**conditions, "prompt_embeds": conditions["negative_prompt_embeds"]}
+
+    def _check_latent_shape(self) -> None:
+        if len(self.latent_shape) != 4:
+            raise UserError(f"teacher.options.latent_shape: [C, frames, H, W], not {list(self.latent_shape)}")
+
+    def _wrap(self, transformer: Any) -> WanDenoiser:
+        config, shape = transformer.config, self.latent_shape
+        if config.in_channels != shape[0] + self.options["image_channels"]:
+            raise UserError(
+                f"teacher.options.latent_shape: the teacher takes {config.in_channels} channels, not {shape[0]} "
+                f"and image_channels {self.options['image_channels']}"
+            )
+        if any(size % patch for size, patch in zip(shape[1:], config.patch_size, strict=True)):
+            raise UserError(
+                f"teacher.options.latent_shape: {list(shape[1:])} is not divisible by the teacher's patches "
+                f"{list(config.patch_size)}"
+            )
+        return WanDenoiser(transformer)

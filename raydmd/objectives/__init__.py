@@ -1,0 +1,1 @@
+"""Losses and gradients: score matching, distribution matching, regression. No networks, no Ray."""

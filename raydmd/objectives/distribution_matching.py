@@ -1,0 +1,85 @@
+"""Distribution matching: the gradient that moves generated x_s toward the teacher's p(x_s).
+
+DMD (Eqs. 7, 8) compares the scores of the generated and of the teacher's distribution after diffusion. Phased DMD
+(Eq. 11) does so for x_s at the end of a phase, with t drawn from (s, 1).
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from raydmd.diffusion.schedule import Prediction, Schedule, Time, at_least_float32, broadcast
+
+Weight = Literal["normalized", "raw"]
+"""The weight of the gradient over time: DMD Eq. 8, or the bare Phased DMD Eq. 11."""
+
+
+def guided(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance, u + guidance_scale (c - u), in at least float32; a scale of 1 is the conditional."""
+    c, u = at_least_float32(conditional), at_least_float32(unconditional)
+    return u + guidance_scale * (c - u)
+
+
+def raw_weight(schedule: Schedule, t: Time, s: Time) -> Tensor:
+    """w_{t|s} = alpha_{t|s} / (sigma_t + sigma_t^2 / alpha_t), float64 (Phased DMD Eq. 11); 0 where alpha_t = 0."""
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    return schedule.bridge(s, t).alpha * alpha / (sigma * (alpha + sigma))
+
+
+def distribution_matching_gradient(
+    schedule: Schedule,
+    x_s: Tensor,
+    x_t: Tensor,
+    teacher: Tensor,
+    fake: Tensor,
+    t: Time,
+    s: Time,
+    prediction: Prediction,
+    weight: Weight = "normalized",
+    eps: float = 1e-6,
+) -> Tensor:
+    """The gradient of KL(generated || teacher) with respect to x_s, like x_s, in float32 (float64 if given float64).
+
+    x_s, x_t, teacher, fake: [B, ...], with teacher (guided) and fake the predictions at x_t; 0 <= s < t.
+    x_s - lr * gradient lies nearer to the teacher's distribution. The result is detached.
+
+    raw (Phased DMD Eq. 11, predictions as flows; T the teacher, F the fake score):
+
+        w_{t|s} (T - F)  =  alpha_{t|s} (score_fake - score_teacher)
+
+    normalized (DMD Eq. 8, with the posterior mean of x_s for that of x_0; the two are one at s = 0):
+
+        (E_fake[x_s | x_t] - E_teacher[x_s | x_t]) / (mean |x_s - E_teacher[x_s | x_t]| + eps)
+
+    with the mean over the elements of each sample, never over the batch, where one sample would set another's step.
+
+    A sample whose gradient holds any NaN or infinity gets zeros throughout, so that it cannot spoil the batch. Whoever
+    calls should count the samples of zeros and stop when they are many: they tell of a diverged network.
+    Raises ValueError for an unknown weight.
+    """
+    with torch.no_grad():
+        x_s, x_t, teacher, fake = (at_least_float32(x) for x in (x_s, x_t, teacher, fake))
+        if weight == "raw":
+            teacher_flow = schedule.convert(teacher, x_t, t, prediction, "flow")
+            fake_flow = schedule.convert(fake, x_t, t, prediction, "flow")
+            gradient = broadcast(raw_weight(schedule, t, s), x_t) * (teacher_flow - fake_flow)
+        elif weight == "normalized":
+            teacher_mean = schedule.posterior_mean(teacher, x_t, t, prediction, s)
+            fake_mean = schedule.posterior_mean(fake, x_t, t, prediction, s)
+            distance = (x_s - teacher_mean).abs().flatten(1).mean(1)
+            gradient = (fake_mean - teacher_mean) / (broadcast(distance, x_s) + eps)
+        else:
+            raise ValueError(f"unknown weight {weight!r}: one of normalized, raw")
+        finite = gradient.isfinite().flatten(1).all(1)
+        return torch.where(finite.reshape(-1, *[1] * (x_s.ndim - 1)), gradient, 0.0)
+
+
+def surrogate_loss(x_s: Tensor, gradient: Tensor) -> Tensor:
+    """A scalar whose gradient with respect to x_s [B, ...] is gradient / x_s.numel(): half the MSE to x_s - gradient.
+
+    The target is detached. In at least float32.
+    """
+    x = at_least_float32(x_s)
+    return 0.5 * mse_loss(x, (x - gradient).detach())

@@ -1,0 +1,98 @@
+"""A run's folder: what is where, and loading a finished or unfinished run from it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from raydmd.config import Recipe, load_recipe
+from raydmd.errors import UserError, nearest
+from raydmd.methods.phase import Phase
+from raydmd.methods.plan import plan_phases
+from raydmd.models.experts import Experts
+from raydmd.models.families import build_family
+from raydmd.models.protocol import Denoiser, Family
+
+
+class Run:
+    """A run's folder, read.
+
+    Raises:
+        UserError: the folder or its recipe is missing.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / "recipe.yaml").is_file():
+            siblings = [path.parent.name for path in self.folder.parent.glob("*/recipe.yaml")]
+            raise UserError(f"no run in '{folder}': it has no recipe.yaml{nearest(self.folder.name, siblings)}")
+        self.recipe: Recipe = load_recipe(str(self.folder / "recipe.yaml"))
+        self.family: Family = recipe_family(self.recipe)
+        self.phases: list[Phase] = plan_phases(self.recipe, self.family.schedule.t_max)
+
+    @property
+    def name(self) -> str:
+        """The folder's name, which reports show."""
+        return self.folder.resolve().name
+
+    def expert_file(self, index: int) -> Path:
+        """Return where expert ``index`` (0 for the first) is kept."""
+        return expert_file(self.folder, index)
+
+    def teacher(self) -> Denoiser:
+        """Load the teacher, frozen."""
+        return self.family.load_teacher()
+
+    def trained_phases(self) -> list[Phase]:
+        """Return the phases whose experts are there, in order.
+
+        Raises:
+            UserError: none is.
+        """
+        done = [phase for phase in self.phases if self.expert_file(phase.index).is_file()]
+        if not done:
+            raise UserError(f"run '{self.folder}' has no trained expert yet (looked for {self.expert_file(0)})")
+        return done
+
+    def experts(self, teacher: Denoiser) -> Experts:
+        """Load every trained expert onto copies (or adapters) of ``teacher``."""
+        kind = self.recipe.method.experts
+        experts = Experts(
+            teacher, len(self.phases), kind.kind, kind.rank, kind.alpha, self.family.lora_targets, self.recipe.seed
+        )
+        for phase in self.trained_phases():
+            experts.start(phase.index)
+            experts.load_state(phase.index, load_file(self.expert_file(phase.index)))
+        return experts.requires_grad_(False)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl."""
+        return read_lines(self.folder / "metrics.jsonl")
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return the lines of events.jsonl."""
+        return read_lines(self.folder / "events.jsonl")
+
+
+def expert_file(folder: Path, index: int) -> Path:
+    """Return the file of expert ``index`` (0 for the first) in a run's folder."""
+    return folder / "experts" / f"phase-{index + 1}" / "model.safetensors"
+
+
+def recipe_family(recipe: Recipe) -> Family:
+    """Build the recipe's family."""
+    return build_family(recipe.teacher.family, recipe.teacher.path, dict(recipe.teacher.options))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return a JSON-lines file's records; a last line cut short by a crash is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records

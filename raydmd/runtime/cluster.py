@@ -1,0 +1,80 @@
+"""Joining a Ray cluster, or starting one on this machine, and bringing a run's actors up on it."""
+
+import logging
+import os
+from pathlib import Path
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raydmd.config import Recipe
+from raydmd.runtime.controller import Cluster, micro_batches
+from raydmd.runtime.groups import ScorerPool, TrainerGroup
+from raydmd.runtime.manifest import Archivist
+from raydmd.runtime.placement import actor_options, wait_placed, worker_device
+from raydmd.runtime.prompts import PromptStream
+from raydmd.runtime.recorder import Recorder
+from raydmd.runtime.workers import PARTS, WORKERS, Factory
+
+
+def connect(recipe: Recipe) -> bool:
+    """Join the cluster that RAY_ADDRESS names (a job's own, inside a job), else start one here, on loopback.
+
+    Returns:
+        Whether one was started, which the caller then shuts down.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if ray.is_initialized():
+        return False
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(**quiet)
+        return False
+    roles = (recipe.runtime.teacher, recipe.runtime.fake, recipe.runtime.generator)
+    claimed = sum(role.cpus * role.max_workers for role in roles)
+    ray.init(
+        num_cpus=max(os.cpu_count() or 1, int(claimed) + 2),  # two more for Ray Data's tasks
+        object_store_memory=recipe.runtime.object_store_mb * 2**20,
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        **quiet,
+    )
+    return True
+
+
+async def launch(
+    recipe: Recipe, folder: Path, prompts: str, recorder: Recorder, parts: dict[str, Factory] | None = None
+) -> Cluster:
+    """Start every role's workers, wait until they are placed, and form the groups.
+
+    Args:
+        recipe: the run's recipe.
+        folder: the run's folder, on this node.
+        prompts: the Parquet file of prompts.
+        recorder: told what is waited for.
+        parts: what builds each role's part; default: the real ones.
+    """
+    roles = {"generator": recipe.runtime.generator, "fake": recipe.runtime.fake, "teacher": recipe.runtime.teacher}
+    workers = {
+        name: [
+            ray.remote(WORKERS[name])
+            .options(**actor_options(role), name=None)
+            .remote(recipe, number, role.threads, worker_device(role, recipe.runtime.device), (parts or PARTS)[name])
+            for number in range(role.max_workers)
+        ]
+        for name, role in roles.items()
+    }
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    stream = ray.remote(PromptStream).options(num_cpus=0).remote(recipe, prompts)
+    archivist = ray.remote(Archivist).options(num_cpus=0, scheduling_strategy=here)
+    await wait_placed({**workers, "prompts": [stream]}, roles, recipe.runtime.placement_timeout, recorder.say)
+    cluster = Cluster(
+        generators=TrainerGroup(workers["generator"], micro_batches(recipe)),
+        fakes=TrainerGroup(workers["fake"], micro_batches(recipe)),
+        scorers=ScorerPool(workers["teacher"]),
+        prompts=stream,
+        archivist=archivist.remote(str(folder.resolve()), recipe.checkpoint.keep),
+    )
+    await cluster.generators.form()
+    await cluster.fakes.form()
+    return cluster

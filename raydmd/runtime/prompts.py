@@ -1,0 +1,92 @@
+"""The prompt stream: Ray Data reads and encodes Parquet; the k-th sample of a run gets row k mod N."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import ray
+
+from raydmd.config import Recipe
+from raydmd.models.protocol import Family
+from raydmd.runs import recipe_family
+from raydmd.runtime.wire import to_wire
+
+
+class Encoder:
+    """Turns Parquet columns into condition arrays; an actor of Ray Data's pool."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Encode one block of rows."""
+        return to_wire(self.family.conditions(rows))
+
+
+class PromptStream:
+    """An actor that hands out the conditions of every micro-batch of an iteration, in order.
+
+    Rows stay in the file's order. Encoded prompts that fit in ``prompts.cache_mb`` are kept after the first pass;
+    larger sets are streamed and encoded anew each pass.
+    """
+
+    def __init__(self, recipe: Recipe, path: str) -> None:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        ray.data.DataContext.get_current().execution_options.preserve_order = True
+        self.recipe, self.family = recipe, recipe_family(recipe)
+        self.micro = recipe.batch.micro or recipe.batch.size
+        columns = list(self.family.condition_columns)
+        dataset = ray.data.read_parquet(path, columns=columns or None)
+        self.total = dataset.count()
+        if columns:
+            dataset = dataset.map_batches(
+                Encoder, fn_constructor_args=(self.family,), concurrency=recipe.prompts.encoders, num_cpus=0.1,
+                batch_size=max(self.micro, 256),
+            )  # fmt: skip
+        self.dataset = dataset
+        self.cache: dict[str, np.ndarray] | None = {} if not columns else None
+        self._rows: Iterator[dict[str, np.ndarray]] | None = None
+        self._position = -1
+
+    def ready(self) -> str:
+        """Return how many prompts there are, once the first pass can begin; small sets are encoded by then."""
+        if self.cache is None and self._fits():
+            parts = list(self.dataset.iter_batches(batch_size=1024, batch_format="numpy"))
+            self.cache = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return f"{self.total} prompts"
+
+    def take(self, iteration: int) -> list[Any]:
+        """Return the conditions of all the iteration's micro-batches: fake updates' first, then the generator's."""
+        size, draws = self.recipe.batch.size, self.recipe.method.fake_updates + 1
+        first = iteration * draws * size
+        return [self.rows(first + start, self.micro) for start in range(0, draws * size, self.micro)]
+
+    def rows(self, start: int, count: int) -> dict[str, np.ndarray]:
+        """Return the conditions of the run's samples ``start .. start + count``."""
+        if self.cache is not None:
+            index = np.arange(start, start + count) % self.total
+            return {name: values[index] for name, values in self.cache.items()}
+        if start != self._position:
+            self._seek(start)
+        parts: list[dict[str, np.ndarray]] = []
+        for _ in range(count):
+            assert self._rows is not None
+            parts.append(next(self._rows))
+        self._position = start + count
+        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+    def _fits(self) -> bool:
+        sample = self.dataset.limit(min(self.total, 64)).to_pandas()
+        each = sum(np.asarray(value).nbytes for value in sample.iloc[0])
+        return each * self.total <= self.recipe.prompts.cache_mb * 2**20
+
+    def _seek(self, start: int) -> None:
+        self._rows = self._endless()
+        for _ in range(start % self.total):
+            next(self._rows)
+
+    def _endless(self) -> Iterator[dict[str, np.ndarray]]:
+        while True:
+            for batch in self.dataset.iter_batches(batch_size=max(self.micro, 64), batch_format="numpy"):
+                for row in range(len(next(iter(batch.values())))):
+                    yield {name: values[row] for name, values in batch.items()}
