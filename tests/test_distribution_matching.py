@@ -58,9 +58,7 @@ class Case:
 
     def gradient(self, x_s: Tensor, x_t: Tensor, kind: str, weight: str = "raw") -> Tensor:
         teacher, fake = (from_score(kind, score, x_t, self.a, self.v) for score in self.scores(x_t))
-        return distribution_matching_gradient(
-            self.schedule, x_s, x_t, teacher, fake, self.t, self.s, kind, weight  # type: ignore[arg-type]
-        )  # fmt: skip
+        return distribution_matching_gradient(self.schedule, x_s, x_t, teacher, fake, self.t, self.s, kind, weight)
 
     def kl(self) -> Tensor:
         """KL(generated || teacher) of the diffused Gaussians, differentiable in mean and std."""
@@ -158,8 +156,8 @@ def test_a_sample_does_not_feel_the_others(schedule: Schedule, weight: str) -> N
 
     def gradient(rows: slice, x: Tensor = x_s) -> Tensor:
         return distribution_matching_gradient(
-            schedule, x[rows], x_t[rows], teacher[rows], fake[rows], t[rows], 0.3, "flow", weight  # type: ignore[arg-type]
-        )  # fmt: skip
+            schedule, x[rows], x_t[rows], teacher[rows], fake[rows], t[rows], 0.3, "flow", weight
+        )
 
     whole = gradient(slice(None))
     for i in range(5):
@@ -174,8 +172,8 @@ def test_a_sample_does_not_feel_the_others(schedule: Schedule, weight: str) -> N
 def test_it_is_zero_where_fake_and_teacher_agree(schedule: Schedule, kind: str, weight: str) -> None:
     x_s, x_t, teacher = torch.randn(3, 5, 3)
     args = (schedule, x_s, x_t, teacher)
-    assert not distribution_matching_gradient(*args, teacher.clone(), 0.7, 0.5, kind, weight).any()  # type: ignore[arg-type]
-    assert distribution_matching_gradient(*args, teacher + 1, 0.7, 0.5, kind, weight).all()  # type: ignore[arg-type]
+    assert not distribution_matching_gradient(*args, teacher.clone(), 0.7, 0.5, kind, weight).any()
+    assert distribution_matching_gradient(*args, teacher + 1, 0.7, 0.5, kind, weight).all()
 
 
 @pytest.mark.parametrize("weight", ["raw", "normalized"])
@@ -183,9 +181,7 @@ def test_it_is_zero_where_fake_and_teacher_agree(schedule: Schedule, kind: str, 
 def test_it_is_finite_at_pure_noise(weight: str, kind: str) -> None:
     x_s, x_t, teacher, fake = torch.randn(4, 5, 3)
     for s in (0.0, 0.5):
-        gradient = distribution_matching_gradient(
-            RectifiedFlow(), x_s, x_t, teacher, fake, 1.0, s, kind, weight  # type: ignore[arg-type]
-        )  # fmt: skip
+        gradient = distribution_matching_gradient(RectifiedFlow(), x_s, x_t, teacher, fake, 1.0, s, kind, weight)
         assert gradient.isfinite().all()
         if kind != "eps":  # eps alone says nothing of x_0 at t = 1: its gradient is 0 there
             assert bool(gradient.any()) == (weight == "normalized")
@@ -205,7 +201,7 @@ def test_dtype_is_float32_and_nothing_is_tracked() -> None:
     gradient = distribution_matching_gradient(RectifiedFlow(), x_s, x_s, x_s + 1, x_s, 0.7, 0.5, "flow")
     assert gradient.dtype == torch.float32 and not gradient.requires_grad
     with pytest.raises(ValueError, match="eq8"):
-        distribution_matching_gradient(RectifiedFlow(), x_s, x_s, x_s, x_s, 0.7, 0.5, "flow", "eq8")  # type: ignore[arg-type]
+        distribution_matching_gradient(RectifiedFlow(), x_s, x_s, x_s, x_s, 0.7, 0.5, "flow", "eq8")
 
 
 def test_guidance_scale_is_the_standard_one() -> None:

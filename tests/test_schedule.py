@@ -84,9 +84,9 @@ def test_conversions_are_finite_at_clean_data(schedule: Schedule, source: str) -
 def test_unknown_kinds_are_refused() -> None:
     x = torch.zeros(1, 2)
     with pytest.raises(ValueError, match="velocity"):
-        RectifiedFlow().convert(x, x, 0.5, "velocity", "eps")  # type: ignore[arg-type]
+        RectifiedFlow().convert(x, x, 0.5, "velocity", "eps")
     with pytest.raises(ValueError, match="velocity"):
-        RectifiedFlow().convert(x, x, 0.5, "eps", "velocity")  # type: ignore[arg-type]
+        RectifiedFlow().convert(x, x, 0.5, "eps", "velocity")
 
 
 def test_ends_and_falling_signal(schedule: Schedule) -> None:

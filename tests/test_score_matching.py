@@ -43,11 +43,11 @@ def given_x_t(schedule: Schedule, data: Mixture, s: float, t: float) -> tuple[Te
     return x_s[:, None], ((X_T - ratio * x_s) / sigma)[:, None]
 
 
-def full_interval_minimiser(schedule: Schedule, data: Mixture, t: float, prediction: str) -> Tensor:
+def full_interval_minimiser(schedule: Schedule, data: Mixture, t: float, prediction: str, x_t: Tensor = X_T) -> Tensor:
     """E[usual target | x_t] with x_0 known, [N, 1]."""
     a_t, v_t = schedule.alpha(t), schedule.sigma(t)
-    x0 = data.mean_x0(X_T, a_t, v_t)
-    return as_prediction(prediction, x0, (X_T - a_t * x0) / v_t, a_t, v_t)[:, None]
+    x0 = data.mean_x0(x_t, a_t, v_t)
+    return as_prediction(prediction, x0, (x_t - a_t * x0) / v_t, a_t, v_t)[:, None]
 
 
 def deviation(
@@ -73,7 +73,7 @@ def deviation(
 def test_the_subinterval_target_has_the_full_intervals_minimiser(
     schedule: Schedule, data: Mixture, s: float, prediction: str
 ) -> None:
-    assert deviation(subinterval_target, schedule, data, s, prediction) < 1e-10  # type: ignore[arg-type]
+    assert deviation(subinterval_target, schedule, data, s, prediction) < 1e-10
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -83,32 +83,26 @@ def test_targets_are_affine(schedule: Schedule, prediction: str) -> None:
     torch.manual_seed(0)
     x, noise = torch.randn(2, 1000, 1, dtype=torch.float64)
     for target in (subinterval_target, naive_target):
-        targets = target(schedule, x, noise, 0.8, 0.3, prediction)  # type: ignore[arg-type]
-        at_mean = target(schedule, x.mean(0, True), noise.mean(0, True), 0.8, 0.3, prediction)  # type: ignore[arg-type]
+        targets = target(schedule, x, noise, 0.8, 0.3, prediction)
+        at_mean = target(schedule, x.mean(0, True), noise.mean(0, True), 0.8, 0.3, prediction)
         torch.testing.assert_close(targets.mean(0, True), at_mean, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_minimiser_holds_in_a_plain_average_over_samples(prediction: str) -> None:
     """No closed form of x_s given x_t: weigh simulated (x_0, x_s) by p(x_t | x_s), and compare at one x_t."""
-    schedule, s, t, x_t = RectifiedFlow(), 0.3, 0.8, 0.4
+    schedule, s, t, x_t = RectifiedFlow(), 0.4, 0.7, 1.5
     torch.manual_seed(0)
     x0 = torch.tensor([-1.0, 0.0, 1.0, 2.0], dtype=torch.float64).repeat(500_000)
     x_s = schedule.diffuse(x0[:, None], torch.randn(len(x0), 1, dtype=torch.float64), s)
     _, _, _, _, ratio, sigma = coefficients(schedule, s, t)
     eps = (x_t - ratio * x_s) / sigma
     weight = torch.softmax(-0.5 * eps[:, 0] ** 2, dim=0)[:, None]
-    exact = full_interval_minimiser(schedule, POINTS, t, prediction)
-    exact_at = float(exact[(X_T - x_t).abs().argmin(), 0])
-    assert abs(float(X_T[(X_T - x_t).abs().argmin()]) - x_t) < 0.11
-    # X_T has no 0.4: interpolate the exact curve.
-    low, high = int((X_T <= x_t).sum()) - 1, int((X_T <= x_t).sum())
-    part = float((x_t - X_T[low]) / (X_T[high] - X_T[low]))
-    exact_at = float((1 - part) * exact[low, 0] + part * exact[high, 0])
-    mean = float((weight * subinterval_target(schedule, x_s, eps, t, s, prediction)).sum())  # type: ignore[arg-type]
-    naive = float((weight * naive_target(schedule, x_s, eps, t, s, prediction)).sum())  # type: ignore[arg-type]
-    assert abs(mean - exact_at) < 0.01
-    assert abs(naive - exact_at) > 0.05
+    exact = float(full_interval_minimiser(schedule, POINTS, t, prediction, torch.tensor([x_t], dtype=torch.float64)))
+    mean = float((weight * subinterval_target(schedule, x_s, eps, t, s, prediction)).sum())
+    naive = float((weight * naive_target(schedule, x_s, eps, t, s, prediction)).sum())
+    assert abs(mean - exact) < 0.01
+    assert abs(naive - exact) > 0.05
 
 
 # What the paper prints and what people write instead: each must fail the proof.
@@ -145,7 +139,7 @@ def eq_15_with_its_sign_mended(
 @pytest.mark.parametrize("schedule", [SCHEDULES["flow"], SCHEDULES["variance-preserving"]], ids=["flow", "vp"])
 def test_the_wrong_targets_fail_the_proof(schedule: Schedule, data: Mixture, s: float) -> None:
     for prediction in PREDICTIONS:
-        assert deviation(naive_target, schedule, data, s, prediction) > 0.1  # type: ignore[arg-type]
+        assert deviation(naive_target, schedule, data, s, prediction) > 0.1
     assert deviation(eq_13_as_printed, schedule, data, s, "flow") > 1.0
     assert deviation(eq_15_as_printed, schedule, data, s, "x0") > 0.1
     assert deviation(eq_15_with_its_sign_mended, schedule, data, s, "x0") > 0.02
@@ -164,21 +158,21 @@ def test_at_s_0_all_is_as_usual(schedule: Schedule, prediction: str) -> None:
     t = torch.tensor([1e-3, 0.02, 0.5, 0.9, 1.0], dtype=torch.float64)
     usual = as_prediction(prediction, x, noise, schedule.alpha(t)[:, None], schedule.sigma(t)[:, None])
     for target in (subinterval_target, naive_target):
-        torch.testing.assert_close(target(schedule, x, noise, t, 0.0, prediction), usual, rtol=0, atol=1e-12)  # type: ignore[arg-type]
+        torch.testing.assert_close(target(schedule, x, noise, t, 0.0, prediction), usual, rtol=0, atol=1e-12)
     plain = (output - usual).square().mean(1)
     for kind in ("subinterval", "naive"):
-        loss = score_matching_loss(schedule, output, x, noise, t, 0.0, prediction, 10.0, kind)  # type: ignore[arg-type]
+        loss = score_matching_loss(schedule, output, x, noise, t, 0.0, prediction, 10.0, kind)
         torch.testing.assert_close(loss, plain, rtol=1e-9, atol=1e-12)
-    in_32 = score_matching_loss(schedule, output.float(), x.float(), noise.float(), t, 0.0, prediction)  # type: ignore[arg-type]
+    in_32 = score_matching_loss(schedule, output.float(), x.float(), noise.float(), t, 0.0, prediction)
     torch.testing.assert_close(in_32, plain.float(), rtol=1e-4, atol=1e-4)
-    off = score_matching_loss(schedule, output, x, noise, t, 0.0, prediction, None)  # type: ignore[arg-type]
+    off = score_matching_loss(schedule, output, x, noise, t, 0.0, prediction, None)
     torch.testing.assert_close(off, plain, rtol=1e-9, atol=1e-12)
 
 
 def loss_gradient(output: Tensor, *rest: object, **options: object) -> Tensor:
     """The gradient of the summed loss with respect to the network's output."""
     output = output.clone().requires_grad_()
-    score_matching_loss(SCHEDULES["flow"], output, *rest, **options).sum().backward()  # type: ignore[arg-type]
+    score_matching_loss(SCHEDULES["flow"], output, *rest, **options).sum().backward()
     assert output.grad is not None
     return output.grad
 
@@ -190,6 +184,7 @@ def test_the_stable_loss_is_least_at_the_true_minimiser(data: Mixture, predictio
     """Its gradient is affine in (output, x_s, eps), so the mean gradient given x_t is the gradient at the means."""
     schedule = SCHEDULES["flow"]
     for s in (0.25, 0.5, 0.75):
+        naive = 0.0
         for t in times_after(s):
             x_s, eps = given_x_t(schedule, data, s, t)
             best = full_interval_minimiser(schedule, data, t, prediction)
@@ -200,8 +195,8 @@ def test_the_stable_loss_is_least_at_the_true_minimiser(data: Mixture, predictio
             # Elsewhere it pulls back, with the curvature of the weight alone.
             moved = loss_gradient(best + 0.1, *args, clamp=clamp)
             torch.testing.assert_close(moved, torch.full_like(moved, 0.2 * weight), rtol=1e-7, atol=1e-9)
-        if prediction != "v":
-            assert loss_gradient(best, *args, clamp=clamp, target="naive").abs().max() > 0.1
+            naive = max(naive, float(loss_gradient(best, *args, clamp=clamp, target="naive").abs().max()))
+        assert naive > 0.1
 
 
 def test_the_loss_is_quadratic_in_output_and_affine_in_gradient() -> None:
@@ -220,18 +215,18 @@ def test_the_clamp_only_weighs(prediction: str) -> None:
     torch.manual_seed(0)
     for _ in range(3):  # whatever the output and the draw, the ratio is that of the weights
         output, x, noise = torch.randn(3, 5, 6, dtype=torch.float64)
-        free = score_matching_loss(schedule, output, x, noise, t, s, prediction, None)  # type: ignore[arg-type]
-        target = subinterval_target(schedule, x, noise, t, s, prediction)  # type: ignore[arg-type]
+        free = score_matching_loss(schedule, output, x, noise, t, s, prediction, None)
+        target = subinterval_target(schedule, x, noise, t, s, prediction)
         torch.testing.assert_close(free, (output - target).square().mean(1), rtol=1e-9, atol=0)
-        held = score_matching_loss(schedule, output, x, noise, t, s, prediction, 10.0)  # type: ignore[arg-type]
+        held = score_matching_loss(schedule, output, x, noise, t, s, prediction, 10.0)
         torch.testing.assert_close(held / free, (10 * sigma**2).clamp(max=1.0), rtol=1e-9, atol=0)
 
 
 def test_the_clamp_tames_the_variance_near_s() -> None:
-    """For t in [.5, .55] the loss's spread at clamp 10 is an order of magnitude below the free one's."""
+    """For t in [.5, .55] the mean square of the target is in the hundreds (and has no bound), at clamp 10 about 11."""
     schedule, s = SCHEDULES["flow"], 0.5
     torch.manual_seed(0)
-    t = 0.5005 + 0.0495 * torch.rand(100_000, dtype=torch.float64)
+    t = 0.5 + 0.05 * torch.rand(100_000, dtype=torch.float64)
     x0 = torch.tensor([-1.0, 0.0, 1.0, 2.0], dtype=torch.float64).repeat(25_000)[:, None]
     x_s, noise = schedule.diffuse(x0, torch.randn_like(x0), s), torch.randn_like(x0)
     free, held = (
@@ -253,6 +248,6 @@ def test_shapes_dtypes_and_names() -> None:
     assert subinterval_target(schedule, x, x, t, 0.5, "flow").dtype == torch.bfloat16
     for call in (subinterval_target, naive_target):
         with pytest.raises(ValueError, match="velocity"):
-            call(schedule, x, x, t, 0.5, "velocity")  # type: ignore[arg-type]
+            call(schedule, x, x, t, 0.5, "velocity")
     with pytest.raises(ValueError, match="biased"):
-        score_matching_loss(schedule, x, x, x, t, 0.5, "flow", target="biased")  # type: ignore[arg-type]
+        score_matching_loss(schedule, x, x, x, t, 0.5, "flow", target="biased")

@@ -52,7 +52,7 @@ def test_sampled_times_follow_the_law_kept_to_the_interval(
     whole = shift * whole / (1 + (shift - 1) * whole)
     kept = whole[(whole > low) & (whole <= high)]
     u = torch.rand(20_000, generator=generator, dtype=torch.float64)
-    t = sample_times(u, low, high, shift, distribution)  # type: ignore[arg-type]
+    t = sample_times(u, low, high, shift, distribution)
     assert t.dtype == torch.float64 and float(t.min()) > low and float(t.max()) <= high
     assert stats.ks_2samp(t.numpy(), kept.numpy()).pvalue > 0.01
     if (shift, distribution) != (1.0, "uniform"):
@@ -63,12 +63,12 @@ def test_sampled_times_follow_the_law_kept_to_the_interval(
 @pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
 def test_sampled_times_keep_the_margin_and_rise_with_u(distribution: str) -> None:
     u = torch.tensor([0.0, 1e-300, 0.1, 0.5, 1.0 - 2.0**-53], dtype=torch.float64)
-    t = sample_times(u, 0.875, 1.0, 5.0, distribution, margin=0.01)  # type: ignore[arg-type]
+    t = sample_times(u, 0.875, 1.0, 5.0, distribution, margin=0.01)
     assert float(t[0]) > 0.885 and (t[2:] > t[1:-1]).all() and float(t[-1]) <= 1.0
-    t = sample_times(u, 0.3, 0.7, 5.0, distribution)  # type: ignore[arg-type]
+    t = sample_times(u, 0.3, 0.7, 5.0, distribution)
     assert float(t[0]) > 0.3  # not s itself, even at u = 0
     assert RectifiedFlow().bridge(0.3, t).sigma.isfinite().all()
-    edm = sample_times(u, 20.0, 80.0, 1.0, distribution, t_max=80.0)  # type: ignore[arg-type]
+    edm = sample_times(u, 20.0, 80.0, 1.0, distribution, t_max=80.0)
     assert float(edm.min()) > 20.0 and 79.0 < float(edm.max()) <= 80.0
 
 
@@ -78,7 +78,7 @@ def test_times_that_cannot_be_are_refused() -> None:
         with pytest.raises(UserError, match="interval"):
             sample_times(u, low, high, margin=margin)
     with pytest.raises(UserError, match="logit_normal"):
-        sample_times(u, 0.0, 1.0, distribution="logitnormal")  # type: ignore[arg-type]
+        sample_times(u, 0.0, 1.0, distribution="logitnormal")
     with pytest.raises(UserError, match="steps"):
         step_grid(0)
     with pytest.raises(UserError, match="shift"):
@@ -150,9 +150,7 @@ def test_the_ode_carries_a_gaussian_and_heun_is_of_second_order(
 
     def error(method: str, steps: int) -> float:
         times = [ends[0] + (ends[1] - ends[0]) * i / steps for i in range(steps + 1)]
-        states = integrate(
-            schedule, exact_denoiser(schedule, data, kind), truth(ends[0]), times, kind, method  # type: ignore[arg-type]
-        )  # fmt: skip
+        states = integrate(schedule, exact_denoiser(schedule, data, kind), truth(ends[0]), times, kind, method)
         assert states.shape == (steps + 1, 9, 1) and torch.equal(states[0], truth(ends[0]))
         return float((states[-1] - truth(ends[1])).abs().max())
 
@@ -167,7 +165,7 @@ def test_the_ode_ends_at_clean_data() -> None:
     for kind in ("flow", "x0", "eps"):
         start = 1.0 if kind != "eps" else 0.999
         times = [start * (1 - i / 50) for i in range(51)]
-        x = integrate(schedule, exact_denoiser(schedule, OFF_CENTRE, kind), noise, times, kind)[-1]  # type: ignore[arg-type]
+        x = integrate(schedule, exact_denoiser(schedule, OFF_CENTRE, kind), noise, times, kind)[-1]
         assert x.isfinite().all()
         mean = sum(w * m for w, m in zip(OFF_CENTRE.weights, OFF_CENTRE.means, strict=True))
         square = sum(w * (m * m + d * d) for w, m, d in zip(*vars(OFF_CENTRE).values(), strict=True))

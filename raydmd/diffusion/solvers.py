@@ -1,6 +1,7 @@
 """Solver steps: the S of a few-step rollout (Phased DMD Eq. 10), and the teacher's probability-flow ODE."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -43,7 +44,7 @@ def integrate(
     eps is undefined there.
     """
     states = [x]
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in pairwise(times):
         x0, eps = schedule.denoised_pair(at_least_float32(denoise(x, t)), x, t, source)
         alpha, sigma = schedule.alpha(t_next), schedule.sigma(t_next)
         x_next = broadcast(alpha, x0) * x0 + broadcast(sigma, x0) * eps

@@ -67,7 +67,7 @@ class DigitsDiT(Denoiser):
                 f"multiple of heads ({heads})"
             )
         self.patch, self.grid = patch, SIZE // patch
-        self.register_buffer("frequencies", geometric(0.1, 1000.0, width // 2), persistent=False)
+        self.register_buffer("frequencies", geometric(0.1, 100.0, width // 2), persistent=False)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.patch_in = nn.Linear(patch * patch, width)

@@ -72,29 +72,33 @@ class Controller:
         self._last: dict[int, list[ObjectRef]] = {}
 
     async def run(self) -> None:
-        """Run every phase that is not done; errors of workers are raised as they are."""
+        """Run every phase that is not done; an error of a worker is raised as it is."""
         self._records: asyncio.Queue[Any] = asyncio.Queue()
-        async with asyncio.TaskGroup() as tasks:
-            recording = tasks.create_task(self._record())
-            await self._load_pairs()
-            for phase, end in zip(self.phases, self.ends, strict=True):
-                if self.committed >= end:
-                    continue
-                self._begin(phase)
-                for n in range(self.committed, end):
-                    await self._iterate(phase, n)
-                    if self.stopping or self.committed == self.until:
-                        break
-                    if n + 1 < end and (n + 1) % self.recipe.checkpoint.every == 0:
-                        self._checkpoint(phase.index)
-                if self.committed < end:  # stopped
-                    self._checkpoint(phase.index)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._record())
+                await self._train()
+                self._records.put_nowait(None)
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+
+    async def _train(self) -> None:
+        await self._load_pairs()
+        for phase, end in zip(self.phases, self.ends, strict=True):
+            if self.committed >= end:
+                continue
+            self._begin(phase)
+            for n in range(self.committed, end):
+                await self._iterate(phase, n)
+                if self.stopping or self.committed == self.until:
                     break
-                self._end(phase)
-            else:
-                self.finished = True
-            self._records.put_nowait(None)
-            await recording
+                if n + 1 < end and (n + 1) % self.recipe.checkpoint.every == 0:
+                    self._checkpoint(phase.index)
+            if self.committed < end:  # stopped
+                self._checkpoint(phase.index)
+                return
+            self._end(phase)
+        self.finished = True
 
     def stop(self) -> None:
         """Commit the iteration under way, write a manifest and return from ``run``."""
@@ -108,7 +112,7 @@ class Controller:
         updates = [fakes.consume("update", rollout.results) for rollout in rollouts]
         proposal = generators.produce("propose", n, inputs=self._draw(n, len(rollouts)))
         generated = fakes.produce("score", inputs=proposal.results)
-        await asyncio.wait([receipt.as_future() for receipt in proposal.receipts])
+        await asyncio.wait([asyncio.wrap_future(receipt.future()) for receipt in proposal.receipts])
         real = await scorers.map("score", [(result,) for result in proposal.results])
         step = generators.consume("update", real.results, generated.results)
         calls = [*rollouts, *updates, proposal, generated, real, step]

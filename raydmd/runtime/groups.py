@@ -101,7 +101,7 @@ class ScorerPool:
 
     def _give_back_after(self, worker: Any, receipt: ObjectRef) -> None:
         async def give_back() -> None:
-            await asyncio.wait([receipt.as_future()])  # whatever became of it
+            await asyncio.wait([asyncio.wrap_future(receipt.future())])  # whatever became of it
             self._free.put_nowait(worker)
 
         task = asyncio.create_task(give_back())
