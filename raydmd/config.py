@@ -22,8 +22,10 @@ class Section(BaseModel):
 class Teacher(Section):
     """The many-step diffusion model to distil."""
 
-    family: str = Field("digits", description="kind of network: see `raydmd recipes --families`")
-    path: str | None = Field(None, description="its weights: a folder of `raydmd pretrain`, or what from_pretrained takes")
+    family: str = Field("digits", description="kind of network: digits, ring, qwen-image, wan")
+    path: str | None = Field(
+        None, description="its weights: a folder of `raydmd pretrain`, or what from_pretrained takes"
+    )
     guidance_scale: float = Field(1.5, ge=0, description="w in u + w (c - u); 1 means no guidance")
     steps: Positive = Field(25, description="steps of its own many-step sampler, for evaluation and ODE pairs")
     options: dict[str, Any] = Field(default_factory=dict, description="what the family's network takes")
@@ -147,7 +149,9 @@ class Role(Section):
     cpus: float = Field(1.0, ge=0)
     gpus: float = Field(0.0, ge=0)
     resources: dict[str, float] = Field(default_factory=dict, description="custom Ray resources, each worker")
-    labels: dict[str, str] = Field(default_factory=dict, description="Ray label selector, e.g. ray.io/market-type: spot")
+    labels: dict[str, str] = Field(
+        default_factory=dict, description="Ray label selector, e.g. ray.io/market-type: spot"
+    )
     fallbacks: list[dict[str, str]] = Field(default_factory=list, description="label selectors to try next")
     threads: Positive = Field(1, description="torch threads of a worker")
 
@@ -234,7 +238,9 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
     if not path.is_file():
         shipped = shipped_recipes()
         if name_or_path not in shipped:
-            raise UserError(f"no recipe '{name_or_path}': neither a file nor a shipped one{nearest(name_or_path, shipped)}")
+            raise UserError(
+                f"no recipe '{name_or_path}': neither a file nor a shipped one{nearest(name_or_path, shipped)}"
+            )
         path = shipped[name_or_path]
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}

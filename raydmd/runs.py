@@ -27,7 +27,7 @@ class Run:
         if not (self.folder / "recipe.yaml").is_file():
             siblings = [path.parent.name for path in self.folder.parent.glob("*/recipe.yaml")]
             raise UserError(f"no run in '{folder}': it has no recipe.yaml{nearest(self.folder.name, siblings)}")
-        self.recipe: Recipe = load_recipe(str(self.folder / "recipe.yaml"))
+        self.recipe: Recipe = with_teacher(load_recipe(str(self.folder / "recipe.yaml")), self.folder)
         self.family: Family = recipe_family(self.recipe)
         self.phases: list[Phase] = plan_phases(self.recipe, self.family.schedule.t_max)
 
@@ -78,6 +78,18 @@ class Run:
 def expert_file(folder: Path, index: int) -> Path:
     """Return the file of expert ``index`` (0 for the first) in a run's folder."""
     return folder / "experts" / f"phase-{index + 1}" / "model.safetensors"
+
+
+def with_teacher(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe with its teacher's place filled in: ``folder/teacher`` where it names none."""
+    if recipe.teacher.path is not None:
+        return recipe
+    return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"path": own_teacher(folder)})})
+
+
+def own_teacher(folder: Path) -> str:
+    """Return where a run keeps the teacher that it trained itself."""
+    return str((folder / "teacher").resolve())
 
 
 def recipe_family(recipe: Recipe) -> Family:

@@ -109,7 +109,7 @@ def test_digits_dit_with_smaller_patches():
 
 
 def test_digits_dit_learns_the_flow():
-    """A few steps of plain flow matching beat the best constant by far; the same without the labels does worse."""
+    """A few steps of plain flow matching bring the loss to a third; the same without the labels does worse."""
     images, labels = load_digits("train")
 
     def train(labels, steps=250):
@@ -131,10 +131,9 @@ def test_digits_dit_learns_the_flow():
 
     first, last = train(labels)
     blind_first, blind_last = train(torch.full_like(labels, NULL_LABEL))
-    print(first, last, blind_first, blind_last)
     assert first > 1.3 and blind_first > 1.3
-    assert last < 0.55
-    assert last < blind_last - 0.01
+    assert last < 0.62 < blind_last
+    assert last < blind_last - 0.04
 
 
 def test_points_mlp_in_one_and_two_dimensions():

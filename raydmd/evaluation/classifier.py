@@ -1,8 +1,6 @@
 """A small classifier of the embedded digits: its penultimate layer is the feature space of the Frechet distances."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raydmd.data.digits import CLASSES, load_digits
+from raydmd.evaluation.chunks import single_thread
 from raydmd.evaluation.metrics import accuracy
 
 FEATURES = 64
@@ -20,30 +19,41 @@ CACHE_FILE = "digits-classifier-1.safetensors"  # the number changes when the ne
 
 
 class DigitsClassifier(nn.Module):
-    """Two 3x3 convolutions (16 and 32 channels), pooling, and a hidden layer of 64, on [N, 1, 8, 8] in [-1, 1]."""
+    """Two 3x3 convolutions (16 and 32 channels), pooling, and a hidden layer of 64, on [N, 1, 8, 8] in [-1, 1].
+
+    Attributes:
+        scale: the unit of `features`: it makes their total variance over all the digits 64, one for each. Without it
+            a Frechet distance's unit would be an accident of the training.
+    """
+
+    scale: Tensor
 
     def __init__(self) -> None:
         super().__init__()
+        self.register_buffer("scale", torch.ones(()))
         self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
         self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
         self.hidden = nn.Linear(32 * 4 * 4, FEATURES)
         self.out = nn.Linear(FEATURES, CLASSES)
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the penultimate layer's activations, after its ReLU, [N, 64]."""
-        x = F.relu(self.conv1(images))
-        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
-        return F.relu(self.hidden(x.flatten(1)))
+        """Return the penultimate layer's activations, after its ReLU, over ``scale``, [N, 64]."""
+        return self._hidden(images) / self.scale
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [N, 10]."""
-        return self.out(self.features(images))
+        return self.out(self._hidden(images))
 
     @torch.no_grad()
     def judge(self, images: Tensor, batch: int = 500) -> tuple[Tensor, Tensor]:
         """Return features [N, 64] and logits [N, 10] of many images."""
-        features = torch.cat([self.features(part) for part in images.float().split(batch)])
-        return features, self.out(features)
+        hidden = torch.cat([self._hidden(part) for part in images.float().split(batch)])
+        return hidden / self.scale, self.out(hidden)
+
+    def _hidden(self, images: Tensor) -> Tensor:
+        x = F.relu(self.conv1(images))
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        return F.relu(self.hidden(x.flatten(1)))
 
 
 def train_classifier(seed: int = 0) -> DigitsClassifier:
@@ -53,7 +63,7 @@ def train_classifier(seed: int = 0) -> DigitsClassifier:
     random state are left as they were.
     """
     images, labels = load_digits("train")
-    with _single_thread(), torch.random.fork_rng(devices=[]):
+    with single_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = DigitsClassifier()
         optimizer = torch.optim.AdamW(network.parameters(), lr=RATE)
@@ -66,6 +76,7 @@ def train_classifier(seed: int = 0) -> DigitsClassifier:
                     F.cross_entropy(network(images[chosen]), labels[chosen]).backward()
                     optimizer.step()
                     schedule.step()
+        network.scale.copy_((network.judge(load_digits()[0])[0].var(0).sum() / FEATURES).sqrt())
     return network.requires_grad_(False).eval()
 
 
@@ -93,14 +104,3 @@ def held_out_accuracy(network: DigitsClassifier) -> float:
     """Return the accuracy on the test split, which training never sees."""
     images, labels = load_digits("test")
     return accuracy(network.judge(images)[1], labels)
-
-
-@contextmanager
-def _single_thread() -> Iterator[None]:
-    """Use one thread inside: with one count of threads the sums, and so the weights, are the same bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -101,9 +101,7 @@ class FlatParameters:
 
     def averaged(self) -> dict[str, torch.Tensor]:
         """Return the averaged weights by parameter name (the weights themselves without an average)."""
-        return {
-            name: view.clone() for name, view in zip(self.shapes, self._views(self.average), strict=True)
-        }
+        return {name: view.clone() for name, view in zip(self.shapes, self._views(self.average), strict=True)}
 
     def swap_average(self) -> None:
         """Exchange weights and average in place; calling it twice changes nothing."""

@@ -42,7 +42,13 @@ class Generator:
         self.phases = plan_phases(recipe, family.schedule.t_max)
         kind = recipe.method.experts
         self.experts = Experts(
-            teacher.to(self.device), len(self.phases), kind.kind, kind.rank, kind.alpha, family.lora_targets, recipe.seed
+            teacher.to(self.device),
+            len(self.phases),
+            kind.kind,
+            kind.rank,
+            kind.alpha,
+            family.lora_targets,
+            recipe.seed,
         )
         self.draws = recipe.method.fake_updates + 1
         self.pairs: Pairs | None = None
@@ -130,7 +136,8 @@ class Generator:
     def _regression(self, stamp: Stamp, count: int) -> torch.Tensor:
         """L2 between the student's and the teacher's result from the same noise (DMD Sec. 3.3)."""
         assert self.pairs is not None
-        noise, target, conditions = self.pairs.batch(stamp.draw // self.draws * self.recipe.batch.size + stamp.start, count)
+        first = stamp.draw // self.draws * self.recipe.batch.size + stamp.start
+        noise, target, conditions = self.pairs.batch(first, count)
         t = torch.full((count,), self.phase.times[0], dtype=torch.float64, device=self.device)
         prediction = self.experts.expert(self.phase.index)(noise, t, conditions)
         x0 = self.family.schedule.convert(prediction, noise, t, self.family.prediction, "x0")

@@ -15,6 +15,16 @@ class Pairs:
     result: torch.Tensor
     conditions: Conditions
 
+    @classmethod
+    def join(cls, parts: "list[Pairs]", device: torch.device | str = "cpu") -> "Pairs":
+        """Put consecutive parts together."""
+        names = parts[0].conditions
+        return cls(
+            torch.cat([part.noise for part in parts]).to(device),
+            torch.cat([part.result for part in parts]).to(device),
+            {name: torch.cat([part.conditions[name] for part in parts]).to(device) for name in names},
+        )
+
     def batch(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor, Conditions]:
         """Return pairs ``start .. start + count``, wrapping round."""
         index = torch.arange(start, start + count) % self.noise.shape[0]

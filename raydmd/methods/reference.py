@@ -80,10 +80,8 @@ def train(
 
 def make_pairs(recipe: Recipe, family: Family, scorer: Scorer, prompts: PromptTable, chunk: int = 256) -> Pairs:
     """Let the teacher make the recipe's ODE pairs; pair j uses prompt row j."""
-    total, parts = recipe.method.regression.pairs, []
+    total, made = recipe.method.regression.pairs, []
     for start in range(0, total, chunk):
         conditions = family.conditions(prompts.rows(start, min(chunk, total - start)))
-        parts.append((*scorer.pairs(start, min(chunk, total - start), conditions), conditions))
-    noise, result = (torch.cat([part[i] for part in parts]) for i in (0, 1))
-    names = parts[0][2]
-    return Pairs(noise, result, {name: torch.cat([part[2][name] for part in parts]) for name in names})
+        made.append(scorer.pairs(start, min(chunk, total - start), conditions))
+    return Pairs.join(made)

@@ -1,6 +1,7 @@
 """Rollouts of the experts from noise to a phase's end (Phased DMD Sec. 2.2-2.3, Fig. 1)."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 
@@ -70,7 +71,7 @@ def steps(
         last_phase = phase is phases[-1]
         times = truncated(phase, leave) if last_phase and leave else phase.times
         denoise = experts.expert(phase.index)
-        for step, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True), start=1):
+        for step, (t, t_next) in enumerate(pairwise(times), start=1):
             keep = grad and last_phase and (phase.gradient == "vanilla" or step == len(times) - 1)
             with torch.set_grad_enabled(keep):
                 at = torch.full((count,), t, dtype=torch.float64, device=device)

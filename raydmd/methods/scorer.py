@@ -7,6 +7,7 @@ from raydmd.diffusion.random import Key, normal
 from raydmd.diffusion.solvers import integrate
 from raydmd.diffusion.times import step_grid
 from raydmd.methods.batch import Noised, Score
+from raydmd.methods.pairs import Pairs
 from raydmd.models.protocol import Conditions, Denoiser, Family
 from raydmd.objectives.distribution_matching import guided
 
@@ -54,8 +55,9 @@ class Scorer:
             "heun" if method == "heun" else "euler",
         )  # fmt: skip
 
-    def pairs(self, start: int, count: int, conditions: Conditions) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return noise and the teacher's many-step result of ODE pairs ``start..start+count`` (DMD Sec. 3.3)."""
+    def pairs(self, start: int, count: int, conditions: Conditions) -> Pairs:
+        """Make ODE pairs ``start .. start + count``: noise and the teacher's many-step result (DMD Sec. 3.3)."""
         noise = normal(Key(self.recipe.seed, 0, "pairs", 0), start, count, self.family.latent_shape)
         noise = noise * float(self.family.schedule.sigma(self.family.schedule.t_max))
-        return noise, self.sample(noise, conditions, steps=self.recipe.teacher.steps)[-1].cpu()
+        result = self.sample(noise, conditions, steps=self.recipe.teacher.steps)[-1]
+        return Pairs(noise, result.cpu(), conditions)

@@ -107,7 +107,7 @@ class Experts(nn.Module):
     def state(self, index: int) -> dict[str, Tensor]:
         """Return a copy of expert ``index``'s weights by name: a network's own names, or those of its LoRA layers
         (``<layer>.lora_A.weight``, ``<layer>.lora_B.weight``), on the device that they are on.
-        """  # noqa: D205
+        """
         self._check_started(index)
         tensors: Mapping[str, Tensor] = self._parameters_of(index)
         if self.kind == "full":

@@ -20,7 +20,7 @@ HUB = "hf://"
 class PretrainedDenoiser(Denoiser):
     """A diffusers transformer behind the protocol; its parameters' names start with ``transformer.``, as in diffusers'
     LoRA files.
-    """  # noqa: D205
+    """
 
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__()

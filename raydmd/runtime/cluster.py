@@ -3,6 +3,7 @@
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -26,7 +27,7 @@ def connect(recipe: Recipe) -> bool:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if ray.is_initialized():
         return False
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     if "RAY_ADDRESS" in os.environ:
         ray.init(**quiet)
         return False
@@ -58,14 +59,15 @@ async def launch(
     workers = {
         name: [
             ray.remote(WORKERS[name])
-            .options(**actor_options(role), name=None)
+            .options(**actor_options(role))
             .remote(recipe, number, role.threads, worker_device(role, recipe.runtime.device), (parts or PARTS)[name])
             for number in range(role.max_workers)
         ]
         for name, role in roles.items()
     }
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    stream = ray.remote(PromptStream).options(num_cpus=0).remote(recipe, prompts)
+    local = prompts if "://" in prompts else f"local://{prompts}"  # only this node is sure to have it
+    stream = ray.remote(PromptStream).options(num_cpus=0, scheduling_strategy=here).remote(recipe, local)
     archivist = ray.remote(Archivist).options(num_cpus=0, scheduling_strategy=here)
     await wait_placed({**workers, "prompts": [stream]}, roles, recipe.runtime.placement_timeout, recorder.say)
     cluster = Cluster(

@@ -28,8 +28,8 @@ class Cluster:
     @property
     def sizes(self) -> dict[str, int]:
         """Workers of each role."""
-        groups = {"teacher": self.scorers, "fake": self.fakes, "generator": self.generators}
-        return {role: len(group.workers) for role, group in groups.items()}
+        workers = {"teacher": self.scorers.workers, "fake": self.fakes.workers, "generator": self.generators.workers}
+        return {role: len(group) for role, group in workers.items()}
 
 
 @dataclass

@@ -11,13 +11,15 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from raydmd.config import Recipe, dump_recipe, load_recipe
-from raydmd.data.prompts import ensure_embedded_prompts
+from raydmd.data.embedded import EMBEDDED
+from raydmd.data.prompts import PromptTable, ensure_embedded_prompts
 from raydmd.errors import UserError
 from raydmd.methods.plan import plan_iterations, plan_phases
-from raydmd.runs import expert_file, recipe_family
+from raydmd.runs import expert_file, own_teacher, recipe_family, with_teacher
 from raydmd.runtime.cluster import connect, launch
 from raydmd.runtime.controller import Controller
 from raydmd.runtime.manifest import Archive, Manifest
+from raydmd.runtime.pretrain import pretrain
 from raydmd.runtime.recorder import Recorder
 from raydmd.runtime.workers import Factory
 
@@ -34,8 +36,10 @@ def distill(
 ) -> bool:
     """Distil by ``recipe`` into ``folder``; return whether the run is finished (else it was stopped).
 
+    A recipe that names no teacher has its embedded one trained into ``folder/teacher`` first.
+
     Args:
-        recipe: the recipe; its teacher.path is set.
+        recipe: the recipe.
         folder: the run's folder.
         resume: ``auto`` continues what the folder holds, ``never`` refuses a folder that holds a run.
         console: where progress is shown.
@@ -45,41 +49,71 @@ def distill(
     Raises:
         UserError: a bad recipe, a folder that holds another run, workers that cannot be placed.
     """
-    console = console or Console()
-    family = recipe_family(recipe)
-    phases = plan_phases(recipe, family.schedule.t_max)
-    lengths = plan_iterations(recipe, phases)
+    console, recipe = console or Console(), absolute(recipe)
+    check(recipe)
     start, states, experts = prepare(recipe, folder, resume)
-    if start is not None and start.iteration == sum(lengths):
-        console.print(f"{folder} is finished: nothing to do", highlight=False)
+    recipe = with_teacher(recipe, folder)
+    phases = plan_phases(recipe, recipe_family(recipe).schedule.t_max)
+    lengths = plan_iterations(recipe, phases)
+    done = start.iteration if start else 0
+    if done == sum(lengths):
+        console.print(f"{folder} is finished: nothing to do", highlight=False, soft_wrap=True)
         return True
-    prompts = recipe.prompts.path or str(ensure_embedded_prompts(family, folder / "prompts"))
-    recorder = Recorder(folder, recipe, sum(lengths), start.iteration if start else 0, console)
     owned = connect(recipe)
-    since = time.perf_counter()
+    recorder = None
     try:
+        if not done and recipe.teacher.path == own_teacher(folder) and not Path(own_teacher(folder)).is_dir():
+            pretrain(recipe, folder / "teacher", console)
+        prompts = recipe.prompts.path or str(ensure_embedded_prompts(recipe_family(recipe), folder / "prompts"))
+        recorder = Recorder(folder, recipe, sum(lengths), done, console)
 
         async def main() -> Controller:
+            since = time.perf_counter()
             cluster = await launch(recipe, folder, prompts, recorder, parts)
-            facts: dict[str, Any] = {"resumed": start.iteration} if start else {}
+            facts = {"resumed": done} if start else {}
             recorder.event("started", workers=cluster.sizes, seconds=round(time.perf_counter() - since, 3), **facts)
             controller = Controller(recipe, phases, lengths, cluster, recorder, start, states, experts, until)
-            loop = asyncio.get_running_loop()
-            with _interrupts(loop, controller, recorder):
+            with _Interrupts(asyncio.get_running_loop(), controller, recorder):
                 await controller.run()
+            seconds = round(time.perf_counter() - since, 3)
+            kind = "finished" if controller.finished else "stopped"
+            recorder.event(kind, iteration=controller.committed, seconds=seconds)
             return controller
 
-        controller = asyncio.run(main())
-        recorder.event(
-            "finished" if controller.finished else "stopped",
-            iteration=controller.committed,
-            seconds=round(time.perf_counter() - since, 3),
-        )
-        return controller.finished
+        return asyncio.run(main()).finished
     finally:
-        recorder.close()
+        if recorder is not None:
+            recorder.close()
         if owned:
             ray.shutdown()
+
+
+def absolute(recipe: Recipe) -> Recipe:
+    """Return the recipe with local paths made absolute, so that it means the same elsewhere."""
+    changes: dict[str, Any] = {}
+    for name in ("teacher", "prompts"):
+        section = getattr(recipe, name)
+        if section.path is not None and Path(section.path).exists():
+            changes[name] = section.model_copy(update={"path": str(Path(section.path).resolve())})
+    return recipe.model_copy(update=changes)
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse what would fail later, before anything is written.
+
+    Raises:
+        UserError: a method, a teacher or a file of prompts that is not there or does not fit.
+    """
+    family = recipe_family(recipe)
+    plan_iterations(recipe, plan_phases(recipe, family.schedule.t_max))
+    if recipe.teacher.path is not None:
+        family.load_teacher()
+    elif family.name not in EMBEDDED:
+        raise UserError(f"teacher.path: family '{family.name}' needs a folder or a hub's name of its weights")
+    if recipe.prompts.path is not None:
+        PromptTable(recipe.prompts.path, family.condition_columns)
+    elif family.name not in EMBEDDED:
+        raise UserError(f"prompts.path: family '{family.name}' ships no prompts; give a Parquet file")
 
 
 def prepare(recipe: Recipe, folder: Path, resume: str) -> tuple[Manifest | None, dict[str, Any], list[Any]]:
@@ -122,7 +156,7 @@ def _first_difference(ours: Any, theirs: Any, key: str) -> str:
     return f"{key}: {theirs} there, {ours} here"
 
 
-class _interrupts:
+class _Interrupts:
     """While inside, the first Ctrl-C (or SIGTERM) stops the run at the iteration's edge; a second one at once."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, controller: Controller, recorder: Recorder) -> None:

@@ -45,6 +45,7 @@ def pretrain(recipe: Recipe, folder: Path, console: Console | None = None) -> Pa
     family, settings = _embedded_family(recipe), recipe.pretrain
     if (folder / "config.json").is_file():
         raise UserError(f"--out {folder}: it already holds a teacher; choose another folder")
+    workers: Any = (settings.min_workers, settings.max_workers)  # a range is what makes Ray Train elastic
     progress_file = folder / "pretrain.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     trainer = TorchTrainer(
@@ -52,9 +53,7 @@ def pretrain(recipe: Recipe, folder: Path, console: Console | None = None) -> Pa
         train_loop_config={"recipe": recipe.model_dump(mode="json"), "progress": str(progress_file)},
         torch_config=TorchConfig(backend="gloo"),
         scaling_config=ScalingConfig(
-            num_workers=settings.min_workers
-            if settings.min_workers == settings.max_workers
-            else (settings.min_workers, settings.max_workers),
+            num_workers=workers,
             resources_per_worker={"CPU": settings.cpus},
         ),
         run_config=RunConfig(

@@ -72,7 +72,7 @@ class Recorder:
         generator = [r.figures for r in receipts if r.role == "generator" and r.figures is not None]
         micro = sorted(row for figures in generator for row in figures.micro)
         losses = sorted(row for figures in fake for row in figures.losses)
-        rollouts = [versions[0] for r in receipts if r.role == "fake" and r.figures is not None for versions in r.versions]
+        rollouts = [made for r in receipts if r.role == "fake" and r.figures is not None for made, _ in r.versions]
         version = generator[0].version
         line = {
             "phase": phase + 1,
@@ -121,9 +121,8 @@ class Recorder:
             role: figures["busy_seconds"] / max(line["seconds"], 1e-9) / figures["workers"]
             for role, figures in line["roles"].items()
         }
-        figures = (
-            f"fake {line['loss_fake']:.3f}  |g| {line['generator_grad_norm']:.3g}  busy "
-            + " ".join(f"{role[0].upper()} {min(share, 1):.0%}" for role, share in used.items())
+        figures = f"fake {line['loss_fake']:.3f}  |g| {line['generator_grad_norm']:.3g}  busy " + " ".join(
+            f"{role[0].upper()} {min(share, 1):.0%}" for role, share in used.items()
         )
         done = line["iteration"] + 1
         self._progress.update(self._task, completed=done, phase=f"phase {line['phase']}", figures=figures)

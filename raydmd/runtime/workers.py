@@ -127,13 +127,7 @@ class GeneratorWorker(Worker):
 
     def load_pairs(self, *parts: Any) -> None:
         """Take the teacher's ODE pairs, in order."""
-        noise, result, conditions = zip(*(from_wire(part) for part in parts), strict=True)
-        device = torch.device(self.device)
-        self.part.pairs = Pairs(
-            torch.cat(noise).to(device),
-            torch.cat(result).to(device),
-            {name: torch.cat([c[name] for c in conditions]).to(device) for name in conditions[0]},
-        )
+        self.part.pairs = Pairs.join([from_wire(part) for part in parts], self.device)
 
     def rollout(self, micros: list[Micro], iteration: int, update: int, *conditions: Any) -> list[Any]:
         """Return the samples of each micro-batch of a fake update, then a receipt."""
@@ -206,10 +200,9 @@ class TeacherWorker(Worker):
         return to_wire(score), self.receipt(since, versions=[(score.stamp.generator_version, -1)])
 
     def pairs(self, start: int, count: int, conditions: Any) -> tuple[Any, Receipt]:
-        """Return (noise, result, conditions) of ODE pairs, and a receipt."""
+        """Return ODE pairs, and a receipt."""
         since = time.perf_counter()
-        conditions = from_wire(conditions)
-        return to_wire((*self.part.pairs(start, count, conditions), conditions)), self.receipt(since)
+        return to_wire(self.part.pairs(start, count, from_wire(conditions))), self.receipt(since)
 
 
 WORKERS: dict[str, type[Worker]] = {"generator": GeneratorWorker, "fake": FakeWorker, "teacher": TeacherWorker}

@@ -1,0 +1,11 @@
+"""`raydmd distill` as a Ray job: `ray job submit --working-dir . -- python jobs/distill.py digits`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the job's working folder need not be installed
+
+from raydmd.cli import main
+
+if __name__ == "__main__":
+    main(["distill", *sys.argv[1:]])

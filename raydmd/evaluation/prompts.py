@@ -1,0 +1,71 @@
+"""What to sample for: prompts in turn for pictures and figures, and the prompt that a user gives."""
+
+import numpy as np
+
+from raydmd.config import Recipe
+from raydmd.data.digits import CLASSES
+from raydmd.data.prompts import PromptTable
+from raydmd.errors import UserError, nearest
+from raydmd.models.protocol import Conditions, Family
+
+TEXT_COLUMNS = ("prompt", "text", "caption")
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def in_turn(recipe: Recipe, family: Family, count: int) -> Conditions:
+    """Return conditions of ``count`` samples: the digits 0..9 again and again, or the prompt table's rows.
+
+    Raises:
+        UserError: a family without prompts of its own, and ``prompts.path`` is not given or not readable.
+    """
+    if family.name == "digits":
+        return family.conditions({"label": np.arange(count) % CLASSES})
+    if not family.condition_columns:
+        return family.conditions({})
+    return family.conditions(_table(recipe, family).rows(0, count))
+
+
+def from_text(recipe: Recipe, family: Family, prompt: str, count: int) -> Conditions:
+    """Return conditions of ``count`` samples of one prompt.
+
+    Digits take ``0`` .. ``9``; the ring takes anything. Other families are conditioned on embeddings made beforehand:
+    there the prompt is a row's number in ``prompts.path``, or its text if the table has a column of texts.
+
+    Raises:
+        UserError: a prompt that is not there; the message names the right ones.
+    """
+    if family.name == "digits":
+        word = prompt.strip().lower()
+        if word in WORDS:
+            raise UserError(f"--prompt {prompt}: digits are asked for by figure: {WORDS.index(word)}")
+        if not (word.isascii() and word.isdigit() and int(word) < CLASSES):
+            raise UserError(f"--prompt {prompt}: a run on digits takes 0, 1, .. or {CLASSES - 1}")
+        return family.conditions({"label": np.full(count, int(word))})
+    if not family.condition_columns:
+        return family.conditions({})
+    table = _table(recipe, family)
+    row = _row(recipe, table, prompt)
+    rows = table.rows(row, 1)
+    return family.conditions({name: np.repeat(values, count, axis=0) for name, values in rows.items()})
+
+
+def _table(recipe: Recipe, family: Family) -> PromptTable:
+    if recipe.prompts.path is None:
+        raise UserError(f"prompts.path: family '{family.name}' needs a Parquet file of encoded prompts")
+    return PromptTable(recipe.prompts.path, family.condition_columns)
+
+
+def _row(recipe: Recipe, table: PromptTable, prompt: str) -> int:
+    if prompt.isascii() and prompt.isdigit():
+        if int(prompt) < len(table):
+            return int(prompt)
+        raise UserError(f"--prompt {prompt}: '{table.path}' has rows 0..{len(table) - 1}")
+    everything = PromptTable(table.path)
+    for name in TEXT_COLUMNS:
+        if name in everything.columns:
+            texts = [str(text) for text in PromptTable(table.path, [name]).rows(0, len(table))[name]]
+            if prompt in texts:
+                return texts.index(prompt)
+            hint = nearest(prompt, texts if len(texts) <= 10 else texts[:1000])
+            raise UserError(f"--prompt {prompt}: no such text in column '{name}' of '{table.path}'{hint[:200]}")
+    raise UserError(f"--prompt {prompt}: '{table.path}' has no column of texts; give a row's number, 0..{len(table) - 1}")
