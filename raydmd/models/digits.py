@@ -67,7 +67,7 @@ class DigitsDiT(Denoiser):
                 f"multiple of heads ({heads})"
             )
         self.patch, self.grid = patch, SIZE // patch
-        # Not DiT's 1000 at the top: t is continuous, and a network smoother in t learns as well (it even gained a little).
+        # Not DiT's 1000 at the top: t is continuous, and a network that is smoother in t learns it as well.
         self.register_buffer("frequencies", geometric(0.1, 100.0, width // 2), persistent=False)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)

@@ -12,7 +12,7 @@ from raydmd.config import Recipe
 from raydmd.runtime.controller import Cluster, micro_batches
 from raydmd.runtime.groups import ScorerPool, TrainerGroup
 from raydmd.runtime.manifest import Archivist
-from raydmd.runtime.placement import actor_options, wait_placed, worker_device
+from raydmd.runtime.placement import actor_options, describe, wait_placed, worker_device
 from raydmd.runtime.prompts import PromptStream
 from raydmd.runtime.recorder import Recorder
 from raydmd.runtime.workers import PARTS, WORKERS, Factory
@@ -69,7 +69,8 @@ async def launch(
     local = prompts if "://" in prompts else f"local://{prompts}"  # only this node is sure to have it
     stream = ray.remote(PromptStream).options(num_cpus=0, scheduling_strategy=here).remote(recipe, local)
     archivist = ray.remote(Archivist).options(num_cpus=0, scheduling_strategy=here)
-    await wait_placed({**workers, "prompts": [stream]}, roles, recipe.runtime.placement_timeout, recorder.say)
+    asks = {name: describe(role) for name, role in roles.items()} | {"prompts": f"the rows of {prompts}"}
+    await wait_placed({**workers, "prompts": [stream]}, asks, recipe.runtime.placement_timeout, recorder.say)
     cluster = Cluster(
         generators=TrainerGroup(workers["generator"], micro_batches(recipe)),
         fakes=TrainerGroup(workers["fake"], micro_batches(recipe)),

@@ -43,9 +43,15 @@ def describe(role: Role) -> str:
 
 
 async def wait_placed(
-    workers: dict[str, list[Any]], roles: dict[str, Role], timeout: float, say: Callable[[str], None]
+    workers: dict[str, list[Any]], asks: dict[str, str], timeout: float, say: Callable[[str], None]
 ) -> None:
     """Wait until every worker is up; every 15 seconds say which role waits for what.
+
+    Args:
+        workers: actors by role.
+        asks: in words, what a worker of each role asks for.
+        timeout: seconds to wait in all.
+        say: told what is waited for.
 
     Raises:
         UserError: the timeout ran out; names the role, what it asks for, and what the cluster has.
@@ -61,7 +67,7 @@ async def wait_placed(
             if not done:
                 elapsed += 15.0
                 words = "; ".join(
-                    f"{list(waiting.values()).count(role)} {role} worker(s) wait for {describe(roles[role])} each"
+                    f"{list(waiting.values()).count(role)} {role} worker(s) wait for {asks[role]} each"
                     for role in dict.fromkeys(waiting.values())
                 )
                 if elapsed >= timeout:
