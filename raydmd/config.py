@@ -11,12 +11,13 @@ from raydmd.errors import UserError, nearest
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
     """A part of the recipe: unknown keys are refused, values are fixed once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Teacher(Section):
@@ -102,17 +103,29 @@ class Optimizer(Section):
     """AdamW; the papers' betas are (0, 0.999)."""
 
     lr: Rate
-    betas: tuple[float, float] = (0.0, 0.999)
+    betas: tuple[Decay, Decay] = (0.0, 0.999)
     eps: Rate = 1e-8
     weight_decay: float = Field(0.0, ge=0)
     clip: float | None = Field(1.0, description="largest norm of the whole gradient; null: no clipping", gt=0)
 
 
+class GeneratorOptimizer(Optimizer):
+    """The generator's."""
+
+    lr: Rate = 5e-4
+
+
+class FakeOptimizer(Optimizer):
+    """The fake score's."""
+
+    lr: Rate = 1e-3
+
+
 class Optimizers(Section):
     """One optimizer for each trained role."""
 
-    generator: Optimizer = Optimizer(lr=5e-4)
-    fake: Optimizer = Optimizer(lr=1e-3)
+    generator: GeneratorOptimizer = GeneratorOptimizer()
+    fake: FakeOptimizer = FakeOptimizer()
 
 
 class Batch(Section):
@@ -288,16 +301,22 @@ def _override(tree: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
+UNION = ("constrained-int", "list[constrained-int]")  # pydantic's names for the two sides of `iterations`
+
+
 def _explain(error: ValidationError) -> str:
     """Reduce pydantic's report to one line: the key's path, what is wrong, the nearest right key."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    errors = error.errors()
+    first = errors[0]
+    if first["loc"][-1:] == UNION[:1]:  # of the two sides, the one that the value goes further into
+        first = max((e for e in errors if e["loc"][0] == first["loc"][0]), key=lambda e: len(e["loc"]))
+    where = ".".join(str(part) for part in first["loc"] if part not in UNION)
     if first["type"] == "extra_forbidden":
         *parents, key = [str(part) for part in first["loc"]]
         return f"unknown key '{where}'{nearest(key, _keys(parents))}"
     message = first["msg"].removeprefix("Value error, ")
     value = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
-    return f"{where}: {message}{value}" if where else message
+    return message if not where or message.startswith(f"{where}.") else f"{where}: {message}{value}"
 
 
 def _keys(parents: list[str]) -> list[str]:

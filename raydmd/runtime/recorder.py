@@ -59,7 +59,7 @@ class Recorder:
 
     def say(self, words: str) -> None:
         """Show a line to the user."""
-        self.console.print(words, highlight=False, markup=False)
+        self.console.print(words, highlight=False, markup=False, soft_wrap=True)
 
     def iteration(self, phase: int, iteration: int, receipts: list[Receipt], workers: dict[str, int]) -> dict[str, Any]:
         """Write the metrics of a committed iteration, from the receipts of all its calls."""

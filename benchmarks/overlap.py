@@ -1,0 +1,236 @@
+"""Seconds an iteration: Ray against the schedule's critical path, and against the sequential reference.
+
+Three measurements on the digits recipe at batch 256:
+
+    over_critical_path      Ray with roles that sleep for as long as the real ones work, over the critical path of the
+                            dependency graph of those sleeps: what the runtime itself costs
+    speedup_over_reference  the sequential reference over Ray with the real roles of one thread each; the reference on
+                            one thread (_1) and on two (_2)
+    reference_over_bare     the sequential reference over a loop written by hand (bare_loop.py), batch 64 and 256
+
+Every ratio is the median over rounds in which both sides run in turn.
+
+    python benchmarks/overlap.py --json overlap.json
+"""
+
+import shutil
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from bare_loop import bare_loop
+from common import arguments, finish, open_recipe
+from rich.console import Console
+
+from raydmd.config import Recipe
+from raydmd.diffusion.random import Key
+from raydmd.methods.batch import Noised, Samples, Score, Stamp
+from raydmd.methods.fake import Fake, FakeStats
+from raydmd.methods.generator import Generator, GeneratorStats
+from raydmd.methods.phase import Phase
+from raydmd.methods.plan import plan_iterations, plan_phases
+from raydmd.methods.reference import train
+from raydmd.methods.rollout import exit_step
+from raydmd.methods.scorer import Scorer
+from raydmd.runs import read_lines
+from raydmd.runtime.launch import distill
+
+Costs = dict[str, float]  # seconds of a call; a rollout's per network call
+QUIET = Console(quiet=True)
+
+
+def calibrate(recipe: Recipe, family: Any, teacher: Any, prompts: Any, repeats: int = 9) -> Costs:
+    """Time each role's real work on one thread, the median of some repeats."""
+    size = recipe.batch.size
+    generator, fake, scorer = (
+        Generator(recipe, family, teacher),
+        Fake(recipe, family, teacher),
+        Scorer(recipe, family, teacher),
+    )
+    generator.start_phase(0, 0)
+    fake.start_phase(0, 0)
+    conditions = family.conditions(prompts.rows(0, size))
+    costs: dict[str, list[float]] = {key: [] for key in ("call", "propose", "fake", "fake_score", "teacher", "update")}
+
+    def timed(key: str, work: Any, calls: int = 1) -> Any:
+        since = time.perf_counter()
+        result = work()
+        costs[key].append((time.perf_counter() - since) / calls)
+        return result
+
+    for n in range(repeats):
+        leave = exit_step(generator.phase, Key(recipe.seed, 0, "exit", n * generator.draws))
+        samples = timed("call", partial(generator.rollout, n, 0, 0, size, conditions), leave)
+        timed("fake", partial(fake.update, [samples]))
+        proposal = generator.propose(n, 0, size, conditions)
+        real = timed("teacher", partial(scorer.score, proposal))
+        generated = timed("fake_score", partial(fake.score, proposal))
+        timed("update", partial(generator.update, [real], [generated]))
+    costs["propose"] = [0.0]
+    return {key: statistics.median(values) for key, values in costs.items()}
+
+
+def network_calls(recipe: Recipe, phases: list[Phase], phase: Phase, draw: int) -> int:
+    """Return the network calls of a rollout: earlier phases whole, this one up to its exit step."""
+    leave = exit_step(phase, Key(recipe.seed, phase.index, "exit", draw))
+    return sum(other.steps for other in phases[: phase.index]) + leave
+
+
+def critical_path(recipe: Recipe, costs: Costs) -> float:
+    """Return the seconds of all iterations if messages took no time: each role works through its calls in order."""
+    phases, updates = plan_phases(recipe), recipe.method.fake_updates
+    generator = fake = teacher = 0.0
+    n = 0
+    for phase, length in zip(phases, plan_iterations(recipe, phases), strict=True):
+        for _ in range(length):
+            for u in range(updates):
+                generator += costs["call"] * network_calls(recipe, phases, phase, n * (updates + 1) + u)
+                fake = max(fake, generator) + costs["fake"]
+            generator += costs["call"] * network_calls(recipe, phases, phase, n * (updates + 1) + updates)
+            teacher = max(teacher, generator) + costs["teacher"]
+            fake = max(fake, generator) + costs["fake_score"]
+            generator = max(generator, teacher, fake) + costs["update"]
+            n += 1
+    return generator
+
+
+class _Flat:
+    """No weights: what a sleeping role has to save."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"weight": torch.zeros(1)}
+
+
+class Sleeper:
+    """A role whose work is to sleep; its messages have the real shapes."""
+
+    def __init__(self, recipe: Recipe, device: str, costs: Costs) -> None:
+        self.recipe, self.costs, self.phases, self.flat = recipe, costs, plan_phases(recipe), _Flat()
+        self.draws = recipe.method.fake_updates + 1
+        self.x = torch.zeros(recipe.batch.size, 1, 8, 8)
+        self.updates = 0
+
+    def start_phase(self, index: int, iteration: int) -> None:
+        self.phase = self.phases[index]
+
+    def end_phase(self) -> dict[str, torch.Tensor]:
+        return {"weight": torch.zeros(1)}
+
+    def rollout(self, iteration: int, update: int, start: int, count: int, conditions: Any) -> Samples:
+        stamp = Stamp(self.phase.index, iteration * self.draws + update, start, self.updates)
+        time.sleep(self.costs["call"] * network_calls(self.recipe, self.phases, self.phase, stamp.draw))
+        return Samples(stamp, self.x, conditions)
+
+    def propose(self, iteration: int, start: int, count: int, conditions: Any) -> Noised:
+        samples = self.rollout(iteration, self.draws - 1, start, count, conditions)
+        return Noised(samples.stamp, self.x, torch.zeros(count, dtype=torch.float64), conditions)
+
+
+class SleepingGenerator(Sleeper):
+    def update(self, teacher: list[Score], fake: list[Score], collective: Any) -> GeneratorStats:
+        time.sleep(self.costs["update"])
+        self.updates += 1
+        return GeneratorStats(0.0, [(0, 0.0, 0.0, 0.0)], self.updates)
+
+
+class SleepingFake(Sleeper):
+    def update(self, batches: list[Samples], collective: Any) -> FakeStats:
+        time.sleep(self.costs["fake"])
+        self.updates += 1
+        return FakeStats(0.0, [(0, 0.0)], self.updates)
+
+    def score(self, proposal: Noised) -> Score:
+        time.sleep(self.costs["fake_score"])
+        return Score(proposal.stamp, self.x)
+
+
+class SleepingScorer(Sleeper):
+    def score(self, proposal: Noised) -> Score:
+        time.sleep(self.costs["teacher"])
+        return Score(proposal.stamp, self.x)
+
+
+def on_ray(recipe: Recipe, folder: Path, parts: Any = None) -> list[float]:
+    """Return the seconds of each iteration on Ray."""
+    shutil.rmtree(folder, ignore_errors=True)
+    distill(recipe, folder, console=QUIET, parts=parts)
+    return [line["seconds"] for line in read_lines(folder / "metrics.jsonl")]
+
+
+def sequential(recipe: Recipe, family: Any, prompts: Any, threads: int) -> list[float]:
+    """Return the seconds of each iteration of the reference trainer."""
+    torch.set_num_threads(threads)
+    marks = [time.perf_counter()]
+    train(recipe, family, family.load_teacher(), prompts, lambda *_: marks.append(time.perf_counter()))
+    torch.set_num_threads(1)
+    return [later - earlier for earlier, later in zip(marks[:-1], marks[1:], strict=True)]
+
+
+def settled(seconds: list[float], recipe: Recipe, skip: int = 3) -> float:
+    """Return the mean over phases of the median seconds of an iteration, the first few of each phase left out."""
+    lengths, at, medians = plan_iterations(recipe, plan_phases(recipe)), 0, []
+    for length in lengths:
+        medians.append(statistics.mean(sorted(seconds[at + skip : at + length])[: length - skip]))
+        at += length
+    return statistics.mean(medians)
+
+
+def main() -> None:
+    """Measure all, print, write."""
+    parser = arguments(__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each comparison (default %(default)s)")
+    parser.add_argument("--iterations", type=int, default=40, help="iterations of a run (default %(default)s)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    settings = [f"iterations={options.iterations}", "monitor.samples_every=0", "monitor.tensorboard=false"]
+    settings += ["checkpoint.every=1000", "batch.micro=null"]
+    recipe, family, teacher, prompts = open_recipe("digits", options.work, *settings, "batch.size=256")
+    small = open_recipe("digits", options.work, *settings, "batch.size=64")[0]
+    folder = options.work / "overlap"
+    figures: dict[str, Any] = {"iterations": options.iterations, "rounds": options.rounds}
+
+    costs = calibrate(recipe, family, teacher, prompts)
+    figures["costs_ms"] = {key: 1e3 * value for key, value in costs.items()}
+    parts = {
+        "generator": partial(SleepingGenerator, costs=costs),
+        "fake": partial(SleepingFake, costs=costs),
+        "teacher": partial(SleepingScorer, costs=costs),
+    }
+    path = critical_path(recipe, costs) / options.iterations
+    ratios: dict[str, list[float]] = {}
+    seconds: dict[str, list[float]] = {"critical_path": [path]}
+    for _ in range(options.rounds):
+        asleep = statistics.mean(on_ray(recipe, folder, parts)[1:])
+        ray, one, two = (
+            settled(made, recipe)
+            for made in (
+                on_ray(recipe, folder),
+                sequential(recipe, family, prompts, 1),
+                sequential(recipe, family, prompts, 2),
+            )
+        )
+        ratios.setdefault("over_critical_path", []).append(asleep / path)
+        ratios.setdefault("speedup_over_reference_1", []).append(one / ray)
+        ratios.setdefault("speedup_over_reference_2", []).append(two / ray)
+        for key, value in {"ray_asleep": asleep, "ray": ray, "reference_1": one, "reference_2": two}.items():
+            seconds.setdefault(key, []).append(value)
+        labels = torch.as_tensor(prompts.rows(0, len(prompts))["label"], dtype=torch.int64)
+        for name, of in (("64", small), ("256", recipe)):
+            bare = settled(bare_loop(of, family, family.load_teacher(), labels), of)
+            ours = settled(sequential(of, family, prompts, 1), of)
+            ratios.setdefault(f"reference_over_bare_{name}", []).append(ours / bare)
+            seconds.setdefault(f"bare_{name}", []).append(bare)
+    for key, values in ratios.items():
+        figures[key] = statistics.median(values)
+        figures[f"{key}_range"] = [min(values), max(values)]
+    figures["reference_over_bare"] = max(figures["reference_over_bare_64"], figures["reference_over_bare_256"])
+    for key, values in seconds.items():
+        figures[f"ms_{key}"] = 1e3 * statistics.median(values)
+    finish("Overlap: seconds an iteration", figures, options.json)
+
+
+if __name__ == "__main__":
+    main()

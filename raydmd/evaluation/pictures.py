@@ -1,0 +1,195 @@
+"""Pictures that people look at: grids, panels side by side, scatters of points; and `raydmd generate`."""
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from raydmd.errors import UserError
+from raydmd.evaluation.prompts import from_text
+from raydmd.methods.sampling import sample_student
+from raydmd.models.protocol import Family
+from raydmd.runs import Run
+
+Pictures = Tensor | np.ndarray
+Limits = tuple[float, float, float, float]
+TILE = 48
+GAP = 2
+GREY = (128, 128, 128)
+BLUE = "#2f6fde"
+
+
+def to_image(picture: Pictures) -> Image.Image:
+    """Return one picture [1 or 3, H, W] in [0, 1] as an 8-bit image; what lies outside is clipped, no number is black."""
+    values = np.nan_to_num(np.asarray(picture, dtype=np.float64), nan=0.0)
+    pixels = np.rint(values.clip(0.0, 1.0) * 255).astype(np.uint8)
+    if pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
+        raise ValueError(f"a picture is [1 or 3, H, W], not {list(pixels.shape)}")
+    return Image.fromarray(pixels[0] if pixels.shape[0] == 1 else pixels.transpose(1, 2, 0))
+
+
+def enlarge(image: Image.Image, tile: int = TILE) -> Image.Image:
+    """Return a small image enlarged by a whole factor, without smoothing, so that a side has about ``tile`` pixels."""
+    factor = max(1, tile // max(image.size))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def grid(pictures: Pictures, columns: int = 10, tile: int = TILE) -> Image.Image:
+    """Return pictures [N, 1 or 3, H, W] in [0, 1] as one image, row by row; points [N, 2] as a scatter.
+
+    Args:
+        pictures: what ``family.decode`` returns.
+        columns: pictures in a row.
+        tile: small pictures are enlarged, without smoothing, to about this many pixels.
+
+    Raises:
+        ValueError: none, or another shape.
+    """
+    if pictures.ndim == 2 and pictures.shape[1] == 2 and len(pictures):
+        return scatter(pictures)
+    if pictures.ndim != 4 or not len(pictures):
+        raise ValueError(f"pictures are [N, 1 or 3, H, W] with N > 0, not {list(pictures.shape)}")
+    tiles = [enlarge(to_image(picture), tile) for picture in pictures]
+    columns = min(columns, len(tiles))
+    rows, (width, height) = -(-len(tiles) // columns), tiles[0].size
+    sheet = Image.new(
+        tiles[0].mode,
+        (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP),
+        GREY[0] if tiles[0].mode == "L" else GREY,
+    )
+    for number, image in enumerate(tiles):
+        sheet.paste(image, (number % columns * (width + GAP), number // columns * (height + GAP)))
+    return sheet
+
+
+def scatter(
+    points: Pictures, limits: Limits | None = None, *, color: str = BLUE, size: int = 360, transparent: bool = False
+) -> Image.Image:
+    """Return points [N, 2] in the plane as a square image, without axes.
+
+    Args:
+        points: the points.
+        limits: (left, right, bottom, top) of what is shown, so that panels can be compared; default: all of them.
+        color: of the dots.
+        size: of a side in pixels.
+        transparent: leave the ground out, for a page that has its own.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    values = np.asarray(points, dtype=np.float64)
+    values = values[np.isfinite(values).all(axis=1)]
+    left, right, bottom, top = limits or limits_of(values)
+    figure = Figure(figsize=(size / 100, size / 100), dpi=100)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
+    axes.axis("off")
+    axes.scatter(values[:, 0], values[:, 1], s=5, color=color, alpha=min(0.6, 600 / max(len(values), 1)), linewidths=0)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", transparent=transparent)
+    buffer.seek(0)
+    return Image.open(buffer).convert("RGBA" if transparent else "RGB")
+
+
+def limits_of(points: Pictures) -> Limits:
+    """Return a square (left, right, bottom, top) around points [N, 2], with a margin; what is not finite is left out."""
+    values = np.asarray(points, dtype=np.float64)
+    values = values[np.isfinite(values).all(axis=1)]
+    if not len(values):
+        return (-1.0, 1.0, -1.0, 1.0)
+    low, high = values.min(axis=0), values.max(axis=0)
+    middle, half = (low + high) / 2, max(float((high - low).max()) * 0.55, 1e-3)
+    return (middle[0] - half, middle[0] + half, middle[1] - half, middle[1] + half)
+
+
+def side_by_side(panels: Mapping[str, Pictures], columns: int = 10, tile: int = TILE) -> Image.Image:
+    """Return titled grids next to each other, for samples of equal seeds and prompts.
+
+    Raises:
+        ValueError: no panels.
+    """
+    if not panels:
+        raise ValueError("no panels to show")
+    points = [pictures for pictures in panels.values() if pictures.ndim == 2]
+    limits = limits_of(np.concatenate([np.asarray(each) for each in points])) if points else None
+    images = {
+        title: scatter(pictures, limits) if pictures.ndim == 2 else grid(pictures, columns, tile)
+        for title, pictures in panels.items()
+    }
+    font, gap = ImageFont.load_default(16), 16
+    width = sum(image.width for image in images.values()) + gap * (len(images) + 1)
+    sheet = Image.new("RGB", (width, max(image.height for image in images.values()) + 2 * gap + 24), "white")
+    draw, at = ImageDraw.Draw(sheet), gap
+    for title, image in images.items():
+        draw.text((at, gap // 2), title, fill="black", font=font)
+        sheet.paste(image.convert("RGB"), (at, gap + 24))
+        at += image.width + gap
+    return sheet
+
+
+def png(image: Image.Image) -> bytes:
+    """Return an image as PNG bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def save_png(image: Image.Image, path: Path) -> Path:
+    """Write an image, whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(png(image))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def generate(run: Run, prompt: str, n: int, seed: int, out: Path) -> list[Path]:
+    """Make pictures with a run's experts: ``out/PROMPT-SEED-I.png`` for I below ``n``; return the paths.
+
+    Each is made by itself, so picture I of a seed has the same bytes whatever ``n`` is. Points in the plane make one
+    picture of ``n`` points. Every file is whole or not there.
+
+    Raises:
+        UserError: a prompt that the family does not know, an expert that is missing, no teacher, or ``out`` is a file.
+    """
+    conditions = from_text(run.recipe, run.family, prompt, n)
+    phases = run.trained_phases()
+    if len(phases) < len(run.phases):
+        raise UserError(f"run '{run.folder}' has experts for {len(phases)} of {len(run.phases)} phases: train it to its end")
+    device = "cuda" if run.recipe.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
+    experts = run.experts(run.teacher().to(device)).to(device)
+    conditions = {name: value.to(device) for name, value in conditions.items()}
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: there is a file of that name; a folder is needed")
+    one_by_one = not in_plane(run.family)
+    paths = []
+    for start, count in [(i, 1) for i in range(n)] if one_by_one else [(0, n)]:
+        rows = {name: value[start : start + count] for name, value in conditions.items()}
+        made = sample_student(
+            run.family, experts, phases, rows, count,
+            seed=seed, start=start, solver=run.recipe.method.solver, device=device,
+        )  # fmt: skip
+        decoded = run.family.decode(made.latents.to(device)).cpu()
+        image = enlarge(to_image(decoded[0]), 256) if one_by_one else scatter(decoded, size=512)
+        out.mkdir(parents=True, exist_ok=True)
+        paths.append(save_png(image, out / f"{_file_name(prompt)}-{seed}-{start}.png"))
+    return paths
+
+
+def in_plane(family: Family) -> bool:
+    """Say whether a family's samples are points to be drawn in the plane."""
+    return family.latent_shape == (2,)
+
+
+def _file_name(prompt: str) -> str:
+    """Return a prompt as a part of a file's name: letters, figures and dashes."""
+    words: Sequence[str] = "".join(c if c.isalnum() else " " for c in prompt).split()
+    return "-".join(words)[:60] or "sample"

@@ -1,0 +1,73 @@
+"""What several test files share: small teachers, recipes that run in a second, and a local Ray."""
+
+import os
+
+os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import raydmd.runtime  # before Ray: what it starts here then listens on loopback only  # noqa: F401
+from raydmd.config import Recipe, load_recipe
+from raydmd.data.prompts import PromptTable, ensure_embedded_prompts
+from raydmd.methods.collective import Alone
+from raydmd.methods.pretraining import Pretraining
+from raydmd.models.protocol import save_teacher
+from raydmd.runs import recipe_family
+
+torch.set_num_threads(1)
+
+SMALL = {
+    "ring": ["teacher.options={width: 32, depth: 2}", "pretrain.batch=64", "pretrain.micro=64"],
+    "digits": ["teacher.options={width: 32, depth: 1, ratio: 2}", "pretrain.batch=32", "pretrain.micro=32"],
+}
+QUICK = [
+    "batch.size=16", "batch.micro=4", "iterations=4", "method.fake_updates=2", "monitor.samples_every=0",
+    "monitor.tensorboard=false", "checkpoint.every=100",
+]  # fmt: skip
+
+
+def train_teacher(recipe: Recipe, folder: Path) -> Path:
+    """Train the recipe's teacher in this process into ``folder``."""
+    training = Pretraining(recipe, recipe_family(recipe))
+    for iteration in range(recipe.pretrain.iterations):
+        training.step(iteration, 0, 1, Alone())
+    save_teacher(training.teacher(), folder, recipe.teacher.family, training.family.options)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of small, briefly trained teachers by family."""
+    root = tmp_path_factory.mktemp("teachers")
+    return {
+        family: train_teacher(load_recipe(family, [*small, "pretrain.iterations=200"]), root / family)
+        for family, small in SMALL.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def quick(teachers: dict[str, Path]):
+    """Return a maker of small recipes: ``quick("ring", "method.name=dmd", ...)``."""
+
+    def make(family: str, *overrides: str) -> Recipe:
+        return load_recipe(family, [f"teacher.path={teachers[family]}", *QUICK, *overrides])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory):
+    """Return a reader of a family's own prompts."""
+    root = tmp_path_factory.mktemp("prompts")
+
+    def table(family: str) -> PromptTable:
+        made = recipe_family(load_recipe(family))
+        return PromptTable(ensure_embedded_prompts(made, root), made.condition_columns)
+
+    return table
