@@ -170,12 +170,12 @@ def sequential(recipe: Recipe, family: Any, prompts: Any, threads: int) -> list[
 
 
 def settled(seconds: list[float], recipe: Recipe, skip: int = 3) -> float:
-    """Return the mean over phases of the median seconds of an iteration, the first few of each phase left out."""
-    lengths, at, medians = plan_iterations(recipe, plan_phases(recipe)), 0, []
+    """Return the mean seconds of an iteration, the first few of each phase left out; exit steps make them uneven."""
+    lengths, at, kept = plan_iterations(recipe, plan_phases(recipe)), 0, []
     for length in lengths:
-        medians.append(statistics.mean(sorted(seconds[at + skip : at + length])[: length - skip]))
+        kept += seconds[at + skip : at + length]
         at += length
-    return statistics.mean(medians)
+    return statistics.mean(kept)
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ class Pretrain(Section):
     iterations: Positive = 3000
     batch: Positive = 128
     micro: Positive | None = Field(64, description="samples of a micro-batch; null: the whole batch is one")
-    lr: Rate = 2e-3
+    lr: Rate = 4e-3
     warmup: NonNegative = 100
     ema: float = Field(0.999, ge=0, lt=1)
     label_dropout: float = Field(0.1, ge=0, le=1)

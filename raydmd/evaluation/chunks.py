@@ -33,8 +33,8 @@ def in_chunks(make: Callable[[int, int], Tensor], count: int, batch: int) -> Ten
         batch: of a chunk; the cut does not depend on the machine.
     """
     starts = range(0, count, batch)
-    workers = min(len(starts), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    with single_thread(), ThreadPoolExecutor(max(workers, 1)) as pool:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with single_thread(), ThreadPoolExecutor(max(1, min(len(starts), cores))) as pool:
         return torch.cat(list(pool.map(lambda start: make(start, min(batch, count - start)), starts)))
 
 

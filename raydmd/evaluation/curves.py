@@ -1,14 +1,16 @@
 """Line charts as inline SVG: they take their colours from the page, so they follow its light or dark ground."""
 
 import math
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from statistics import median
 
 WIDTH, HEIGHT = 420, 236
-LEFT, RIGHT, TOP, BOTTOM = 50, 10, 20, 26
+LEFT, RIGHT, TOP, BOTTOM = 50, 16, 20, 26
 BINS = 240
-SMOOTH = 0.12
+WINDOW = 0.03  # of the bins, on either side, that the running median takes in
 LOG_FROM = 30.0
 
 
@@ -21,12 +23,14 @@ class Line:
         color: any CSS colour.
         x: rising positions.
         y: values; those that are not finite are left out.
+        breaks: positions that the running median never looks across, as the start of a phase.
     """
 
     name: str
     color: str
     x: Sequence[float]
     y: Sequence[float]
+    breaks: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,9 @@ class Band:
 def chart(title: str, lines: Sequence[Line], bands: Sequence[Band] = (), *, percent: bool = False) -> str:
     """Return an SVG chart of ``lines`` over iterations; an empty string when there is nothing to draw.
 
-    Each line is drawn as its range inside a bin, faint, and as a running mean, full. The y axis is logarithmic when
-    positive values span more than a factor of 30.
+    Each line is drawn as its range inside a bin, faint, and as a running median, full. The y axis is logarithmic when
+    positive values span more than a factor of 30; where a few values tower above all others (an iteration that waited,
+    say), they are cut off at the top.
 
     Args:
         title: what is drawn, also the text for those who cannot see it.
@@ -56,10 +61,11 @@ def chart(title: str, lines: Sequence[Line], bands: Sequence[Band] = (), *, perc
     kept = [(line, bins) for line, bins in kept if bins]
     if not kept:
         return ""
-    values = [y for _, bins in kept for b in bins for y in (b.low, b.high)]
+    values = _without_towers([y for _, bins in kept for b in bins for y in (b.low, b.high)])
     values += [band.guide for band in bands if band.guide is not None]
     log = not percent and min(values) > 0 and max(values) / min(values) > LOG_FROM
-    x_axis = _Axis.over([bins[0].x for _, bins in kept] + [bins[-1].x for _, bins in kept], LEFT, WIDTH - RIGHT, exact=True)
+    ends = [bins[k].x for _, bins in kept for k in (0, -1)]
+    x_axis = _Axis.over(ends, LEFT, WIDTH - RIGHT, exact=True)
     y_axis = _Axis.over([0.0, 1.0] if percent else values, HEIGHT - BOTTOM, TOP, log=log)
     parts = [_band(band, x_axis, y_axis) for band in bands]
     parts += [_y_tick(tick, y_axis, percent) for tick in y_axis.ticks]
@@ -107,7 +113,9 @@ class _Axis:
     ticks: tuple[float, ...]
 
     @classmethod
-    def over(cls, values: Sequence[float], start: float, end: float, *, log: bool = False, exact: bool = False) -> "_Axis":
+    def over(
+        cls, values: Sequence[float], start: float, end: float, *, log: bool = False, exact: bool = False
+    ) -> "_Axis":
         low, high = min(values), max(values)
         if log:
             powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -128,7 +136,7 @@ class _Axis:
             share = math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
         else:
             share = (value - self.low) / (self.high - self.low)
-        return self.start + share * (self.end - self.start)
+        return self.start + min(max(share, 0.0), 1.0) * (self.end - self.start)
 
 
 def _round_step(step: float) -> float:
@@ -160,11 +168,19 @@ def _y_tick(tick: float, y: _Axis, percent: bool) -> str:
     )
 
 
+def _without_towers(values: list[float]) -> list[float]:
+    """Leave out the few values that are many times all the others."""
+    usual = sorted(values)[int(0.98 * (len(values) - 1))]
+    return [value for value in values if value <= 3 * usual] if usual > 0 else values
+
+
 def _curve(line: Line, bins: list[_Bin], x: _Axis, y: _Axis) -> str:
-    mean, smooth = bins[0].mean, []
-    for b in bins:
-        mean += SMOOTH * (b.mean - mean)
-        smooth.append((b.x, mean))
+    reach = max(1, round(WINDOW * len(bins)))
+    smooth = []
+    for number, b in enumerate(bins):
+        near = bins[max(0, number - reach) : number + reach + 1]
+        near = [other for other in near if bisect(line.breaks, other.x) == bisect(line.breaks, b.x)]
+        smooth.append((b.x, median(other.mean for other in near)))
     if any(b.high > b.low for b in bins):
         edge = [(b.x, b.high) for b in bins] + [(b.x, b.low) for b in reversed(bins)]
         faint = f'<polygon points="{_points(edge, x, y)}" fill="{line.color}" opacity=".22"/>'

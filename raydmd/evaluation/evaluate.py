@@ -1,4 +1,4 @@
-"""`raydmd evaluate`: the student, its phases' boundaries and its teacher, measured against many-step samples and data."""
+"""`raydmd evaluate`: student, phase boundaries and teacher, measured against many-step samples and the data."""
 
 import hashlib
 import json
@@ -300,9 +300,7 @@ def student_samples(
     return StudentSamples(boundaries[-1], boundaries, [])
 
 
-def evaluate_run(
-    run: Run, samples: int | None = None, progress: Callable[[str], None] | None = None
-) -> Figures:
+def evaluate_run(run: Run, samples: int | None = None, progress: Callable[[str], None] | None = None) -> Figures:
     """Measure a run and write ``evaluation.json`` into its folder; return what it holds.
 
     Args:

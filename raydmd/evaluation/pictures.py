@@ -25,7 +25,7 @@ BLUE = "#2f6fde"
 
 
 def to_image(picture: Pictures) -> Image.Image:
-    """Return one picture [1 or 3, H, W] in [0, 1] as an 8-bit image; what lies outside is clipped, no number is black."""
+    """Return one picture [1 or 3, H, W] in [0, 1] as an 8-bit image; values outside are clipped, NaN is black."""
     values = np.nan_to_num(np.asarray(picture, dtype=np.float64), nan=0.0)
     pixels = np.rint(values.clip(0.0, 1.0) * 255).astype(np.uint8)
     if pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
@@ -98,7 +98,7 @@ def scatter(
 
 
 def limits_of(points: Pictures) -> Limits:
-    """Return a square (left, right, bottom, top) around points [N, 2], with a margin; what is not finite is left out."""
+    """Return a square (left, right, bottom, top) around those of points [N, 2] that are finite, with a margin."""
     values = np.asarray(points, dtype=np.float64)
     values = values[np.isfinite(values).all(axis=1)]
     if not len(values):
@@ -163,7 +163,8 @@ def generate(run: Run, prompt: str, n: int, seed: int, out: Path) -> list[Path]:
     conditions = from_text(run.recipe, run.family, prompt, n)
     phases = run.trained_phases()
     if len(phases) < len(run.phases):
-        raise UserError(f"run '{run.folder}' has experts for {len(phases)} of {len(run.phases)} phases: train it to its end")
+        done = f"{len(phases)} of {len(run.phases)} phases"
+        raise UserError(f"run '{run.folder}' has experts for {done}: train it to its end")
     device = "cuda" if run.recipe.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
     experts = run.experts(run.teacher().to(device)).to(device)
     conditions = {name: value.to(device) for name, value in conditions.items()}

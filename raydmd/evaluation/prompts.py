@@ -68,4 +68,5 @@ def _row(recipe: Recipe, table: PromptTable, prompt: str) -> int:
                 return texts.index(prompt)
             hint = nearest(prompt, texts if len(texts) <= 10 else texts[:1000])
             raise UserError(f"--prompt {prompt}: no such text in column '{name}' of '{table.path}'{hint[:200]}")
-    raise UserError(f"--prompt {prompt}: '{table.path}' has no column of texts; give a row's number, 0..{len(table) - 1}")
+    rows = f"0..{len(table) - 1}"
+    raise UserError(f"--prompt {prompt}: '{table.path}' has no column of texts; give a row's number, {rows}")

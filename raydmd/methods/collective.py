@@ -49,6 +49,7 @@ def exact_sum(gradients: list[torch.Tensor], like: torch.Tensor, count: int, col
     largest = torch.zeros((), dtype=torch.float64, device=like.device)
     for gradient in gradients:
         largest = torch.maximum(largest, gradient.abs().max().double())
+    largest.nan_to_num_(nan=math.inf, posinf=math.inf)  # a maximum over replicas can lose a NaN
     peak = float(collective.max_(largest))
     if not math.isfinite(peak):
         raise FloatingPointError("a gradient is not finite")

@@ -1,5 +1,6 @@
 """A network's trainable weights as one vector: one optimizer kernel, one all-reduce, one average."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -17,7 +18,7 @@ class FlatParameters:
     Args:
         parameters: name to parameter, in a stable order; float32.
         settings: AdamW's numbers and the gradient's largest norm.
-        ema: decay of the moving average; 0 keeps none.
+        ema: decay of the moving average; at update n it is at most (1 + n) / (10 + n). 0 keeps no average.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], settings: Optimizer, ema: float = 0.0) -> None:
@@ -54,10 +55,14 @@ class FlatParameters:
         Raises:
             FloatingPointError: the gradient is not finite; weights and state are then untouched.
         """
-        total = exact_sum(gradients, self.gradient, count, collective)
-        norm = float(total.norm())
-        if norm != norm or norm == float("inf"):
-            raise FloatingPointError("a gradient is not finite")
+        try:
+            total = exact_sum(gradients, self.gradient, count, collective)
+            norm = float(total.norm())
+            if not math.isfinite(norm):
+                raise FloatingPointError("a gradient is not finite")
+        except FloatingPointError:
+            self.gradient.zero_()  # the step can be made again
+            raise
         if total is not self.gradient:
             self.gradient.copy_(total)
         if self.clip is not None and norm > self.clip:
@@ -65,7 +70,9 @@ class FlatParameters:
         self.optimizer.step()
         self.gradient.zero_()
         if self.ema:
-            self.average.lerp_(self.weight.data, 1.0 - self.ema)
+            # warmed up, so that a short run's average does not keep the weights that it began with
+            decay = min(self.ema, (1 + self.version) / (10 + self.version))
+            self.average.lerp_(self.weight.data, 1.0 - decay)
         self.version += 1
         return norm
 

@@ -111,5 +111,6 @@ def score_matching_loss(
     squared = (broadcast(sigma, out) * out - scaled_target).square().flatten(1).mean(1)
     weight = sigma.square().reciprocal()
     if clamp is not None:
-        weight = torch.where(schedule.sigma(s) > 0.0, weight.clamp(max=clamp), weight)
+        inside = (schedule.sigma(s) > 0.0).to(weight.device)
+        weight = torch.where(inside, weight.clamp(max=clamp), weight)
     return broadcast(weight, squared) * squared

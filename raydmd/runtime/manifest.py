@@ -64,13 +64,14 @@ class Archive:
         """Write shards, then the manifest that names them, then drop what is older than ``keep``."""
         files = dict(manifest.files)
         for name, tensors in shards.items():
-            content = safetensors.numpy.save({key: np.ascontiguousarray(value) for key, value in tensors.items()})
+            content = safetensors.numpy.save({key: np.asarray(value, order="C") for key, value in tensors.items()})
             path = f"step-{manifest.iteration:06d}/{name}.safetensors"
             self._write(path, content)
             files[name] = {"path": path, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
         whole = Manifest(**{**asdict(manifest), "files": files})
-        self._write(f"step-{manifest.iteration:06d}.json", json.dumps(asdict(whole), indent=1).encode())
-        self._prune()
+        record = f"step-{manifest.iteration:06d}.json"
+        self._write(record, json.dumps(asdict(whole), indent=1).encode())
+        self._prune(record)
         return whole
 
     def newest(self) -> tuple[Manifest, dict[str, dict[str, np.ndarray]]] | None:
@@ -95,11 +96,14 @@ class Archive:
         entries = self.files.get_file_info(fs.FileSelector(self.root, allow_not_found=True))
         return sorted(entry.base_name for entry in entries if entry.base_name.endswith(".json"))
 
-    def _prune(self) -> None:
+    def _prune(self, newest: str) -> None:
+        """Drop all but the last ``keep`` up to ``newest``; one after it was broken when the run went on from before."""
         manifests = self._manifests()
-        kept = {path.removesuffix(".json") for path in manifests[-self.keep :]}
-        for path in manifests[: -self.keep]:
-            self.files.delete_file(f"{self.root}/{path}")
+        keep = [path for path in manifests if path <= newest][-self.keep :]
+        kept = {path.removesuffix(".json") for path in keep}
+        for path in manifests:
+            if path not in keep:
+                self.files.delete_file(f"{self.root}/{path}")
         for entry in self.files.get_file_info(fs.FileSelector(self.root)):
             if entry.type == fs.FileType.Directory and entry.base_name not in kept:
                 self.files.delete_dir(entry.path)
@@ -137,5 +141,5 @@ class Archivist:
         path = expert_file(self.folder, index)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        part.write_bytes(safetensors.numpy.save({key: np.ascontiguousarray(value) for key, value in weights.items()}))
+        part.write_bytes(safetensors.numpy.save({key: np.asarray(value, order="C") for key, value in weights.items()}))
         part.replace(path)

@@ -1,0 +1,327 @@
+"""The gradient's sum that no order can show, and the flat parameters that step with it."""
+
+import math
+import os
+import subprocess
+import sys
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from raydmd.config import Optimizer
+from raydmd.methods.collective import Alone, exact_sum
+from raydmd.methods.flat import FlatParameters
+from raydmd.models.points import PointsMLP
+
+
+class Others:
+    """The collective of one replica among several, whose peers' contributions are known."""
+
+    def __init__(self, sums: list[Tensor], peaks: list[Tensor]) -> None:
+        self.sums, self.peaks = sums, peaks
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        for other in self.sums:
+            tensor += other.to(tensor.dtype)
+        return tensor
+
+    def max_(self, tensor: Tensor) -> Tensor:
+        for other in self.peaks:
+            tensor.copy_(torch.maximum(tensor, other))
+        return tensor
+
+
+def adversarial(count: int = 6, size: int = 2000, seed: int = 0) -> list[Tensor]:
+    """Gradients whose float32 sum depends on the order: sizes from 1e-6 to 1e3, and terms that cancel."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = 10 ** torch.empty(count, size).uniform_(-6, 3, generator=generator)
+    parts = torch.randn(count, size, generator=generator) * scale
+    parts[1] = -parts[0] * (1 + 1e-3 * torch.randn(size, generator=generator))
+    return list(parts)
+
+
+def alone(parts: list[Tensor], count: int | None = None) -> Tensor:
+    return exact_sum(parts, torch.zeros_like(parts[0]), count or len(parts), Alone())
+
+
+def one_after_another(parts: list[Tensor]) -> Tensor:
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+def over_replicas(parts: list[Tensor], shares: list[list[int]], of: int) -> Tensor:
+    """What replica ``of`` ends with when replica r holds the micro-batches ``shares[r]``: an all-reduce by hand."""
+    peaks = [max((parts[i].abs().max() for i in share), default=torch.tensor(0.0)).double() for share in shares]
+    whole = max(peaks)
+    sums = []
+    for number, share in enumerate(shares):
+        if number != of:
+            caught: list[Tensor] = []
+
+            class Peer:
+                def sum_(self, tensor: Tensor, caught: list[Tensor] = caught) -> Tensor:
+                    caught.append(tensor.clone())
+                    return tensor
+
+                def max_(self, tensor: Tensor) -> Tensor:
+                    return tensor.copy_(whole)
+
+            exact_sum([parts[i] for i in share], torch.zeros_like(parts[0]), len(parts), Peer())
+            sums += caught
+    peers = [peak for number, peak in enumerate(peaks) if number != of]
+    return exact_sum([parts[i] for i in shares[of]], torch.zeros_like(parts[0]), len(parts), Others(sums, peers))
+
+
+def test_any_order_gives_the_same_bits_and_plain_sums_do_not() -> None:
+    parts = adversarial()
+    orders = list(permutations(range(6)))[::37]
+    exact = [alone([parts[i] for i in order]) for order in orders]
+    assert all(torch.equal(exact[0], other) for other in exact[1:])
+    plain = [one_after_another([parts[i] for i in order]) for order in orders]
+    assert not all(torch.equal(plain[0], other) for other in plain[1:])
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [[[0, 1, 2], [3, 4, 5]], [[5], [4, 3], [2, 1, 0]], [[0], [1], [2], [3], [4], [5]], [[], [0, 1, 2, 3, 4, 5], []]],
+    ids=["3+3", "1+2+3", "six", "idle"],
+)
+def test_any_split_over_replicas_gives_the_same_bits_on_all_of_them(shares: list[list[int]]) -> None:
+    parts = adversarial(seed=1)
+    expected = alone(parts)
+    for replica in range(len(shares)):
+        assert torch.equal(over_replicas(parts, shares, replica), expected)
+    plain = [one_after_another([parts[i] for i in share]) for share in shares if share]
+    assert not torch.equal(one_after_another(plain), expected)
+
+
+@pytest.mark.parametrize("scale", [1e-35, 1e-20, 1.0, 1e20, 1e30])
+def test_it_is_as_exact_as_float32_can_say(scale: float) -> None:
+    parts = [part * scale / 1e3 for part in adversarial(seed=2)]
+    result = alone(parts)
+    truth = torch.tensor(
+        [math.fsum(column) for column in torch.stack(parts).double().T.tolist()], dtype=torch.float64
+    )
+    peak = float(torch.stack(parts).abs().max())
+    error = (result.double() - truth).abs()
+    allowed = truth.abs() * 2.0**-24 + peak * 6 * 2.0**-56 + 2.0**-149  # a rounding, the grid, the smallest number
+    assert bool((error <= allowed).all())
+    plain = (torch.stack(parts).sum(0).double() - truth).abs()
+    assert not bool((plain <= allowed).all())
+
+
+def test_zeros_and_mixed_magnitudes() -> None:
+    zero = torch.zeros(5)
+    assert torch.equal(alone([zero, zero, zero]), zero)
+    huge, tiny = torch.tensor([1e30, 0.0, -1e30]), torch.tensor([0.0, 1e-35, 1e30])
+    assert alone([huge, tiny]).tolist() == [float(huge[0]), 0.0, 0.0]  # 1e-35 is below the grid of 1e30, -0 is not
+    assert torch.equal(alone([tiny, -tiny]), torch.zeros(3))
+    top = torch.tensor([3e38, 1.0])
+    assert alone([top, -top]).tolist() == [0.0, 0.0]  # the sum of the two halves of float32's range
+
+
+def test_one_micro_batch_passes_unrounded() -> None:
+    part = adversarial()[0]
+    part[0], part[1] = 1e30, 1e-35
+    assert torch.equal(alone([part]), part)
+    assert not torch.equal(alone([part, torch.zeros_like(part)]), part)  # on the grid of the largest, 1e-35 is lost
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_gradient_that_is_not_finite_leaves_all_as_it_was(value: float, count: int) -> None:
+    network = PointsMLP(2, width=8, depth=1, features=4)
+    flat = FlatParameters(dict(network.named_parameters()), Optimizer(lr=1e-2), ema=0.9)
+    good = [torch.full_like(flat.gradient, 0.1 * (i + 1)) for i in range(count)]
+    flat.step([g.clone() for g in good], count, Alone())
+    before = flat.state()
+    bad = [g.clone() for g in good]
+    bad[-1][3] = value
+    flat.gradient.copy_(bad[-1])  # the last one is lent, as take_gradient does
+    with pytest.raises(FloatingPointError):
+        flat.step([*bad[:-1], flat.take_gradient(last=True)], count, Alone())
+    after = flat.state()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    twin = FlatParameters(
+        dict(PointsMLP(2, width=8, depth=1, features=4).named_parameters()), Optimizer(lr=1e-2), ema=0.9
+    )
+    twin.load_state(before)
+    for one in (flat, twin):  # and the step can be made again, with what was good
+        for number, gradient in enumerate(good, start=1):
+            if number == count:
+                one.gradient += gradient
+        one.step([*good[:-1], one.take_gradient(last=True)], count, Alone())
+    assert torch.equal(flat.weight, twin.weight)
+
+
+GROUP = """
+import sys, torch
+from raydmd.methods.collective import exact_sum
+from raydmd.runtime.process_group import ProcessGroup, listen
+rank, file = int(sys.argv[1]), sys.argv[2]
+parts, bad = torch.load(file)
+if rank == 0:
+    listener = listen("127.0.0.1")
+    print(listener.getsockname()[1], flush=True)
+    port = listener.getsockname()[1]
+else:
+    listener, port = None, int(sys.stdin.readline())
+group = ProcessGroup(("127.0.0.1", port), listener, rank, 2, False)
+mine = parts[:2] if rank == 0 else parts[2:]
+total = exact_sum(mine, torch.zeros_like(parts[0]), len(parts), group)
+one = exact_sum(parts[:1] if rank == 1 else [], torch.zeros_like(parts[0]), 1, group)
+refused = []
+for broken in bad:  # one replica has it, and both must refuse
+    for owner in (0, 1):
+        given = [part.clone() for part in mine]
+        if rank == owner:
+            given[0][5] = broken
+        try:
+            exact_sum(given, torch.zeros_like(parts[0]), len(parts), group)
+            refused.append(False)
+        except FloatingPointError:
+            refused.append(True)
+torch.save((total, one, refused), f"{file}.{rank}")
+group.close()
+"""
+
+
+def test_two_processes_over_gloo_agree_with_one(tmp_path: Path) -> None:
+    parts, file = adversarial(5, seed=3), tmp_path / "parts.pt"
+    torch.save((parts, [math.nan, math.inf, -math.inf]), file)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", GROUP, str(rank), str(file)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        assert processes[0].stdout is not None
+        processes[1].communicate(processes[0].stdout.readline(), timeout=60)
+        processes[0].communicate(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+    for rank in range(2):
+        total, one, refused = torch.load(tmp_path / f"parts.pt.{rank}")
+        assert torch.equal(total, alone(parts)) and torch.equal(one, parts[0])
+        assert refused == [True] * 6
+
+
+def gradients_of(network: nn.Module, step: int, micro: int) -> Tensor:
+    """A loss of some micro-batch, so that two networks of equal weights have equal gradients."""
+    generator = torch.Generator().manual_seed(100 * step + micro)
+    x, y = torch.randn(8, 2, generator=generator), torch.randn(8, 2, generator=generator)
+    t = torch.rand(8, generator=generator, dtype=torch.float64)
+    return (network(x, t, {}) - y).square().mean() * (3.0 if step % 2 else 0.1)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("betas", [(0.0, 0.999), (0.9, 0.99)])
+def test_it_steps_as_adamw_with_clipping_does(clip: float | None, betas: tuple[float, float]) -> None:
+    settings = Optimizer(lr=3e-3, betas=betas, weight_decay=0.1, clip=clip)
+    ours, theirs = (PointsMLP(2, width=16, depth=2, features=4, seed=5) for _ in range(2))
+    flat = FlatParameters(dict(ours.named_parameters()), settings)
+    adamw = torch.optim.AdamW(theirs.parameters(), lr=3e-3, betas=betas, weight_decay=0.1)
+    clipped = 0
+    for step in range(10):
+        gradients = []
+        for micro in range(2):
+            gradients_of(ours, step, micro).backward()
+            gradients.append(flat.take_gradient(last=micro == 1))
+        norm = flat.step(gradients, 2, Alone())
+        adamw.zero_grad()
+        sum(gradients_of(theirs, step, micro) for micro in range(2)).backward()
+        reference = nn.utils.clip_grad_norm_(theirs.parameters(), clip or math.inf)
+        adamw.step()
+        assert norm == pytest.approx(float(reference), rel=1e-5)
+        clipped += clip is not None and norm > clip
+    start = PointsMLP(2, width=16, depth=2, features=4, seed=5)
+    for a, b, c in zip(ours.parameters(), theirs.parameters(), start.parameters(), strict=True):
+        # beta_1 = 0 turns a rounding near zero into a whole lr: compare what moved, not the rare elements that flipped
+        close = torch.isclose(a, b, atol=2e-5, rtol=1e-5)
+        assert close.double().mean() > 0.99
+        assert not torch.allclose(a, c, atol=1e-3)
+    assert 0 < clipped < 10 or clip is None  # both sides of the clip were seen
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in ours.parameters())
+
+
+def walk(flat: FlatParameters, network: nn.Module, steps: range) -> None:
+    for step in steps:
+        gradients_of(network, step, 0).backward()
+        flat.step([flat.take_gradient(last=True)], 1, Alone())
+
+
+def test_state_goes_there_and_back_to_the_bit() -> None:
+    settings = Optimizer(lr=3e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    first, second = (PointsMLP(2, width=16, depth=2, features=4, seed=seed) for seed in (1, 2))
+    one = FlatParameters(dict(first.named_parameters()), settings, ema=0.9)
+    walk(one, first, range(5))
+    kept = one.state()
+    walk(one, first, range(5, 8))
+    other = FlatParameters(dict(second.named_parameters()), settings, ema=0.9)
+    walk(other, second, range(3))  # whatever it was before
+    other.load_state(kept)
+    assert other.version == 5
+    walk(other, second, range(5, 8))
+    ours, theirs = one.state(), other.state()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for missing in ("exp_avg_sq", "version"):  # each part of the state is needed
+        wrong = FlatParameters(dict(second.named_parameters()), settings, ema=0.9)
+        wrong.load_state({**kept, missing: torch.zeros_like(kept[missing])})
+        walk(wrong, second, range(5, 8))
+        assert not torch.equal(wrong.weight, one.weight)
+
+
+def test_a_state_before_the_first_step_and_one_of_another_size() -> None:
+    network = PointsMLP(2, width=16, depth=2, features=4, seed=1)
+    flat = FlatParameters(dict(network.named_parameters()), Optimizer(lr=1e-3))
+    fresh = flat.state()
+    assert sorted(fresh) == ["version", "weight"]
+    walk(flat, network, range(2))
+    end = flat.weight.data.clone()
+    flat.load_state(fresh)
+    walk(flat, network, range(2))
+    assert torch.equal(flat.weight, end)
+    larger = PointsMLP(2, width=17, depth=2, features=4)
+    with pytest.raises(ValueError, match="weights"):
+        FlatParameters(dict(larger.named_parameters()), Optimizer(lr=1e-3)).load_state(fresh)
+
+
+def test_the_average_follows_by_its_decay_and_can_be_swapped() -> None:
+    network = PointsMLP(2, width=16, depth=2, features=4, seed=1)
+    flat = FlatParameters(dict(network.named_parameters()), Optimizer(lr=1e-2), ema=0.8)
+    expected = flat.weight.data.double().clone()
+    for step in range(6):
+        walk(flat, network, range(step, step + 1))
+        expected = 0.8 * expected + 0.2 * flat.weight.data.double()
+    assert torch.allclose(flat.average.double(), expected, atol=1e-6)
+    assert not torch.allclose(flat.average, flat.weight.data, atol=1e-3)
+    weight, average = flat.weight.data.clone(), flat.average.clone()
+    names = dict(network.named_parameters())
+    flat.swap_average()
+    assert torch.equal(flat.weight.data, average) and torch.equal(flat.average, weight)
+    assert torch.equal(torch.cat([parameter.detach().reshape(-1) for parameter in names.values()]), average)
+    flat.swap_average()
+    assert torch.equal(flat.weight.data, weight) and torch.equal(flat.average, average)
+    averaged = torch.cat([value.reshape(-1) for value in flat.averaged().values()])
+    assert list(flat.averaged()) == list(names) and torch.equal(averaged, average)
+
+
+def test_without_an_average_the_weights_are_it() -> None:
+    network = PointsMLP(2, width=16, depth=2, features=4, seed=1)
+    flat = FlatParameters(dict(network.named_parameters()), Optimizer(lr=1e-2), ema=0.0)
+    walk(flat, network, range(3))
+    before = flat.weight.data.clone()
+    flat.swap_average()
+    assert torch.equal(flat.weight.data, before)
+    assert torch.equal(torch.cat([value.reshape(-1) for value in flat.averaged().values()]), before)

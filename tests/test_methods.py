@@ -1,0 +1,631 @@
+"""The methods held against the papers: phases, rollouts, the two updates, and the sequential reference."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import train_teacher
+from torch import Tensor
+
+from raydmd.config import load_recipe
+from raydmd.data import ring as data
+from raydmd.diffusion.random import Key, normal, uniform
+from raydmd.errors import UserError
+from raydmd.evaluation.metrics import sliced_wasserstein
+from raydmd.methods.batch import Score
+from raydmd.methods.fake import Fake
+from raydmd.methods.generator import Generator
+from raydmd.methods.pairs import Pairs
+from raydmd.methods.plan import plan_iterations, plan_phases
+from raydmd.methods.reference import Reference, make_pairs, train
+from raydmd.methods.rollout import exit_step, rollout, truncated
+from raydmd.methods.sampling import preview, sample_student
+from raydmd.methods.scorer import Scorer
+from raydmd.objectives.score_matching import score_matching_loss
+from raydmd.runs import recipe_family
+
+GRID4 = (1.0, 0.75, 0.5, 0.25, 0.0)
+
+
+def phases_of(*overrides: str):
+    return plan_phases(load_recipe("ring", list(overrides)))
+
+
+# ---------------------------------------------------------------- the plan
+
+
+@pytest.mark.parametrize(
+    ("overrides", "times", "gradients"),
+    [
+        (["method.name=dmd"], [(1.0, 0.0)], ["vanilla"]),
+        (["method.name=dmd-fewstep"], [GRID4], ["vanilla"]),
+        (["method.name=dmd-fewstep", "method.steps=2", "method.gradient=sgts"], [(1.0, 0.5, 0.0)], ["sgts"]),
+        (["method.name=dmd-sgts"], [GRID4], ["sgts"]),
+        (["method.name=phased"], [GRID4[:3], GRID4[2:]], ["sgts"] * 2),
+        (["method.name=phased", "method.phases=4"], list(pairwise(GRID4)), ["sgts"] * 4),
+        (["method.name=phased", "method.gradient=vanilla"], [GRID4[:3], GRID4[2:]], ["vanilla"] * 2),
+        (["method.name=phased", "method.timestep_shift=5"], [(1.0, 0.9375, 5 / 6), (5 / 6, 0.625, 0.0)], ["sgts"] * 2),
+    ],
+)
+def test_the_phases_of_each_method(overrides: list[str], times: list[tuple[float, ...]], gradients: list[str]) -> None:
+    phases = phases_of(*overrides)
+    assert [phase.index for phase in phases] == list(range(len(times)))
+    for phase, expected in zip(phases, times, strict=True):
+        assert phase.times == pytest.approx(expected, abs=1e-12)
+        assert phase.steps == len(expected) - 1 and phase.end == phase.times[-1]
+        assert phase.score_low == phase.end and phase.score_high == 1.0  # nested: T(t; s, 1)
+    assert [phase.gradient for phase in phases] == gradients
+    assert phases[-1].end == 0.0
+
+
+def test_the_intervals_that_scores_see() -> None:
+    def intervals(*overrides: str) -> list[tuple[float, float]]:
+        return [(p.score_low, p.score_high) for p in phases_of("method.name=phased", *overrides)]
+
+    assert intervals() == [(0.5, 1.0), (0.0, 1.0)]
+    assert intervals("method.score_interval=disjoint") == [(0.5, 1.0), (0.0, 0.5)]
+    assert intervals("method.score_interval=fixed", "method.fixed_t=0.882") == [(0.882, 0.882)] * 2
+    recipe = load_recipe("ring", ["method.name=phased"])
+    assert [(p.score_low, p.score_high, p.times[0]) for p in plan_phases(recipe, 80.0)] == [(40, 80, 80), (0, 80, 40)]
+
+
+def test_the_times_that_scores_see() -> None:
+    recipe = load_recipe("ring", ["method.name=phased", "method.score_margin=0.02"])
+    first, last = plan_phases(recipe)
+    u = torch.linspace(0, 1 - 1e-9, 1001, dtype=torch.float64)
+    t = first.score_times(recipe.method, u)
+    assert t.dtype == torch.float64 and float(t.min()) > 0.52 - 1e-12 and float(t.max()) <= 1.0
+    assert torch.allclose(t, 0.52 + 0.48 * u)
+    shifted = first.score_times(recipe.method.model_copy(update={"score_shift": 5.0}), u)
+    assert float(shifted.mean()) > float(t.mean()) + 0.05 and float(shifted.min()) > 0.52 - 1e-12
+    assert float(last.score_times(recipe.method, u).min()) < 0.03
+    fixed = load_recipe("ring", ["method.score_interval=fixed", "method.fixed_t=0.6"])
+    assert set(plan_phases(fixed)[0].score_times(fixed.method, u).tolist()) == {0.6}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["method.name=phasd"], ["method.name", "did you mean 'phased'"]),
+        (["method.name=dmd", "method.steps=2"], ["method.steps", "1 step", "dmd-fewstep"]),
+        (["method.name=dmd-sgts", "method.phases=2"], ["method.phases", "1 phase", "phased"]),
+        (["method.steps=5"], ["method.steps", "5 steps", "2 phases"]),
+        (["method.phases=8"], ["method.steps", "4 steps", "8 phases"]),
+        (["method.name=dmd-sgts", "method.regression.weight=1"], ["method.regression.weight", "dmd-sgts"]),
+        (["method.score_interval=fixed", "method.fixed_t=0.357"], ["method.fixed_t", "0.357", "0.500", "phase 1"]),
+        (
+            ["method.phases=4", "method.score_interval=disjoint", "method.score_margin=0.3"],
+            ["method.score_margin", "phase 1", "(0.750, 1.000)"],
+        ),
+    ],
+)
+def test_numbers_that_do_not_go_with_the_method(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        phases_of(*overrides)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+def test_iterations_are_shared_out() -> None:
+    def shares(*overrides: str) -> list[int]:
+        recipe = load_recipe("ring", list(overrides))
+        return plan_iterations(recipe, plan_phases(recipe))
+
+    assert shares("iterations=7") == [4, 3]
+    assert shares("iterations=10", "method.phases=4") == [3, 3, 2, 2]
+    assert shares("iterations=[2, 9]") == [2, 9]
+    assert shares("iterations=7", "method.name=dmd") == [7]
+    for wrong in ("iterations=[7]", "iterations=[]", "iterations=1"):
+        with pytest.raises(UserError, match="^iterations: "):
+            shares(wrong)
+
+
+# ---------------------------------------------------------------- rollouts
+
+
+@pytest.fixture
+def ring(quick):
+    """A generator of two phases of two steps on the ring, in its second phase, and its family."""
+    recipe = quick("ring", "method.name=phased")
+    family = recipe_family(recipe)
+    generator = Generator(recipe, family, family.load_teacher())
+    generator.start_phase(0, 0)
+    with torch.no_grad():  # experts that are neither equal nor the teacher
+        generator.flat.weight += 0.05 * torch.randn(generator.flat.weight.shape, generator=torch.manual_seed(1))
+    generator.start_phase(1, 2)
+    return generator
+
+
+def euler(x: Tensor, v: Tensor, t: float, t_next: float) -> Tensor:
+    return x + (t_next - t) * v
+
+
+def at(t: float, count: int) -> Tensor:
+    return torch.full((count,), t, dtype=torch.float64)
+
+
+def test_a_rollout_is_the_experts_one_after_the_other(ring: Generator) -> None:
+    key = Key(0, 1, "test", 0)
+    made = rollout(ring.family, ring.experts, ring.phases, key, 0, {}, 8)
+    x = normal(key, 0, 8, (2,))
+    first, second = ring.experts.expert(0), ring.experts.expert(1)
+    with torch.no_grad():
+        for expert, t, t_next in ((first, 1.0, 0.75), (first, 0.75, 0.5), (second, 0.5, 0.25), (second, 0.25, 0.0)):
+            x = euler(x, expert(x, at(t, 8), {}), t, t_next)
+    assert torch.allclose(made, x, atol=1e-6) and not made.requires_grad
+    wrong = rollout(ring.family, ring.experts, [replace(p, index=1) for p in ring.phases], key, 0, {}, 8)
+    assert not torch.allclose(wrong, x, atol=1e-3)
+
+
+def test_leaving_early_goes_straight_to_the_end(ring: Generator) -> None:
+    phase = ring.phases[0]
+    assert truncated(phase, 1) == (1.0, 0.5) and truncated(phase, 2) == phase.times == (1.0, 0.75, 0.5)
+    key, expert = Key(0, 0, "test", 0), ring.experts.expert(0)
+    x = normal(key, 0, 8, (2,))
+    made = rollout(ring.family, ring.experts, [phase], key, 0, {}, 8, leave=1)
+    with torch.no_grad():
+        assert torch.allclose(made, euler(x, expert(x, at(1.0, 8), {}), 1.0, 0.5), atol=1e-6)
+    assert not torch.allclose(made, rollout(ring.family, ring.experts, [phase], key, 0, {}, 8), atol=1e-3)
+
+
+def gradient_of(generator: Generator, x: Tensor) -> Tensor:
+    generator.flat.gradient.zero_()
+    (x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum().backward()
+    return generator.flat.gradient.clone()
+
+
+def test_which_calls_keep_their_graph(ring: Generator) -> None:
+    ring.start_phase(0, 0)
+    with torch.no_grad():
+        ring.flat.weight += 0.05 * torch.randn(ring.flat.weight.shape, generator=torch.manual_seed(1))
+    key, expert, phase = Key(0, 0, "test", 3), ring.experts.expert(0), ring.phases[0]
+    noise = normal(key, 0, 8, (2,))
+
+    def by_hand(cut: bool) -> Tensor:
+        x = euler(noise, expert(noise, at(1.0, 8), {}), 1.0, 0.75)
+        x = x.detach() if cut else x
+        return gradient_of(ring, euler(x, expert(x, at(0.75, 8), {}), 0.75, 0.5))
+
+    def made(gradient: str, **options: int) -> Tensor:
+        x = rollout(
+            ring.family, ring.experts, [replace(phase, gradient=gradient)], key, 0, {}, 8, grad=True, **options
+        )
+        return gradient_of(ring, x)
+
+    assert torch.allclose(made("sgts"), by_hand(cut=True), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(made("vanilla"), by_hand(cut=False), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(by_hand(cut=True), by_hand(cut=False), rtol=1e-2, atol=1e-2)
+    early = gradient_of(ring, euler(noise, expert(noise, at(1.0, 8), {}), 1.0, 0.5))
+    assert torch.allclose(made("sgts", leave=1), early, rtol=1e-4, atol=1e-5)
+
+
+def test_an_earlier_expert_gets_no_gradient(ring: Generator) -> None:
+    before = ring.experts.state(0)
+    x = rollout(ring.family, ring.experts, ring.phases, Key(0, 1, "test", 0), 0, {}, 8, grad=True)
+    assert gradient_of(ring, x).abs().sum() > 0
+    earlier = list(ring.experts.expert(0).parameters())
+    assert earlier and all(p.grad is None or not p.grad.any() for p in earlier)
+    assert not any(p.requires_grad for p in earlier)
+    trained = {id(p) for p in ring.experts.expert(1).parameters()}
+    assert trained == {id(p) for p in ring.experts.trainable_parameters().values()}
+    assert all(torch.equal(before[name], value) for name, value in ring.experts.state(0).items())
+
+
+def test_renoising_takes_fresh_noise_of_its_own_key(ring: Generator) -> None:
+    key, expert, phase = Key(5, 0, "test", 3), ring.experts.expert(0), ring.phases[0]
+    made = rollout(ring.family, ring.experts, [phase], key, 4, {}, 8, solver="renoise")
+    x = normal(key, 4, 8, (2,))
+    with torch.no_grad():
+        for number, (t, t_next) in enumerate(pairwise(phase.times), start=1):
+            x0 = x - t * expert(x, at(t, 8), {})
+            noise = normal(replace(key, stream=f"test/renoise-{number}"), 4, 8, (2,))
+            x = (1 - t_next) * x0 + t_next * noise
+    assert torch.allclose(made, x, atol=1e-6)
+    parts = [
+        rollout(ring.family, ring.experts, [phase], key, start, {}, 4, solver="renoise") for start in (4, 8)
+    ]  # fmt: skip
+    assert torch.allclose(torch.cat(parts), made, atol=1e-6)
+    assert not torch.allclose(made, rollout(ring.family, ring.experts, [phase], key, 4, {}, 8), atol=1e-2)
+
+
+def test_one_exit_step_for_the_whole_batch_and_another_for_the_next(ring: Generator) -> None:
+    sgts = replace(ring.phases[0], gradient="sgts")
+    drawn = [exit_step(sgts, Key(0, 0, "exit", draw)) for draw in range(200)]
+    assert set(drawn) == {1, 2} and 60 < drawn.count(1) < 140
+    assert exit_step(replace(sgts, gradient="vanilla"), Key(0, 0, "exit", 0)) == 2
+    seen = set()
+    for iteration in range(2, 8):
+        draw = iteration * ring.draws
+        leave = exit_step(ring.phase, Key(0, 1, "exit", draw))
+        seen.add(leave)
+        whole = rollout(
+            ring.family, ring.experts, ring.phases, Key(0, 1, "rollout", draw), 0, {}, 16, leave=leave
+        )  # fmt: skip
+        parts = [ring.rollout(iteration, 0, start, 4, {}) for start in (0, 4, 8, 12)]
+        assert torch.allclose(torch.cat([part.x_s for part in parts]), whole, atol=1e-6)
+        assert [part.stamp.start for part in parts] == [0, 4, 8, 12]
+        assert {(part.stamp.draw, part.stamp.generator_version, part.stamp.phase) for part in parts} == {(draw, 2, 1)}
+        again = ring.rollout(iteration, 0, 8, 4, {})
+        assert torch.equal(again.x_s, parts[2].x_s)
+        assert not torch.allclose(ring.rollout(iteration, 1, 8, 4, {}).x_s, parts[2].x_s, atol=1e-2)
+    assert seen == {1, 2}
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def test_a_sample_is_the_same_alone_and_in_any_batch(ring: Generator) -> None:
+    many = sample_student(ring.family, ring.experts, ring.phases, {}, 8, seed=3)
+    again = sample_student(ring.family, ring.experts, ring.phases, {}, 8, seed=3)
+    assert torch.equal(many.latents, again.latents)
+    one = sample_student(ring.family, ring.experts, ring.phases, {}, 1, seed=3, start=5)
+    assert torch.allclose(one.latents[0], many.latents[5], atol=1e-5)
+    assert not torch.allclose(one.latents[0], many.latents[4], atol=1e-2)
+    other = sample_student(ring.family, ring.experts, ring.phases, {}, 8, seed=4)
+    assert not torch.allclose(other.latents, many.latents, atol=1e-2)
+
+
+def test_what_a_sample_came_by(ring: Generator) -> None:
+    made = sample_student(ring.family, ring.experts, ring.phases, {}, 4, seed=3, start=2)
+    assert [(expert, t) for expert, t, _ in made.path] == [(0, 1.0), (0, 0.75), (0, 0.5), (1, 0.25), (1, 0.0)]
+    assert torch.equal(made.path[0][2], normal(Key(3, 0, "sample", 0), 2, 4, (2,)))
+    assert [torch.equal(made.boundaries[i], made.path[j][2]) for i, j in ((0, 2), (1, 4))] == [True, True]
+    assert torch.equal(made.latents, made.boundaries[-1]) and len(made.boundaries) == 2
+    first = sample_student(ring.family, ring.experts, ring.phases[:1], {}, 4, seed=3, start=2)
+    assert torch.equal(first.latents, made.boundaries[0])
+
+
+def test_a_preview_shows_the_average_and_leaves_the_weights(ring: Generator) -> None:
+    ring.flat.average.add_(0.05)
+    weight, average = ring.flat.weight.data.clone(), ring.flat.average.clone()
+    pictures = preview(ring, {}, 6)
+    assert torch.equal(ring.flat.weight.data, weight) and torch.equal(ring.flat.average, average)
+    ring.flat.swap_average()
+    expected = sample_student(ring.family, ring.experts, ring.phases, {}, 6, seed=ring.recipe.seed).latents
+    assert torch.allclose(pictures, expected, atol=1e-6)
+    ring.flat.swap_average()
+    ring.start_phase(0, 0)  # a phase that ends above 0 shows its prediction of x_0
+    x = normal(Key(ring.recipe.seed, 0, "sample", 0), 0, 6, (2,))
+    expert = ring.experts.expert(0)
+    with torch.no_grad():
+        x = euler(x, expert(x, at(1.0, 6), {}), 1.0, 0.75)
+        x = euler(x, expert(x, at(0.75, 6), {}), 0.75, 0.0)
+    assert torch.allclose(preview(ring, {}, 6), x, atol=1e-5)
+
+
+# ---------------------------------------------------------------- the generator's update
+
+
+class Capture:
+    """A collective of one that keeps what is summed."""
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        self.total = tensor.clone()
+        return tensor
+
+    def max_(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+def proposed(quick, *overrides: str, phase: int = 0) -> tuple[Generator, list, list[Score], list[Score]]:
+    recipe = quick("ring", "method.name=phased", *overrides)
+    family = recipe_family(recipe)
+    generator = Generator(recipe, family, family.load_teacher())
+    generator.start_phase(0, 0)
+    generator.start_phase(phase, 0)
+    micro = recipe.batch.micro or recipe.batch.size
+    proposals = [generator.propose(0, start, micro, {}) for start in range(0, recipe.batch.size, micro)]
+    scorer = Scorer(recipe, family, family.load_teacher())
+    real = [scorer.score(proposal) for proposal in proposals]
+    fake = [Score(s.stamp, s.prediction + 0.3 * torch.sin(7 * p.x_t)) for s, p in zip(real, proposals, strict=True)]
+    return generator, proposals, real, fake
+
+
+@pytest.mark.parametrize("phase", [0, 1])
+@pytest.mark.parametrize("weight", ["normalized", "raw"])
+def test_the_gradient_is_that_of_the_formula(quick, phase: int, weight: str) -> None:
+    generator, (proposal,), (real,), (fake,) = proposed(
+        quick, "batch.micro=null", f"method.gradient_weight={weight}", phase=phase
+    )
+    s = generator.phase.end
+    x_s = generator._kept[0][0]
+    t, x_t, x = proposal.t[:, None], proposal.x_t.double(), x_s.detach().double()
+    assert s == (0.5 if phase == 0 else 0.0) and float(t.min()) > s + 0.02 - 1e-12
+
+    bridge_alpha = (1 - t) / (1 - s)
+    if weight == "raw":  # Phased DMD Eq. 11: w (T - F)
+        w = bridge_alpha / (t + t**2 / (1 - t).clamp(min=1e-300))
+        gradient = w * (real.prediction.double() - fake.prediction.double())
+    else:
+
+        def mean_x_s(v: Tensor) -> Tensor:  # (x_t + sig_{t|s}^2 score) / a_{t|s}
+            score = -(v + x_t / (1 - t)) / (t + t**2 / (1 - t))
+            return (x_t + (t**2 - bridge_alpha**2 * s**2) * score) / bridge_alpha
+
+        m_real, m_fake = mean_x_s(real.prediction.double()), mean_x_s(fake.prediction.double())
+        gradient = (m_fake - m_real) / (x - m_real).abs().mean(1, keepdim=True)
+    generator.flat.gradient.zero_()
+    expected = torch.autograd.grad(
+        (x_s * gradient.float()).sum() / x_s.numel(), list(generator.experts.trainable_parameters().values()),
+        retain_graph=True,
+    )  # fmt: skip
+    capture = Capture()
+    stats = generator.update([real], [fake], capture)
+    flat = torch.cat([part.reshape(-1) for part in expected])
+    assert torch.allclose(capture.total, flat, rtol=1e-3, atol=1e-6 * float(flat.abs().max()) + 1e-9)
+    assert float(flat.norm()) > 1e-4 and stats.norm == pytest.approx(float(flat.norm()), rel=1e-3)
+    assert stats.version == generator.updates == generator.flat.version == 1
+    assert stats.micro[0][0] == 0 and stats.micro[0][1] == pytest.approx(float(gradient.abs().mean()), rel=1e-3)
+
+
+def test_a_step_goes_toward_the_teachers_mean(quick) -> None:
+    """With a fake score that knows x_s, the step goes to E_teacher[x_0 | x_t]; with the two exchanged, away from it."""
+
+    def came_nearer(exchanged: bool) -> float:
+        generator, (proposal,), (real,), _ = proposed(quick, "batch.micro=null", phase=1)
+        x_s, t = generator._kept[0][0].detach(), proposal.t[:, None].float()
+        target = proposal.x_t - t * real.prediction
+        honest = Score(real.stamp, (proposal.x_t - x_s) / t)
+        generator.update([honest], [real]) if exchanged else generator.update([real], [honest])
+        draw = proposal.stamp.draw
+        again = rollout(
+            generator.family, generator.experts, generator.phases, Key(0, 1, "rollout", draw), 0, {}, 16,
+            leave=exit_step(generator.phase, Key(0, 1, "exit", draw)),
+        )  # fmt: skip
+        return float(((x_s - target).abs() - (again - target).abs()).mean())
+
+    assert came_nearer(exchanged=False) > 0 > came_nearer(exchanged=True)
+
+
+def test_one_samples_distance_does_not_set_anothers_step(quick) -> None:
+    """Sample 0's scores agree, so it adds nothing, however far the teacher is from it; a batch's mean would show."""
+    totals = []
+    for far in (0.0, 50.0):
+        generator, _, (real,), (fake,) = proposed(quick, "batch.micro=null")
+        a, b = real.prediction.clone(), fake.prediction.clone()
+        a[0] += far
+        b[0] = a[0]
+        capture = Capture()
+        generator.update([Score(real.stamp, a)], [Score(fake.stamp, b)], capture)
+        totals.append(capture.total)
+    assert torch.equal(totals[0], totals[1]) and totals[0].abs().max() > 0
+    generator, _, (real,), (fake,) = proposed(quick, "batch.micro=null")
+    b = fake.prediction.clone()
+    b[0] += 50.0
+    capture = Capture()
+    generator.update([real], [Score(fake.stamp, b)], capture)
+    assert not torch.allclose(capture.total, totals[0], rtol=1e-2, atol=1e-4)
+
+
+def test_micro_batches_make_the_gradient_of_the_batch(quick) -> None:
+    norms = []
+    for micro in (4, 8, 16):
+        generator, proposals, real, fake = proposed(quick, f"batch.micro={micro}")
+        assert len(proposals) == 16 // micro
+        norms.append(generator.update(real, fake).norm)
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
+    generator, _, real, fake = proposed(quick, "batch.micro=4", "seed=1")
+    assert generator.update(real, fake).norm != pytest.approx(norms[0], rel=1e-3)
+
+
+def test_scores_of_another_iteration_are_refused(quick) -> None:
+    generator, proposals, real, fake = proposed(quick)
+    weight = generator.flat.weight.data.clone()
+    later = [generator.propose(1, p.stamp.start, 4, {}) for p in proposals]
+    assert later[0].stamp.draw != proposals[0].stamp.draw
+    with pytest.raises(AssertionError, match="another iteration"):
+        generator.update(real, fake)
+    later = [generator.propose(1, p.stamp.start, 4, {}) for p in proposals]
+    mixed = [Score(p.stamp, s.prediction) for p, s in zip(later, real, strict=True)]
+    with pytest.raises(AssertionError, match="another iteration"):
+        generator.update(mixed, fake)
+    assert torch.equal(generator.flat.weight.data, weight)
+
+
+# ---------------------------------------------------------------- the fake score's update
+
+
+def test_the_fake_trains_on_x_s_at_the_phases_times(quick) -> None:
+    recipe = quick("ring", "method.name=phased", "batch.micro=null")
+    family = recipe_family(recipe)
+    teacher = family.load_teacher()
+    generator, fake = Generator(recipe, family, teacher), Fake(recipe, family, teacher)
+    generator.start_phase(0, 0)
+    fake.start_phase(0, 0)
+    samples = generator.rollout(0, 1, 0, 16, {})
+    capture = Capture()
+    stats = fake.update([samples], capture)
+
+    network = family.load_teacher().requires_grad_(True)
+    t = 0.52 + 0.48 * uniform(Key(0, 0, "fake-t", 1), 0, 16)
+    noise = normal(Key(0, 0, "fake-noise", 1), 0, 16, (2,))
+    a = ((1 - t) / 0.5)[:, None].float()
+    sigma = (t[:, None] ** 2 - (a.double() * 0.5) ** 2).sqrt().float()
+    x_t = a * samples.x_s + sigma * noise
+
+    def flat_gradient(target: str) -> Tensor:
+        loss = score_matching_loss(
+            family.schedule, network(x_t, t, {}), samples.x_s, noise, t, 0.5, "flow", clamp=10.0, target=target
+        )
+        return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss.sum() / 16, list(network.parameters()))])
+
+    right, wrong = flat_gradient("subinterval"), flat_gradient("naive")
+    assert torch.allclose(capture.total, right, rtol=1e-3, atol=1e-5 * float(right.abs().max()))
+    assert not torch.allclose(wrong, right, rtol=0.1, atol=1e-2 * float(right.abs().max()))
+    assert stats.version == fake.updates == 1 and stats.losses[0][0] == 0
+    assert stats.norm == pytest.approx(float(right.norm()), rel=1e-3)
+
+
+def test_the_fake_is_remade_from_the_teacher_each_phase(quick) -> None:
+    recipe = quick("digits", "method.name=phased")
+    family = recipe_family(recipe)
+    teacher = family.load_teacher()
+    generator, fake = Generator(recipe, family, teacher), Fake(recipe, family, teacher)
+    generator.start_phase(0, 0)
+    fake.start_phase(0, 0)
+    weights = torch.cat([p.detach().reshape(-1) for p in teacher.parameters()])
+    assert torch.equal(fake.flat.weight.data, weights)
+    conditions = {"label": torch.arange(4)}
+    proposal = generator.propose(0, 0, 4, conditions)
+    with torch.no_grad():
+        conditional = teacher(proposal.x_t, proposal.t, conditions)
+        unconditional = teacher(proposal.x_t, proposal.t, {"label": torch.full((4,), 10)})
+    assert torch.equal(fake.score(proposal).prediction, conditional)  # without guidance
+    guided = Scorer(recipe, family, teacher).score(proposal)
+    scale = recipe.teacher.guidance_scale
+    assert scale == 1.5
+    assert torch.allclose(guided.prediction, unconditional + scale * (conditional - unconditional), atol=1e-5)
+    assert not torch.allclose(guided.prediction, conditional + scale * (conditional - unconditional), atol=1e-4)
+    plain = Scorer(quick("digits", "teacher.guidance_scale=1"), family, teacher).score(proposal)
+    assert torch.equal(plain.prediction, conditional)
+
+    for u in range(2):
+        fake.update([generator.rollout(0, u, start, 4, conditions) for start in (0, 4, 8, 12)])
+    assert fake.score(proposal).stamp.fake_version == 2 and guided.stamp.fake_version == -1
+    assert not torch.equal(fake.score(proposal).prediction, conditional)
+    fake.start_phase(1, 1)
+    assert torch.equal(fake.flat.weight.data, weights) and fake.updates == 2 and fake.flat.version == 0
+    assert sorted(fake.flat.state()) == ["version", "weight"]  # no moments of the phase before
+    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), family.load_teacher().parameters(), strict=True))
+
+
+# ---------------------------------------------------------------- the sequential reference
+
+VARIANTS = {
+    "dmd": ["method.name=dmd"],
+    "dmd with regression": ["method.name=dmd", "method.regression.weight=0.5", "method.regression.pairs=24"],
+    "dmd-fewstep": ["method.name=dmd-fewstep", "method.steps=2"],
+    "dmd-sgts": ["method.name=dmd-sgts"],
+    "phased": ["method.name=phased"],
+    "phased lora": ["method.name=phased", "method.experts.kind=lora", "method.experts.rank=4"],
+    "phased, four of one step": ["method.name=phased", "method.phases=4"],
+    "renoise, raw, disjoint": [
+        "method.solver=renoise", "method.gradient_weight=raw", "method.score_interval=disjoint", "method.clamp=null",
+    ],
+    "fixed t, naive, vanilla, logit-normal": [
+        "method.score_interval=fixed", "method.fixed_t=0.8", "method.fake_target=naive", "method.gradient=vanilla",
+        "method.score_distribution=logit_normal",
+    ],
+}  # fmt: skip
+
+
+def run_reference(recipe, prompts, **options) -> Reference:
+    family = recipe_family(recipe)
+    return train(recipe, family, family.load_teacher(), prompts(recipe.teacher.family), **options)
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [*(("ring", variant) for variant in VARIANTS), ("digits", "dmd with regression"), ("digits", "phased lora")],
+)
+def test_every_method_trains_and_twice_the_same(quick, prompts, family: str, variant: str) -> None:
+    recipe = quick(family, *VARIANTS[variant])
+    seen = []
+    one = run_reference(recipe, prompts, on_iteration=lambda n, fake, generator: seen.append((n, fake, generator)))
+    phases = plan_phases(recipe)
+    assert len(one.experts) == len(phases)
+    assert [n for n, _, _ in seen] == [0, 1, 2, 3]
+    for n, fake, generator in seen:
+        assert [stats.version for stats in fake] == [2 * n + 1, 2 * n + 2] and generator.version == n + 1
+        assert generator.norm > 0 and all(0 < loss < 1e3 for stats in fake for _, loss in stats.losses)
+        assert [row[0] for row in generator.micro] == [0, 4, 8, 12]
+    teacher = recipe_family(recipe).load_teacher().state_dict()
+    lora = "lora" in variant
+    for expert in one.experts:
+        assert all(value.isfinite().all() for value in expert.values())
+        if lora:
+            assert all(".lora_" in name for name in expert)
+            assert any(value.any() for name, value in expert.items() if "lora_B" in name)  # they begin at zero
+        else:
+            assert expert.keys() == teacher.keys()
+            assert any(not torch.equal(value, teacher[name]) for name, value in expert.items())
+    two = run_reference(recipe, prompts)
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(one.experts, two.experts, strict=True) for name in a)
+    other = run_reference(recipe.model_copy(update={"seed": 1}), prompts)
+    assert not all(torch.equal(a[name], b[name]) for a, b in zip(one.experts, other.experts, strict=True) for name in a)
+
+
+def test_the_cut_into_micro_batches_is_not_the_mathematics(quick, prompts) -> None:
+    # A large epsilon: beta_1 = 0 would make a whole step of a rounding's sign.
+    steady = ["optimizer.generator.eps=0.01", "optimizer.fake.eps=0.01", "method.name=phased"]
+    four = run_reference(quick("ring", *steady, "batch.micro=4"), prompts)
+    eight = run_reference(quick("ring", *steady, "batch.micro=8"), prompts)
+    other = run_reference(quick("ring", *steady, "batch.micro=8", "method.fake_updates=1"), prompts)
+    start = recipe_family(quick("ring")).load_teacher().state_dict()
+    for a, b, c in zip(four.experts, eight.experts, other.experts, strict=True):
+        moved = max(float((a[name] - start[name]).abs().max()) for name in a)
+        assert moved > 1e-5
+        assert all(torch.allclose(a[name], b[name], rtol=0, atol=moved * 1e-2) for name in a)
+        assert not all(torch.allclose(a[name], c[name], rtol=0, atol=moved * 1e-2) for name in a)
+
+
+def test_it_can_stop_on_the_way(quick, prompts) -> None:
+    recipe = quick("ring", "method.name=phased")
+    part = run_reference(recipe, prompts, iterations=3)
+    assert len(part.experts) == 1 and part.generator.updates == 3 and part.generator.phase.index == 1
+    whole = run_reference(recipe, prompts)
+    assert all(torch.equal(part.experts[0][name], whole.experts[0][name]) for name in part.experts[0])
+
+
+def test_an_expert_ends_as_its_average(quick, prompts) -> None:
+    with_average = run_reference(quick("ring", "method.name=dmd", "ema=0.9"), prompts)
+    without = run_reference(quick("ring", "method.name=dmd", "ema=0"), prompts)
+    raw = with_average.generator.flat.average  # swapped at the phase's end
+    last = torch.cat([value.reshape(-1) for value in without.experts[0].values()])
+    mean = torch.cat([value.reshape(-1) for value in with_average.experts[0].values()])
+    assert torch.equal(raw, last) and not torch.equal(mean, last)
+
+
+def test_regression_pairs_are_the_teachers(quick, prompts) -> None:
+    recipe = quick("digits", *VARIANTS["dmd with regression"])
+    family = recipe_family(recipe)
+    scorer = Scorer(recipe, family, family.load_teacher())
+    pairs = make_pairs(recipe, family, scorer, prompts("digits"), chunk=10)
+    assert pairs.noise.shape == (24, 1, 8, 8) and pairs.conditions["label"].tolist() == [
+        int(label) for label in prompts("digits").rows(0, 24)["label"]
+    ]
+    assert torch.equal(pairs.noise, normal(Key(0, 0, "pairs", 0), 0, 24, (1, 8, 8)))
+    whole = scorer.sample(pairs.noise, pairs.conditions, steps=recipe.teacher.steps)[-1]
+    assert torch.allclose(pairs.result, whole, atol=1e-4)
+    noise, result, conditions = pairs.batch(22, 4)
+    assert torch.equal(noise, pairs.noise[[22, 23, 0, 1]]) and torch.equal(result, pairs.result[[22, 23, 0, 1]])
+    assert torch.equal(conditions["label"], pairs.conditions["label"][[22, 23, 0, 1]])
+    joined = Pairs.join([pairs, pairs])
+    assert len(joined.noise) == 48
+
+
+def test_regression_pulls_to_the_pairs(quick, prompts) -> None:
+    def distance(weight: float) -> float:
+        recipe = quick(
+            "ring", "method.name=dmd", f"method.regression.weight={weight}", "method.regression.pairs=16",
+            "iterations=40", "ema=0", "optimizer.generator.lr=2e-3",
+        )  # fmt: skip
+        run = run_reference(recipe, prompts)
+        family = run.generator.family
+        pairs = make_pairs(recipe, family, run.scorer, prompts("ring"))
+        with torch.no_grad():
+            v = run.generator.experts.expert(0)(pairs.noise, at(1.0, 16), {})
+        return float((pairs.noise - v - pairs.result).square().mean())
+
+    assert distance(10.0) < 0.5 * distance(0.0)
+
+
+# ---------------------------------------------------------------- a phase's boundary, in two dimensions
+
+
+def test_the_right_target_finds_the_boundary_and_the_naive_one_does_not(tmp_path, prompts) -> None:
+    """Phased DMD Sec. 2.3.2: one expert from t = 1 to s = .75 on the off-centre ring, sliced Wasserstein of x_s."""
+    common = [f"teacher.path={tmp_path}/teacher", "batch.size=256", "method.steps=2", "method.timestep_shift=3"]
+    teaching = load_recipe("ring", ["pretrain.iterations=1500", "pretrain.batch=256", "pretrain.micro=null"])
+    train_teacher(teaching, tmp_path / "teacher")
+    found = {}
+    for target in ("subinterval", "naive"):
+        recipe = load_recipe("ring", [*common, "iterations=[150, 1]", f"method.fake_target={target}"])
+        run = run_reference(recipe, prompts, iterations=150)
+        run.generator.flat.swap_average()
+        phase = run.generator.phases[0]
+        assert phase.end == pytest.approx(0.75) and phase.steps == 1
+        x_s = sample_student(run.generator.family, run.generator.experts, [phase], {}, 4000, seed=9).latents
+        truth = 0.25 * data.sample(4000, 5) + 0.75 * normal(Key(5, 0, "truth", 0), 0, 4000, (2,))
+        found[target] = sliced_wasserstein(x_s, truth)
+    assert found["subinterval"] < 0.06 and found["naive"] > 4 * found["subinterval"]
