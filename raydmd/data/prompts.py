@@ -116,29 +116,11 @@ class PromptTable:
             return self._cache[index]
         file, number = self._groups[index]
         table = file.read_row_group(number, columns=self.columns)
-        group = {name: self._to_numpy(name, table.column(name)) for name in self.columns}
+        group = {name: to_numpy(table.column(name), name, self.path) for name in self.columns}
         self._cache[index] = group
         if len(self._cache) > CACHED_GROUPS:
             self._cache.popitem(last=False)
         return group
-
-    def _to_numpy(self, name: str, column: pa.ChunkedArray) -> np.ndarray:
-        array = column.combine_chunks()
-        if isinstance(array, pa.ChunkedArray):
-            array = pa.concat_arrays(array.chunks)
-        shape: list[int] = [len(array)]
-        if isinstance(array.type, pa.FixedShapeTensorType):
-            shape, array = [len(array), *array.type.shape], array.storage.flatten()
-        while _is_list(array.type) and not array.null_count:
-            fixed = pa.types.is_fixed_size_list(array.type)
-            sizes = {array.type.list_size} if fixed else set(array.value_lengths().to_pylist())
-            if len(sizes) != 1:
-                raise UserError(f"prompts: column '{name}' of '{self.path}' has lists of unequal lengths; pad them")
-            shape.append(sizes.pop())
-            array = array.flatten()
-        if array.null_count:
-            raise UserError(f"prompts: column '{name}' of '{self.path}' has rows without a value")
-        return array.to_numpy(zero_copy_only=False).reshape(shape)
 
     def _list_files(self) -> list[str]:
         self._filesystem: pyarrow.fs.FileSystem
@@ -165,6 +147,35 @@ class PromptTable:
             return pq.ParquetFile(self._filesystem.open_input_file(file))
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(f"prompts: '{file}' is not a Parquet file") from error
+
+
+def to_numpy(column: pa.ChunkedArray, name: str, path: str) -> np.ndarray:
+    """Return a column of numbers as [count], of equal lists as [count, ...], of text as [count] objects.
+
+    Args:
+        column: the values.
+        name: the column's, for errors.
+        path: the file's, for errors.
+
+    Raises:
+        UserError: lists of unequal lengths, or empty values.
+    """
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks)
+    shape: list[int] = [len(array)]
+    if isinstance(array.type, pa.FixedShapeTensorType):
+        shape, array = [len(array), *array.type.shape], array.storage.flatten()
+    while _is_list(array.type) and not array.null_count:
+        fixed = pa.types.is_fixed_size_list(array.type)
+        sizes = {array.type.list_size} if fixed else set(array.value_lengths().to_pylist())
+        if len(sizes) != 1:
+            raise UserError(f"prompts: column '{name}' of '{path}' has lists of unequal lengths; pad them")
+        shape.append(sizes.pop())
+        array = array.flatten()
+    if array.null_count:
+        raise UserError(f"prompts: column '{name}' of '{path}' has rows without a value")
+    return array.to_numpy(zero_copy_only=False).reshape(shape)
 
 
 def ensure_embedded_prompts(family: Family | str, folder: str | Path) -> Path:

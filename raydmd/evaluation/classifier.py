@@ -21,6 +21,9 @@ CACHE_FILE = "digits-classifier-1.safetensors"  # the number changes when the ne
 class DigitsClassifier(nn.Module):
     """Two 3x3 convolutions (16 and 32 channels), pooling, and a hidden layer of 64, on [N, 1, 8, 8] in [-1, 1].
 
+    Args:
+        seed: of the initial weights; the global random state is left alone.
+
     Attributes:
         scale: the unit of `features`: it makes their total variance over all the digits 64, one for each. Without it
             a Frechet distance's unit would be an accident of the training.
@@ -28,13 +31,15 @@ class DigitsClassifier(nn.Module):
 
     scale: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
         super().__init__()
         self.register_buffer("scale", torch.ones(()))
-        self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
-        self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
-        self.hidden = nn.Linear(32 * 4 * 4, FEATURES)
-        self.out = nn.Linear(FEATURES, CLASSES)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
+            self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
+            self.hidden = nn.Linear(32 * 4 * 4, FEATURES)
+            self.out = nn.Linear(FEATURES, CLASSES)
 
     def features(self, images: Tensor) -> Tensor:
         """Return the penultimate layer's activations, after its ReLU, over ``scale``, [N, 64]."""
@@ -59,23 +64,21 @@ class DigitsClassifier(nn.Module):
 def train_classifier(seed: int = 0) -> DigitsClassifier:
     """Train on the training split, in seconds on one thread; the same seed gives the same weights.
 
-    AdamW (lr 1e-3, cosine to 0, 30 epochs of batch 64), no augmentation. The threads torch uses and its global
-    random state are left as they were.
+    AdamW (lr 1e-3, cosine to 0, 30 epochs of batch 64), no augmentation. The threads that torch uses and
+    its global random state are left as they were.
     """
     images, labels = load_digits("train")
-    with single_thread(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = DigitsClassifier()
-        optimizer = torch.optim.AdamW(network.parameters(), lr=RATE)
-        steps = EPOCHS * (len(images) // BATCH)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        with torch.enable_grad():
-            for _ in range(EPOCHS):
-                for chosen in torch.randperm(len(images))[: len(images) // BATCH * BATCH].split(BATCH):
-                    optimizer.zero_grad()
-                    F.cross_entropy(network(images[chosen]), labels[chosen]).backward()
-                    optimizer.step()
-                    schedule.step()
+    network, order = DigitsClassifier(seed), torch.Generator().manual_seed(seed)
+    whole = len(images) // BATCH * BATCH
+    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * whole // BATCH)
+    with single_thread(), torch.enable_grad():
+        for _ in range(EPOCHS):
+            for chosen in torch.randperm(len(images), generator=order)[:whole].split(BATCH):
+                optimizer.zero_grad()
+                F.cross_entropy(network(images[chosen]), labels[chosen]).backward()
+                optimizer.step()
+                schedule.step()
         network.scale.copy_((network.judge(load_digits()[0])[0].var(0).sum() / FEATURES).sqrt())
     return network.requires_grad_(False).eval()
 

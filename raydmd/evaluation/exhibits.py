@@ -2,6 +2,7 @@
 
 import base64
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,16 +12,19 @@ from torch import Tensor
 from raydmd.data import ring
 from raydmd.data.digits import CLASSES, load_digits
 from raydmd.diffusion.random import Key, normal
+from raydmd.errors import UserError
 from raydmd.evaluation.evaluate import complete
 from raydmd.evaluation.pictures import Limits, grid, in_plane, limits_of, png, scatter
 from raydmd.evaluation.prompts import in_turn
 from raydmd.methods.phase import Phase
 from raydmd.methods.sampling import StudentSamples, sample_student
 from raydmd.methods.scorer import Scorer
+from raydmd.models.pretrained import HUB
 from raydmd.runs import Run
 
 SEED = 0
 ON_THE_WAY = 6
+LARGE = 2**30
 EXPERTS = ("#8b5cf6", "#0d9f9a", "#e58a1f", "#d6457f", "#4d7cd6", "#7a9a2b", "#b4603c", "#7b8794")
 GREY = "#7f8794"
 
@@ -53,18 +57,24 @@ class Exhibits:
 
     Args:
         run: any run on the teacher.
+
+    Raises:
+        UserError: the teacher or the prompts are missing, or it is too large to be sampled without a GPU.
     """
 
     def __init__(self, run: Run) -> None:
         self.run, self.family = run, run.family
-        self.teacher = run.teacher()
-        self.scorer = Scorer(run.recipe, self.family, self.teacher)
+        self.embedded = self.family.name in ("digits", "ring")
+        self.device = "cpu" if self.embedded else sampling_device(run)
+        self.teacher = run.teacher().to(self.device)
+        self.scorer = Scorer(run.recipe, self.family, self.teacher, self.device)
         self.points = in_plane(self.family)
         self.columns = 10 if self.family.name == "digits" else 4
         self.count = 1500 if self.points else 60 if self.family.name == "digits" else 8
         self.conditions = in_turn(run.recipe, self.family, self.count)
         noise = normal(Key(SEED, 0, "sample", 0), 0, self.count, self.family.latent_shape)
         self.noise = noise * float(self.family.schedule.sigma(self.family.schedule.t_max))
+        self._batch = self.count if self.embedded else 1
         self.many = self._follow(run.recipe.teacher.steps, "heun")
         self.limits = limits_of(torch.cat([self.many, self._data()])) if self.points else None
 
@@ -72,7 +82,7 @@ class Exhibits:
         """Return the data, the teacher's many-step samples and its Euler samples of ``few`` steps."""
         asked = self.run.recipe.teacher
         panels = []
-        if self.family.name in ("digits", "ring"):
+        if self.embedded:
             note = "" if self.points else "other samples, of the same classes"
             panels.append(self._panel(self._data(), "data", note, ""))
         panels.append(self._panel(self.many, "teacher", f"Heun, {asked.steps} steps", ""))
@@ -83,9 +93,12 @@ class Exhibits:
 
     def student(self, run: Run) -> StudentSamples:
         """Return a run's samples, as far as its experts are trained."""
-        phases, experts = run.trained_phases(), run.experts(self.teacher)
-        solver = run.recipe.method.solver
-        return sample_student(self.family, experts, phases, self.conditions, self.count, seed=SEED, solver=solver)
+        phases, experts = run.trained_phases(), run.experts(self.teacher).to(self.device)
+        conditions = {name: value.to(self.device) for name, value in self.conditions.items()}
+        return sample_student(
+            self.family, experts, phases, conditions, self.count,
+            seed=SEED, solver=run.recipe.method.solver, device=self.device,
+        )  # fmt: skip
 
     def student_panel(self, run: Run, made: StudentSamples, color: str) -> Picture:
         """Return a student's samples as a panel."""
@@ -111,7 +124,7 @@ class Exhibits:
         noise = normal(Key(SEED, 0, "report/truth", phase.index), 0, self.count, self.family.latent_shape)
         clean = self._data() if self.points else self.many
         truth = self.family.schedule.diffuse(clean, noise, s)
-        completed = complete(self.scorer, x_s, self.conditions, batch=self.count, start=s)
+        completed = complete(self.scorer, x_s, self.conditions, batch=self._batch, start=s)
         color = EXPERTS[phase.index % len(EXPERTS)]
         shown = [
             self._column(truth, "truth", f"at s = {s:.3g}", ""),
@@ -129,9 +142,7 @@ class Exhibits:
         return float(self.family.schedule.diffuse(self.many, noise, phase.end).std())
 
     def _follow(self, steps: int, method: str) -> Tensor:
-        return complete(
-            self.scorer, self.noise, self.conditions, batch=max(1, self.count // 2), steps=steps, method=method
-        )
+        return complete(self.scorer, self.noise, self.conditions, batch=self._batch, steps=steps, method=method)
 
     def _data(self) -> Tensor:
         """Return real samples: for digits with the panels' labels in order."""
@@ -141,8 +152,11 @@ class Exhibits:
         of_class = [images[labels == label] for label in range(CLASSES)]
         return torch.stack([of_class[i % CLASSES][i // CLASSES] for i in range(self.count)])
 
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self.family.decode(latents.to(self.device)).cpu()
+
     def _panel(self, latents: Tensor, title: str, note: str, color: str) -> Picture:
-        pictures = self.family.decode(latents)
+        pictures = self._decode(latents)
         image = self._scatter(pictures, color) if self.points else grid(pictures, self.columns, 32)
         what = f"{len(pictures)} points" if self.points else f"{len(pictures)} pictures in rows of {self.columns}"
         order = ", column by column the digits 0 to 9" if self.family.name == "digits" else ""
@@ -152,13 +166,28 @@ class Exhibits:
     def _column(self, latents: Tensor, title: str, note: str, color: str) -> Picture:
         if self.points:
             return _picture(self._scatter(latents, color, 220), title, note, f"{title}, {note}: points", color)
-        pictures = self.family.decode(latents[:ON_THE_WAY])
+        pictures = self._decode(latents[:ON_THE_WAY])
         image = grid(pictures, 1, 48)
         return _picture(image, title, note, f"{title}, {note}: {len(pictures)} samples, one below the other", color)
 
     def _scatter(self, points: Tensor, color: str, size: int = 360) -> Image.Image:
         limits: Limits | None = self.limits
         return scatter(points, limits, color=color or GREY, size=size, transparent=True)
+
+
+def sampling_device(run: Run) -> str:
+    """Return where to sample a run on a pretrained teacher: a GPU, or the CPU when the teacher is small.
+
+    Raises:
+        UserError: there is no GPU, and the teacher has more than a gigabyte of weights.
+    """
+    if run.recipe.runtime.device != "cpu" and torch.cuda.is_available():
+        return "cuda"
+    path = str(run.family.path)
+    size = sum(file.stat().st_size for file in Path(path).rglob("*.safetensors"))
+    if size > LARGE or path.startswith(HUB):
+        raise UserError(f"the teacher in '{path}' is too large to be sampled without a GPU")
+    return "cpu"
 
 
 def picture_file(image: Image.Image, title: str, alt: str) -> Picture:

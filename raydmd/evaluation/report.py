@@ -31,12 +31,12 @@ CURVES = {
     "seconds": "Seconds an iteration",
 }
 FIGURES = {  # name: (heading, what is best, what it is)
-    "boundary_fd": ("FD to teacher", "low", "Frechet distance to the teacher's samples of x_s as the teacher completes it"),
+    "boundary_fd": ("FD to teacher", "low", "Frechet distance to the teacher's samples of x_s completed by it"),
     "boundary_sw": ("SW of x_s", "low", "sliced Wasserstein distance of x_s to the data diffused to s"),
     "x_s_variance_ratio": ("variance ratio", "one", "variance of x_s over that of the truth at s; 1 is right"),
     "fd_teacher": ("FD to teacher", "low", "Frechet distance to the teacher's many-step samples in the features of a "
                    "small classifier (64 is the real digits' whole variance); the teacher's own row is the floor"),
-    "fd_data": ("FD to data", "", "Frechet distance to the real digits; guidance takes the teacher away from them, too"),
+    "fd_data": ("FD to data", "", "Frechet distance to the real digits; guidance takes the teacher away from them"),
     "accuracy": ("accuracy", "high", "share that the classifier takes for the digit that was asked"),
     "pcos": ("cosine in class", "teacher", "mean cosine of two pictures of a class, centred; less is more diverse"),
     "variance": ("variance in class", "teacher", "variance in a class over the 64 pixels; more is more diverse"),
@@ -54,8 +54,9 @@ QUIET = ("checkpoint",)
 def report(runs: Sequence[Run], out: Path, progress: Callable[[str], None] | None = None) -> Path:
     """Write one HTML page on one or more runs, whole or not at all; return its path.
 
-    A run that has not been evaluated, or not since its experts changed, is evaluated first. Runs of one teacher share
-    their pictures of it. A run that is still in training shows what it has.
+    A run that has not been evaluated, or not since its experts changed, is evaluated first.Runs of one teacher share
+    their pictures of it. A run that is still in training shows what it has, and where something is missing (a teacher
+    that has moved, say) the page says so in its place.
 
     Args:
         runs: to be shown side by side.
@@ -63,7 +64,7 @@ def report(runs: Sequence[Run], out: Path, progress: Callable[[str], None] | Non
         progress: told in words what is being done.
 
     Raises:
-        UserError: no runs, ``out`` is a folder, or a teacher is missing.
+        UserError: no runs, or ``out`` is a folder.
     """
     if not runs:
         raise UserError("report: name at least one run's folder")

@@ -18,10 +18,14 @@ class FlatParameters:
     Args:
         parameters: name to parameter, in a stable order; float32.
         settings: AdamW's numbers and the gradient's largest norm.
-        ema: decay of the moving average; at update n it is at most (1 + n) / (10 + n). 0 keeps no average.
+        ema: decay of the moving average; 0 keeps none.
+        unbiased: the average is over the weights after each update alone, as Adam's are, and forgets those begun with.
+            An expert's average starts from the teacher's weights, which is as it should be; a new network's must not.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: Optimizer, ema: float = 0.0) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], settings: Optimizer, ema: float = 0.0, unbiased: bool = False
+    ) -> None:
         self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         self.weight = nn.Parameter(torch.cat([p.detach().float().reshape(-1) for p in parameters.values()]))
         self.gradient = torch.zeros_like(self.weight.data)
@@ -38,7 +42,7 @@ class FlatParameters:
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        self.clip, self.ema, self.version = settings.clip, ema, 0
+        self.clip, self.ema, self.unbiased, self.version = settings.clip, ema, unbiased, 0
         self.average = self.weight.data.clone() if ema else self.weight.data
 
     def take_gradient(self, last: bool) -> torch.Tensor:
@@ -70,9 +74,8 @@ class FlatParameters:
         self.optimizer.step()
         self.gradient.zero_()
         if self.ema:
-            # warmed up, so that a short run's average does not keep the weights that it began with
-            decay = min(self.ema, (1 + self.version) / (10 + self.version))
-            self.average.lerp_(self.weight.data, 1.0 - decay)
+            keep = self.ema * (1 - self.ema**self.version) / (1 - self.ema ** (self.version + 1))
+            self.average.lerp_(self.weight.data, 1.0 - (keep if self.unbiased else self.ema))
         self.version += 1
         return norm
 

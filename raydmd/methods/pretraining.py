@@ -27,7 +27,7 @@ class Pretraining:
         self.recipe, self.family, self.settings = recipe, family, recipe.pretrain
         self.network = family.new_network(recipe.seed)
         optimizer = Optimizer(lr=self.settings.lr, betas=(0.9, 0.999), clip=1.0)
-        self.flat = FlatParameters(dict(self.network.named_parameters()), optimizer, self.settings.ema)
+        self.flat = FlatParameters(dict(self.network.named_parameters()), optimizer, self.settings.ema, unbiased=True)
 
     def step(self, iteration: int, rank: int, world: int, collective: Collective) -> float:
         """Make one update with this replica's share of the batch; return its mean loss."""

@@ -87,10 +87,12 @@ class Controller:
         for phase, end in zip(self.phases, self.ends, strict=True):
             if self.committed >= end:
                 continue
+            if self._halted():  # at the last phase's edge
+                return
             self._begin(phase)
             for n in range(self.committed, end):
                 await self._iterate(phase, n)
-                if self.stopping or self.committed == self.until:
+                if self._halted():
                     break
                 if n + 1 < end and (n + 1) % self.recipe.checkpoint.every == 0:
                     self._checkpoint(phase.index)
@@ -103,6 +105,9 @@ class Controller:
     def stop(self) -> None:
         """Commit the iteration under way, write a manifest and return from ``run``."""
         self.stopping = True
+
+    def _halted(self) -> bool:
+        return self.stopping or (self.until is not None and self.committed >= self.until)
 
     async def _iterate(self, phase: Phase, n: int) -> None:
         """One iteration: the algorithm."""

@@ -111,7 +111,7 @@ def check(recipe: Recipe) -> None:
     elif family.name not in EMBEDDED:
         raise UserError(f"teacher.path: family '{family.name}' needs a folder or a hub's name of its weights")
     if recipe.prompts.path is not None:
-        PromptTable(recipe.prompts.path, family.condition_columns)
+        family.conditions(PromptTable(recipe.prompts.path, family.condition_columns).rows(0, 1))
     elif family.name not in EMBEDDED:
         raise UserError(f"prompts.path: family '{family.name}' ships no prompts; give a Parquet file")
 

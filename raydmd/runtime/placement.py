@@ -1,6 +1,7 @@
 """Where a role's workers run: from the recipe's words to Ray's actor options, and saying what is waited for."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -57,20 +58,19 @@ async def wait_placed(
         UserError: the timeout ran out; names the role, what it asks for, and what the cluster has.
     """
     waiting = {asyncio.ensure_future(_ready(w)): role for role, group in workers.items() for w in group}
-    elapsed = 0.0
+    end = time.monotonic() + timeout
     try:
         while waiting:
-            done, _ = await asyncio.wait(waiting, timeout=min(15.0, timeout))
+            done, _ = await asyncio.wait(waiting, timeout=max(0.0, min(15.0, end - time.monotonic())))
             for future in done:
                 waiting.pop(future)
                 future.result()
             if not done:
-                elapsed += 15.0
                 words = "; ".join(
                     f"{list(waiting.values()).count(role)} {role} worker(s) wait for {asks[role]} each"
                     for role in dict.fromkeys(waiting.values())
                 )
-                if elapsed >= timeout:
+                if time.monotonic() >= end:
                     free = {key: f"{value:g}" for key, value in sorted(ray.available_resources().items())}
                     raise UserError(f"not placed within {timeout:g} s: {words}; free in the cluster: {free}")
                 say(f"waiting: {words}")

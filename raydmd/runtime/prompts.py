@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 
 from raydmd.config import Recipe
+from raydmd.data.prompts import to_numpy
 from raydmd.models.protocol import Family
 from raydmd.runs import recipe_family
 from raydmd.runtime.wire import to_wire
@@ -15,12 +17,13 @@ from raydmd.runtime.wire import to_wire
 class Encoder:
     """Turns Parquet columns into condition arrays; an actor of Ray Data's pool."""
 
-    def __init__(self, family: Family) -> None:
-        self.family = family
+    def __init__(self, family: Family, path: str) -> None:
+        self.family, self.path = family, path
 
-    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def __call__(self, rows: pa.Table) -> dict[str, np.ndarray]:
         """Encode one block of rows."""
-        return to_wire(self.family.conditions(rows))
+        columns = {name: to_numpy(rows.column(name), name, self.path) for name in rows.column_names}
+        return to_wire(self.family.conditions(columns))
 
 
 class PromptStream:
@@ -38,19 +41,23 @@ class PromptStream:
         columns = list(self.family.condition_columns)
         dataset = ray.data.read_parquet(path, columns=columns or None)
         self.total = dataset.count()
+        self.cache: dict[str, np.ndarray] | None = {} if not columns else None
+        self.fits = not columns
         if columns:
+            first = Encoder(self.family, path)(dataset.take_batch(1, batch_format="pyarrow"))
+            each = sum(value.nbytes for value in first.values())
+            self.fits = each * self.total <= recipe.prompts.cache_mb * 2**20
             dataset = dataset.map_batches(
-                Encoder, fn_constructor_args=(self.family,), concurrency=recipe.prompts.encoders, num_cpus=0.1,
-                batch_size=max(self.micro, 256),
+                Encoder, fn_constructor_args=(self.family, path), concurrency=recipe.prompts.encoders, num_cpus=0.1,
+                batch_size=max(self.micro, 256), batch_format="pyarrow",
             )  # fmt: skip
         self.dataset = dataset
-        self.cache: dict[str, np.ndarray] | None = {} if not columns else None
         self._rows: Iterator[dict[str, np.ndarray]] | None = None
         self._position = -1
 
     def ready(self) -> str:
         """Return how many prompts there are, once the first pass can begin; small sets are encoded by then."""
-        if self.cache is None and self._fits():
+        if self.cache is None and self.fits:
             parts = list(self.dataset.iter_batches(batch_size=1024, batch_format="numpy"))
             self.cache = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return f"{self.total} prompts"
@@ -74,11 +81,6 @@ class PromptStream:
             parts.append(next(self._rows))
         self._position = start + count
         return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
-
-    def _fits(self) -> bool:
-        sample = self.dataset.limit(min(self.total, 64)).to_pandas()
-        each = sum(np.asarray(value).nbytes for value in sample.iloc[0])
-        return each * self.total <= self.recipe.prompts.cache_mb * 2**20
 
     def _seek(self, start: int) -> None:
         self._rows = self._endless()

@@ -1,0 +1,76 @@
+"""Makes a run's folder in this process, as the runtime leaves it: trained by the sequential reference."""
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from raydmd.config import Recipe, dump_recipe
+from raydmd.data.prompts import PromptTable
+from raydmd.evaluation import classifier
+from raydmd.methods.fake import FakeStats
+from raydmd.methods.generator import GeneratorStats
+from raydmd.methods.plan import plan_iterations, plan_phases
+from raydmd.methods.reference import train
+from raydmd.runs import Run, expert_file, recipe_family
+
+
+@functools.cache
+def classifier_file() -> bytes:
+    """Return the digits' classifier's file, trained once for all tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        classifier.load_classifier(Path(folder))
+        (file,) = Path(folder).iterdir()  # and nothing else is written
+        return file.read_bytes()
+
+
+def put_classifier(run: Run) -> Run:
+    """Put the classifier where a run keeps it."""
+    folder = run.folder / ".cache"
+    folder.mkdir()
+    (folder / classifier.CACHE_FILE).write_bytes(classifier_file())
+    return run
+
+
+def make_run(recipe: Recipe, folder: Path, prompts: PromptTable) -> Run:
+    """Train ``recipe`` and write recipe, experts, metrics and events."""
+    family = recipe_family(recipe)
+    ends, lines = [], []
+    for length in plan_iterations(recipe, plan_phases(recipe)):
+        ends.append(length + (ends[-1] if ends else 0))
+
+    def record(iteration: int, fakes: list[FakeStats], figures: GeneratorStats) -> None:
+        losses = [loss for fake in fakes for _, loss in fake.losses]
+        lines.append(
+            {
+                "phase": 1 + sum(iteration >= end for end in ends), "iteration": iteration,
+                "generator_version": figures.version, "fake_version": fakes[-1].version,
+                "loss_fake": sum(losses) / len(losses), "generator_grad_norm": figures.norm,
+                "dm_gradient": figures.micro[0][1], "x_s_mean": figures.micro[0][2], "x_s_std": figures.micro[0][3],
+                "samples": recipe.batch.size, "seconds": 0.5,
+                "roles": {
+                    role: {"busy_seconds": busy, "workers": 1}
+                    for role, busy in (("teacher", 0.1), ("fake", 0.4), ("generator", 0.3))
+                },
+            }
+        )  # fmt: skip
+
+    trained = train(recipe, family, family.load_teacher(), prompts, record)
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    events = [
+        {"time": 1000.0, "event": "started", "workers": {"fake": 1}, "seconds": 3.2},
+        {"time": 1004.0, "event": "worker-lost", "role": "fake"},
+        {"time": 1004.5, "event": "recovered", "role": "fake", "seconds": 0.52, "steps_lost": 0},
+        {"time": 1005.0, "event": "checkpoint", "iteration": 2, "bytes": 1000},
+        {"time": 1075.0, "event": "finished", "iteration": 4},
+    ]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    for index, weights in enumerate(trained.experts):
+        file = expert_file(folder, index)
+        file.parent.mkdir(parents=True)
+        save_file({name: value.contiguous() for name, value in weights.items()}, file)
+    return put_classifier(Run(folder)) if family.name == "digits" else Run(folder)

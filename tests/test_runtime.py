@@ -1,0 +1,299 @@
+"""Distributed runs on a Ray of three nodes: the sequential reference's weights to the bit, and what a run leaves."""
+
+import asyncio
+import json
+import time
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+from rich.console import Console
+from safetensors.torch import load_file
+from test_large_families import large_recipe, run_large
+
+import raydmd.runtime  # before Ray  # noqa: F401
+from raydmd.config import Recipe, load_recipe
+from raydmd.errors import UserError
+from raydmd.methods.batch import Noised, Stamp
+from raydmd.methods.fake import Fake
+from raydmd.methods.generator import Generator
+from raydmd.methods.plan import plan_iterations, plan_phases
+from raydmd.methods.reference import train
+from raydmd.methods.scorer import Scorer
+from raydmd.models.protocol import save_teacher
+from raydmd.runs import Run, expert_file, recipe_family
+from raydmd.runtime.groups import ScorerPool
+from raydmd.runtime.launch import distill
+from raydmd.runtime.manifest import Archive
+from raydmd.runtime.wire import to_wire
+from raydmd.runtime.workers import TeacherWorker, make_part
+
+CONSOLE = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """Three nodes: the head, one labelled ``zone: b``, one with four of the resource ``scorer``; by name, their ids."""
+    store = 100 * 2**20
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 4, "object_store_memory": store, "include_dashboard": False},
+    )
+    try:
+        cluster.add_node(num_cpus=2, object_store_memory=store, labels={"zone": "b"})
+        cluster.add_node(num_cpus=2, object_store_memory=store, resources={"scorer": 4})
+        ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
+        names = {}
+        for node in ray.nodes():
+            name = "scorer" if "scorer" in node["Resources"] else node["Labels"].get("zone", "head")
+            names[name] = node["NodeID"]
+        yield names
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def reference(recipe: Recipe, prompts: Any) -> list[dict[str, torch.Tensor]]:
+    family = recipe_family(recipe)
+    return train(recipe, family, family.load_teacher(), prompts(recipe.teacher.family)).experts
+
+
+def assert_same_bits(folder: Path, experts: list[dict[str, torch.Tensor]]) -> None:
+    for index, expected in enumerate(experts):
+        found = load_file(expert_file(folder, index))
+        assert found.keys() == expected.keys()
+        assert max(float((found[name] - expected[name]).abs().max()) for name in found) == 0.0
+
+
+def placed(actor_class: str) -> dict[str, int]:
+    """Where the actors of a class were, of all that this Ray has seen: node id to how many."""
+    found: dict[str, int] = {}
+    for actor in ray._private.state.actors().values():
+        if actor["ActorClassName"] == actor_class and actor["Address"]["NodeID"]:
+            found[actor["Address"]["NodeID"]] = found.get(actor["Address"]["NodeID"], 0) + 1
+    return found
+
+
+def test_many_workers_stopped_at_a_phases_edge_end_where_the_reference_does(
+    nodes: dict[str, str], quick, prompts, tmp_path: Path
+) -> None:
+    """Two generators, two fakes and three scorers on three nodes by label and resource; stopped, and gone on with."""
+    recipe = quick(
+        "digits", "batch.size=24", "iterations=6", "checkpoint.every=2",
+        "runtime.generator={max_workers: 2, cpus: 0.25, labels: {zone: b}}",
+        "runtime.fake={max_workers: 2, cpus: 0.25, labels: {zone: nowhere}, fallbacks: [{zone: b}]}",
+        "runtime.teacher={max_workers: 3, cpus: 0.25, resources: {scorer: 1}}",
+    )  # fmt: skip
+    run = tmp_path / "run"
+    assert distill(recipe, run, console=CONSOLE, until=3) is False
+    assert [line["iteration"] for line in Run(run).metrics()] == [0, 1, 2]
+    assert Run(run).events()[-1]["event"] == "stopped"
+    assert distill(recipe, run, console=CONSOLE) is True
+    assert_same_bits(run, reference(recipe, prompts))
+    assert placed("GeneratorWorker") == {nodes["b"]: 4} and placed("FakeWorker") == {nodes["b"]: 4}
+    assert placed("TeacherWorker") == {nodes["scorer"]: 6}
+
+    metrics = Run(run).metrics()
+    assert [line["iteration"] for line in metrics] == list(range(6))
+    assert [line["phase"] for line in metrics] == [1, 1, 1, 2, 2, 2]
+    for n, line in enumerate(metrics):
+        assert line["generator_version"] == n + 1 and line["fake_version"] == 2 * (n + 1)
+        assert line["samples"] == 24 and line["seconds"] > 0 and line["staleness"] == 0
+        assert line["loss_fake"] > 0 and line["generator_grad_norm"] > 0
+        workers = {role: figures["workers"] for role, figures in line["roles"].items()}
+        assert workers == {"teacher": 3, "fake": 2, "generator": 2}
+        assert all(figures["busy_seconds"] > 0 for figures in line["roles"].values())
+    events = Run(run).events()
+    assert [event["event"] for event in events] == [
+        "started", "phase", "checkpoint", "checkpoint", "stopped",
+        "started", "phase", "checkpoint", "checkpoint", "finished",
+    ]  # fmt: skip
+    assert events[0]["workers"] == {"teacher": 3, "fake": 2, "generator": 2} and events[5]["resumed"] == 3
+    assert [e["iteration"] for e in events if e["event"] == "checkpoint"] == [2, 3, 4, 6]
+    assert [(e["phase"], e["end"]) for e in events if e["event"] == "phase"] == [(1, 0.5), (2, 0.0)]
+    found = Archive(str(run / "checkpoints")).newest()
+    assert found is not None
+    last, states = found
+    assert (last.iteration, last.phase, last.experts, last.generator_version, last.fake_version) == (6, 2, 2, 6, 12)
+    assert last.cursor == 6 * 3 * 24 and states == {}
+    assert load_recipe(str(run / "recipe.yaml")) == recipe
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoints", "events.jsonl", "experts", "metrics.jsonl", "prompts", "recipe.yaml",
+    ]  # fmt: skip
+
+
+def test_regression_and_more_workers_than_micro_batches(nodes: dict[str, str], quick, prompts, tmp_path: Path) -> None:
+    recipe = quick(
+        "ring", "method.name=dmd", "method.regression.weight=0.5", "method.regression.pairs=300", "batch.micro=8",
+        "iterations=3", "optimizer.generator.betas=[0, 0.999]", "runtime.fake.max_workers=3",
+        "runtime.teacher.max_workers=2", "runtime.generator.max_workers=2",
+    )  # fmt: skip
+    assert distill(recipe, tmp_path / "run", console=CONSOLE)
+    assert_same_bits(tmp_path / "run", reference(recipe, prompts))
+    other = recipe.model_copy(update={"seed": 1})
+    with pytest.raises(AssertionError):
+        assert_same_bits(tmp_path / "run", reference(other, prompts))
+
+
+def test_large_networks_with_embedded_prompts(nodes: dict[str, str], tmp_path: Path) -> None:
+    """Qwen-Image's classes, LoRA experts, guidance 4, prompt embeddings through Ray Data."""
+    recipe = large_recipe("qwen_image", tmp_path, "iterations=2", "batch.micro=4")
+    assert distill(recipe, tmp_path / "run", console=CONSOLE)
+    assert_same_bits(tmp_path / "run", run_large(recipe).experts)
+
+
+def stale_by_hand(recipe: Recipe) -> list[dict[str, torch.Tensor]]:
+    """The fake's rollouts of an iteration are made one version early, but at the first of each segment."""
+    family = recipe_family(recipe)
+    teacher = family.load_teacher()
+    generator, fake = Generator(recipe, family, teacher), Fake(recipe, family, teacher)
+    scorer, micro, every = Scorer(recipe, family, teacher), recipe.batch.micro, recipe.checkpoint.every
+    assert micro is not None
+    starts, experts = range(0, recipe.batch.size, micro), []
+    lengths = plan_iterations(recipe, plan_phases(recipe))
+    for index, end in enumerate(accumulate(lengths)):
+        begin, ahead = end - lengths[index], {}
+        generator.start_phase(index, begin)
+        fake.start_phase(index, begin)
+        for n in range(begin, end):
+            edge = min(end, (n // every + 1) * every)
+            for m in range(n, min(n + 2, edge)):
+                if m not in ahead:
+                    updates = range(recipe.method.fake_updates)
+                    ahead[m] = [[generator.rollout(m, u, s, micro, {}) for s in starts] for u in updates]
+            for batches in ahead.pop(n):
+                fake.update(batches)
+            proposals = [generator.propose(n, s, micro, {}) for s in starts]
+            generator.update([scorer.score(p) for p in proposals], [fake.score(p) for p in proposals])
+        experts.append(generator.end_phase())
+    return experts
+
+
+def test_staleness_is_bounded_named_and_deterministic(nodes: dict[str, str], quick, prompts, tmp_path: Path) -> None:
+    recipe = quick(
+        "ring", "iterations=[5, 3]", "checkpoint.every=3", "runtime.max_staleness=1", "method.experts.kind=lora",
+        "method.experts.rank=4", "runtime.generator.max_workers=2",
+    )  # fmt: skip
+    assert distill(recipe, tmp_path / "run", console=CONSOLE)
+    staleness = [line["staleness"] for line in Run(tmp_path / "run").metrics()]
+    assert staleness == [0, 1, 1, 0, 1, 0, 0, 1]  # segments begin at 0, 3 (a manifest), 5 (a phase), 6 (a manifest)
+    assert_same_bits(tmp_path / "run", stale_by_hand(recipe))
+    with pytest.raises(AssertionError):  # and it is not the exact schedule's result
+        assert_same_bits(tmp_path / "run", reference(recipe, prompts))
+
+
+def test_a_role_that_cannot_be_placed(nodes: dict[str, str], quick, tmp_path: Path) -> None:
+    recipe = quick(
+        "ring", "runtime.placement_timeout=3",
+        "runtime.fake={max_workers: 2, cpus: 0.25, resources: {tpu: 2}, labels: {zone: elsewhere}}",
+    )  # fmt: skip
+    with pytest.raises(UserError) as caught:
+        distill(recipe, tmp_path / "run", console=CONSOLE)
+    message = str(caught.value)
+    assert "2 fake worker(s) wait for 0.25 CPU, 2 tpu, label zone=elsewhere each" in message
+    assert "3 s" in message and "CPU" in message.partition("free in the cluster")[2] and "\n" not in message
+    del caught
+    wait_until(lambda: not living("FakeWorker") and not living("GeneratorWorker"))  # they ask for nothing any more
+
+
+def living(actor_class: str) -> list[str]:
+    actors = ray._private.state.actors().values()
+    return [a["State"] for a in actors if a["ActorClassName"] == actor_class and a["State"] != "DEAD"]
+
+
+def wait_until(condition, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "never came true"
+        time.sleep(0.05)
+
+
+def test_an_error_in_a_worker_ends_the_run_and_hangs_nobody(nodes: dict[str, str], quick, tmp_path: Path) -> None:
+    """A teacher whose weights are not numbers: both fake replicas refuse the step, and the run ends by saying so."""
+    recipe = quick("ring", "runtime.fake.max_workers=2")
+    family = recipe_family(recipe)
+    spoilt = family.load_teacher()
+    with torch.no_grad():
+        next(iter(spoilt.parameters()))[0, 0] = torch.nan
+    save_teacher(spoilt, tmp_path / "teacher", "ring", family.options)
+    teacher = recipe.teacher.model_copy(update={"path": str(tmp_path / "teacher")})
+    with pytest.raises(FloatingPointError, match="not finite"):
+        distill(recipe.model_copy(update={"teacher": teacher}), tmp_path / "run", console=CONSOLE)
+    assert Run(tmp_path / "run").metrics() == []  # no step was committed
+
+
+class HeldUp:
+    """A teacher's part; that of one worker, whoever comes first, waits inside its first call for a file to appear."""
+
+    def __init__(self, scorer: Scorer, folder: str) -> None:
+        self.scorer, self.folder = scorer, Path(folder)
+
+    def score(self, proposal: Noised) -> Any:
+        try:
+            (self.folder / "held").touch(exist_ok=False)
+        except FileExistsError:
+            return self.scorer.score(proposal)
+        wait_until((self.folder / "go").exists)
+        return self.scorer.score(proposal)
+
+
+def make_held_up(folder: str, recipe: Recipe, device: str) -> HeldUp:
+    return HeldUp(make_part(Scorer, recipe, device), folder)
+
+
+def test_a_free_scorer_takes_what_a_busy_one_would_wait_for(nodes: dict[str, str], quick, tmp_path: Path) -> None:
+    recipe = quick("ring")
+    family = recipe_family(recipe)
+    workers = [
+        ray.remote(TeacherWorker).options(num_cpus=0.25).remote(
+            recipe, number, 1, "cpu", partial(make_held_up, str(tmp_path))
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    ray.get([worker.ready.remote() for worker in workers])
+    inputs = [
+        Noised(Stamp(0, draw, 0, 7), torch.full((4, 2), 0.1 * draw), torch.full((4,), 0.7, dtype=torch.float64), {})
+        for draw in range(12)
+    ]
+
+    async def hand_out() -> Any:
+        call = await ScorerPool(workers, depth=2).map("score", [(to_wire(item),) for item in inputs])
+        assert not (tmp_path / "go").exists()  # all were taken while one worker was held up
+        (tmp_path / "go").touch()
+        return await asyncio.gather(*call.results), await asyncio.gather(*call.receipts)
+
+    scores, receipts = asyncio.run(hand_out())
+    taken = [sum(receipt.worker == number for receipt in receipts) for number in range(2)]
+    assert sorted(taken) == [2, 10]  # the busy one has what it held, and no more
+    assert [score.stamp.draw for score in scores] == list(range(12))  # in order, whoever made them
+    expected = Scorer(recipe, family, family.load_teacher())
+    for item, score, receipt in zip(inputs, scores, receipts, strict=True):
+        assert torch.equal(torch.as_tensor(score.prediction), expected.score(item).prediction)
+        assert receipt.role == "teacher" and receipt.versions == ((7, -1),) and receipt.busy_seconds > 0
+
+
+def test_metrics_are_lines_of_json(nodes: dict[str, str], quick, tmp_path: Path) -> None:
+    """One worker a role and a single micro-batch; the keys that others rely on, and the sample grids."""
+    recipe = quick(
+        "ring", "iterations=2", "method.name=dmd-sgts", "batch.micro=null", "monitor.samples_every=1",
+        "monitor.samples=9", "monitor.tensorboard=true",
+    )  # fmt: skip
+    assert distill(recipe, tmp_path / "run", console=CONSOLE)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    promised = {
+        "phase", "iteration", "generator_version", "fake_version", "loss_fake", "generator_grad_norm", "samples",
+        "seconds", "roles",
+    }  # fmt: skip
+    assert [line["iteration"] for line in lines] == [0, 1] and all(promised <= line.keys() for line in lines)
+    assert all({"busy_seconds", "workers"} <= figures.keys() for figures in lines[0]["roles"].values())
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    assert all({"time", "event"} <= event.keys() for event in events)
+    assert sorted(path.name for path in (tmp_path / "run/samples").iterdir()) == [
+        "student-000001.png", "student-000002.png",
+    ]  # fmt: skip
+    assert list((tmp_path / "run/tensorboard").glob("events.*"))
