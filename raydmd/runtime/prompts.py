@@ -42,11 +42,11 @@ class PromptStream:
         dataset = ray.data.read_parquet(path, columns=columns or None)
         self.total = dataset.count()
         self.cache: dict[str, np.ndarray] | None = {} if not columns else None
-        self.fits = not columns
+        self._fits = not columns
         if columns:
             first = Encoder(self.family, path)(dataset.take_batch(1, batch_format="pyarrow"))
             each = sum(value.nbytes for value in first.values())
-            self.fits = each * self.total <= recipe.prompts.cache_mb * 2**20
+            self._fits = each * self.total <= recipe.prompts.cache_mb * 2**20
             dataset = dataset.map_batches(
                 Encoder, fn_constructor_args=(self.family, path), concurrency=recipe.prompts.encoders, num_cpus=0.1,
                 batch_size=max(self.micro, 256), batch_format="pyarrow",
@@ -57,7 +57,7 @@ class PromptStream:
 
     def ready(self) -> str:
         """Return how many prompts there are, once the first pass can begin; small sets are encoded by then."""
-        if self.cache is None and self.fits:
+        if self.cache is None and self._fits:
             parts = list(self.dataset.iter_batches(batch_size=1024, batch_format="numpy"))
             self.cache = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return f"{self.total} prompts"
