@@ -16,8 +16,8 @@ from common import arguments, console, finish, open_recipe
 from safetensors.torch import load_file
 
 from raydmd.config import load_recipe
+from raydmd.folders import expert_file
 from raydmd.methods.reference import Reference, train
-from raydmd.runs import expert_file
 from raydmd.runtime.launch import distill
 
 LAYOUTS = {"1": (1, 1, 1), "n": (2, 2, 3)}

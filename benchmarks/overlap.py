@@ -27,6 +27,7 @@ from rich.console import Console
 
 from raydmd.config import Recipe
 from raydmd.diffusion.random import Key
+from raydmd.folders import read_lines
 from raydmd.methods.batch import Noised, Samples, Score, Stamp
 from raydmd.methods.fake import Fake, FakeStats
 from raydmd.methods.generator import Generator, GeneratorStats
@@ -35,7 +36,6 @@ from raydmd.methods.plan import plan_iterations, plan_phases
 from raydmd.methods.reference import train
 from raydmd.methods.rollout import exit_step
 from raydmd.methods.scorer import Scorer
-from raydmd.runs import read_lines
 from raydmd.runtime.launch import distill
 
 Costs = dict[str, float]  # seconds of a call; a rollout's per network call

@@ -1,6 +1,5 @@
 """A run's folder: what is where, and loading a finished or unfinished run from it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from safetensors.torch import load_file
 
 from raydmd.config import Recipe, load_recipe
 from raydmd.errors import UserError, nearest
+from raydmd.folders import expert_file, own_teacher, read_lines
 from raydmd.methods.phase import Phase
 from raydmd.methods.plan import plan_phases
 from raydmd.models.experts import Experts
@@ -75,11 +75,6 @@ class Run:
         return read_lines(self.folder / "events.jsonl")
 
 
-def expert_file(folder: Path, index: int) -> Path:
-    """Return the file of expert ``index`` (0 for the first) in a run's folder."""
-    return folder / "experts" / f"phase-{index + 1}" / "model.safetensors"
-
-
 def with_teacher(recipe: Recipe, folder: Path) -> Recipe:
     """Return the recipe with its teacher's place filled in: ``folder/teacher`` where it names none."""
     if recipe.teacher.path is not None:
@@ -87,24 +82,6 @@ def with_teacher(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"path": own_teacher(folder)})})
 
 
-def own_teacher(folder: Path) -> str:
-    """Return where a run keeps the teacher that it trained itself."""
-    return str((folder / "teacher").resolve())
-
-
 def recipe_family(recipe: Recipe) -> Family:
     """Build the recipe's family."""
     return build_family(recipe.teacher.family, recipe.teacher.path, dict(recipe.teacher.options))
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return a JSON-lines file's records; a last line cut short by a crash is left out."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records

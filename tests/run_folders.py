@@ -14,7 +14,8 @@ from raydmd.methods.fake import FakeStats
 from raydmd.methods.generator import GeneratorStats
 from raydmd.methods.plan import plan_iterations, plan_phases
 from raydmd.methods.reference import train
-from raydmd.runs import Run, expert_file, recipe_family
+from raydmd.folders import expert_file
+from raydmd.runs import Run, recipe_family
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import pytest
 from pyarrow import fs
 from safetensors.numpy import load_file
 
-from raydmd.runs import expert_file
+from raydmd.folders import expert_file
 from raydmd.runtime.manifest import Archive, Archivist, Manifest
 
 

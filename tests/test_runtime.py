@@ -18,6 +18,7 @@ from test_large_families import large_recipe, run_large
 
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.config import Recipe, load_recipe
+from raydmd.data.prompts import write_prompts
 from raydmd.errors import UserError
 from raydmd.methods.batch import Noised, Stamp
 from raydmd.methods.fake import Fake
@@ -26,10 +27,12 @@ from raydmd.methods.plan import plan_iterations, plan_phases
 from raydmd.methods.reference import train
 from raydmd.methods.scorer import Scorer
 from raydmd.models.protocol import save_teacher
-from raydmd.runs import Run, expert_file, recipe_family
+from raydmd.folders import expert_file
+from raydmd.runs import Run, recipe_family
 from raydmd.runtime.groups import ScorerPool
 from raydmd.runtime.launch import distill
 from raydmd.runtime.manifest import Archive
+from raydmd.runtime.prompts import PromptStream
 from raydmd.runtime.wire import to_wire
 from raydmd.runtime.workers import TeacherWorker, make_part
 
@@ -90,6 +93,7 @@ def test_many_workers_end_where_the_reference_does(nodes: dict[str, str], quick,
     run = tmp_path / "run"
     assert distill(recipe, run, console=CONSOLE) is True
     assert_same_bits(run, reference(recipe, prompts))
+    wait_until(lambda: living() == [])  # a run leaves no actor behind
     assert placed("GeneratorWorker") == {nodes["b"]: 2} and placed("FakeWorker") == {nodes["b"]: 2}
     assert placed("TeacherWorker") == {nodes["scorer"]: 3}
 
@@ -138,10 +142,25 @@ def test_regression_and_more_workers_than_micro_batches(nodes: dict[str, str], q
 
 
 def test_large_networks_with_embedded_prompts(nodes: dict[str, str], tmp_path: Path) -> None:
-    """Qwen-Image's classes, LoRA experts, guidance 4; its 6 prompts' embeddings are streamed by Ray Data, in turn."""
-    recipe = large_recipe("qwen_image", tmp_path, "batch.micro=4", "prompts.cache_mb=0")
+    """Qwen-Image's classes, LoRA experts, guidance 4, prompts' embeddings through Ray Data."""
+    recipe = large_recipe("qwen_image", tmp_path, "batch.micro=4")
     assert distill(recipe, tmp_path / "run", console=CONSOLE)
     assert_same_bits(tmp_path / "run", run_large(recipe).experts)
+
+
+def test_prompts_too_large_to_keep_are_streamed_in_the_files_order(
+    nodes: dict[str, str], quick, tmp_path: Path
+) -> None:
+    labels = (np.arange(70) ** 2 % 10).astype(np.int64)
+    path = write_prompts(tmp_path / "labels.parquet", {"other": np.zeros(70), "label": labels})
+    kept, streamed = (
+        PromptStream(quick("digits", f"prompts.cache_mb={size}"), f"local://{path}") for size in (1, 0)
+    )  # fmt: skip
+    assert kept.ready() == streamed.ready() == "70 prompts" and kept.cache is not None and streamed.cache is None
+    for start, count in ((3, 60), (63, 9), (72, 4), (500, 2)):  # on, over the end, on, elsewhere
+        expected = labels[np.arange(start, start + count) % 70]
+        for stream in (kept, streamed):
+            assert stream.rows(start, count)["label"].tolist() == expected.tolist()
 
 
 def stale_by_hand(recipe: Recipe) -> list[dict[str, torch.Tensor]]:
@@ -198,13 +217,12 @@ def test_a_role_that_cannot_be_placed(nodes: dict[str, str], quick, tmp_path: Pa
     message = str(caught.value)
     assert "2 fake worker(s) wait for 0.25 CPU, 2 tpu, label zone=elsewhere each" in message
     assert "3 s" in message and "CPU" in message.partition("free in the cluster")[2] and "\n" not in message
-    del caught
-    wait_until(lambda: not living("FakeWorker") and not living("GeneratorWorker"))  # they ask for nothing any more
+    wait_until(lambda: living() == [])  # they ask for nothing any more
 
 
-def living(actor_class: str) -> list[str]:
+def living() -> list[str]:
     actors = ray._private.state.actors().values()
-    return [a["State"] for a in actors if a["ActorClassName"] == actor_class and a["State"] != "DEAD"]
+    return [actor["ActorClassName"] for actor in actors if actor["State"] != "DEAD"]
 
 
 def wait_until(condition, seconds: float = 60.0) -> None:

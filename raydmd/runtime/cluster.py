@@ -70,7 +70,6 @@ async def launch(
     stream = ray.remote(PromptStream).options(num_cpus=0, scheduling_strategy=here).remote(recipe, local)
     archivist = ray.remote(Archivist).options(num_cpus=0, scheduling_strategy=here)
     asks = {name: describe(role) for name, role in roles.items()} | {"prompts": f"the rows of {prompts}"}
-    await wait_placed({**workers, "prompts": [stream]}, asks, recipe.runtime.placement_timeout, recorder.say)
     cluster = Cluster(
         generators=TrainerGroup(workers["generator"], micro_batches(recipe)),
         fakes=TrainerGroup(workers["fake"], micro_batches(recipe)),
@@ -78,6 +77,11 @@ async def launch(
         prompts=stream,
         archivist=archivist.remote(str(folder.resolve()), recipe.checkpoint.keep),
     )
-    await cluster.generators.form()
-    await cluster.fakes.form()
+    try:
+        await wait_placed({**workers, "prompts": [stream]}, asks, recipe.runtime.placement_timeout, recorder.say)
+        await cluster.generators.form()
+        await cluster.fakes.form()
+    except BaseException:
+        cluster.close()
+        raise
     return cluster

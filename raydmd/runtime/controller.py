@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+import ray
 from ray import ObjectRef
 
 from raydmd.config import Recipe
@@ -30,6 +31,12 @@ class Cluster:
         """Workers of each role."""
         workers = {"teacher": self.scorers.workers, "fake": self.fakes.workers, "generator": self.generators.workers}
         return {role: len(group) for role, group in workers.items()}
+
+    def close(self) -> None:
+        """End every actor, so that it holds nothing of a cluster that others use."""
+        for actor in (*self.generators.workers, *self.fakes.workers, *self.scorers.workers, self.prompts):
+            ray.kill(actor)
+        ray.kill(self.archivist)
 
 
 @dataclass

@@ -14,8 +14,9 @@ from raydmd.config import Recipe, dump_recipe, load_recipe
 from raydmd.data.embedded import EMBEDDED
 from raydmd.data.prompts import PromptTable, ensure_embedded_prompts
 from raydmd.errors import UserError
+from raydmd.folders import expert_file, own_teacher
 from raydmd.methods.plan import plan_iterations, plan_phases
-from raydmd.runs import expert_file, own_teacher, recipe_family, with_teacher
+from raydmd.runs import recipe_family, with_teacher
 from raydmd.runtime.cluster import connect, launch
 from raydmd.runtime.controller import Controller
 from raydmd.runtime.manifest import Archive, Manifest
@@ -70,11 +71,14 @@ def distill(
         async def main() -> Controller:
             since = time.perf_counter()
             cluster = await launch(recipe, folder, prompts, recorder, parts)
-            facts = {"resumed": done} if start else {}
-            recorder.event("started", workers=cluster.sizes, seconds=round(time.perf_counter() - since, 3), **facts)
-            controller = Controller(recipe, phases, lengths, cluster, recorder, start, states, experts, until)
-            with _Interrupts(asyncio.get_running_loop(), controller, recorder):
-                await controller.run()
+            try:
+                facts = {"resumed": done} if start else {}
+                recorder.event("started", workers=cluster.sizes, seconds=round(time.perf_counter() - since, 3), **facts)
+                controller = Controller(recipe, phases, lengths, cluster, recorder, start, states, experts, until)
+                with _Interrupts(asyncio.get_running_loop(), controller, recorder):
+                    await controller.run()
+            finally:
+                cluster.close()
             seconds = round(time.perf_counter() - since, 3)
             kind = "finished" if controller.finished else "stopped"
             recorder.event(kind, iteration=controller.committed, seconds=seconds)

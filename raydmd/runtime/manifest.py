@@ -12,7 +12,7 @@ import pyarrow as pa
 import safetensors.numpy
 from pyarrow import fs
 
-from raydmd.runs import expert_file
+from raydmd.folders import expert_file
 
 FORMAT = 1
 log = logging.getLogger(__name__)

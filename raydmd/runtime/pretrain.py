@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from raydmd.config import Recipe, parse_recipe
 from raydmd.data.embedded import EMBEDDED
 from raydmd.errors import UserError
+from raydmd.folders import read_lines
 from raydmd.methods.collective import Alone, Collective
 from raydmd.methods.pretraining import Pretraining
 from raydmd.models.protocol import EmbeddedFamily, save_teacher
-from raydmd.runs import read_lines, recipe_family
+from raydmd.runs import recipe_family
 from raydmd.runtime.cluster import connect
 from raydmd.runtime.process_group import Distributed
 

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from raydmd.config import Recipe
-from raydmd.runs import read_lines
+from raydmd.folders import read_lines
 from raydmd.runtime.workers import Receipt
 
 
