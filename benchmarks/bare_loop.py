@@ -32,7 +32,8 @@ def bare_loop(recipe: Recipe, family: Family, teacher: Denoiser, labels: torch.T
         fake_adam = torch.optim.AdamW(fake.parameters(), lr=1e-3, betas=(0.0, 0.999), weight_decay=0.0)
         s = phase.end
 
-        def rollout(label: torch.Tensor, leave: int, grad: bool, expert=expert, phase=phase) -> torch.Tensor:  # noqa: ANN001
+        # ruff: noqa: B023 - both are used in this turn of the loop alone
+        def rollout(label: torch.Tensor, leave: int, grad: bool) -> torch.Tensor:
             x = torch.randn(size, *family.latent_shape)
             runs = [(other, done.times) for other, done in zip(experts, phases, strict=False)]
             runs.append((expert, (*phase.times[:leave], phase.end)))
@@ -43,7 +44,7 @@ def bare_loop(recipe: Recipe, family: Family, teacher: Denoiser, labels: torch.T
                         x = x + (t_next - t) * v
             return x
 
-        def noised(x_s: torch.Tensor, s=s) -> tuple[torch.Tensor, ...]:  # noqa: ANN001
+        def noised(x_s: torch.Tensor) -> tuple[torch.Tensor, ...]:
             t = (s + 0.02 + (0.98 - s) * torch.rand(size)).view(-1, 1, 1, 1)
             noise = torch.randn_like(x_s)
             alpha = (1 - t) / (1 - s)

@@ -243,9 +243,7 @@ def table(data: str, rows: dict[str, dict[str, Any]], seeds: int) -> Table:
     """Return a data set's rows as a table of mean +- spread."""
     result = Table("method", *COLUMNS[data], title=f"{data}, {seeds} seeds, mean +- spread")
     for name, row in rows.items():
-        cells = (
-            f"{row[key]['mean']:.3f} +- {row[key]['spread']:.3f}" if key in row else "-" for key in COLUMNS[data]
-        )
+        cells = (f"{row[key]['mean']:.3f} +- {row[key]['spread']:.3f}" if key in row else "-" for key in COLUMNS[data])
         result.add_row(name, *cells)
     return result
 

@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 from raydmd.config import Recipe, dump_recipe
 from raydmd.data.prompts import PromptTable
 from raydmd.evaluation import classifier
+from raydmd.folders import expert_file
 from raydmd.methods.fake import FakeStats
 from raydmd.methods.generator import GeneratorStats
 from raydmd.methods.plan import plan_iterations, plan_phases
 from raydmd.methods.reference import train
-from raydmd.folders import expert_file
 from raydmd.runs import Run, recipe_family
 
 

@@ -8,6 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -20,6 +21,7 @@ import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.config import Recipe, load_recipe
 from raydmd.data.prompts import write_prompts
 from raydmd.errors import UserError
+from raydmd.folders import expert_file
 from raydmd.methods.batch import Noised, Stamp
 from raydmd.methods.fake import Fake
 from raydmd.methods.generator import Generator
@@ -27,7 +29,6 @@ from raydmd.methods.plan import plan_iterations, plan_phases
 from raydmd.methods.reference import train
 from raydmd.methods.scorer import Scorer
 from raydmd.models.protocol import save_teacher
-from raydmd.folders import expert_file
 from raydmd.runs import Run, recipe_family
 from raydmd.runtime.groups import ScorerPool
 from raydmd.runtime.launch import distill
@@ -45,11 +46,11 @@ def nodes():
     store = 100 * 2**20
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 4, "object_store_memory": store, "include_dashboard": False},
+        head_node_args={"num_cpus": 2, "object_store_memory": store, "include_dashboard": False},
     )
     try:
-        cluster.add_node(num_cpus=2, object_store_memory=store, labels={"zone": "b"})
-        cluster.add_node(num_cpus=2, object_store_memory=store, resources={"scorer": 4})
+        cluster.add_node(num_cpus=1, object_store_memory=store, labels={"zone": "b"})
+        cluster.add_node(num_cpus=1, object_store_memory=store, resources={"scorer": 4})
         ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
         names = {}
         for node in ray.nodes():

@@ -57,6 +57,10 @@ class Recorder:
         self._events.write(json.dumps({"time": round(time.time(), 3), "event": kind, **facts}) + "\n")
         self._events.flush()
 
+    def begin(self) -> None:
+        """Count seconds from here: the workers are up."""
+        self._since = time.perf_counter()
+
     def say(self, words: str) -> None:
         """Show a line to the user."""
         self.console.print(words, highlight=False, markup=False, soft_wrap=True)
