@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 import time
 from functools import partial
 from itertools import accumulate
@@ -35,7 +36,7 @@ from raydmd.runtime.launch import distill
 from raydmd.runtime.manifest import Archive
 from raydmd.runtime.prompts import PromptStream
 from raydmd.runtime.wire import to_wire
-from raydmd.runtime.workers import TeacherWorker, make_part
+from raydmd.runtime.workers import WORKERS, TeacherWorker, make_part
 
 CONSOLE = Console(quiet=True)
 
@@ -222,8 +223,10 @@ def test_a_role_that_cannot_be_placed(nodes: dict[str, str], quick, tmp_path: Pa
 
 
 def living() -> list[str]:
-    actors = ray._private.state.actors().values()
-    return [actor["ActorClassName"] for actor in actors if actor["State"] != "DEAD"]
+    """The classes of this package's actors that are there or waited for; Ray Data has some of its own."""
+    ours = {worker.__name__ for worker in WORKERS.values()} | {"PromptStream", "Archivist"}
+    alive = [a["ActorClassName"] for a in ray._private.state.actors().values() if a["State"] != "DEAD"]
+    return [name for name in alive if name in ours]
 
 
 def wait_until(condition, seconds: float = 60.0) -> None:
@@ -267,6 +270,7 @@ def make_held_up(folder: str, recipe: Recipe, device: str) -> HeldUp:
 
 
 def test_a_free_scorer_takes_what_a_busy_one_would_wait_for(nodes: dict[str, str], quick, tmp_path: Path) -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not have this file
     recipe = quick("ring")
     family = recipe_family(recipe)
     workers = [

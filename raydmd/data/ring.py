@@ -14,7 +14,7 @@ from raydmd.diffusion.random import Key, normal, uniform
 MODES = 8
 RADIUS = 1.5
 STD = 0.1
-CENTRE = (0.6, -0.4)
+CENTRE = (1.0, -0.7)
 WEIGHTS = (0.05, 0.20, 0.10, 0.15, 0.08, 0.17, 0.12, 0.13)
 
 

@@ -75,7 +75,7 @@ def distill(
                 facts = {"resumed": done} if start else {}
                 recorder.event("started", workers=cluster.sizes, seconds=round(time.perf_counter() - since, 3), **facts)
                 recorder.begin()
-            controller = Controller(recipe, phases, lengths, cluster, recorder, start, states, experts, until)
+                controller = Controller(recipe, phases, lengths, cluster, recorder, start, states, experts, until)
                 with _Interrupts(asyncio.get_running_loop(), controller, recorder):
                     await controller.run()
             finally:
