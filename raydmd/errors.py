@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one line, exit code 2, no traceback."""
+"""Errors that a command ends with: the user's to mend (exit code 2), or a run that broke (1). One line, no traceback."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,10 @@ from collections.abc import Iterable
 
 class UserError(Exception):
     """A mistake in what the user gave: its message is one line naming the key, file or value."""
+
+
+class RunError(Exception):
+    """A run that ended for another reason than the user's input: one line, exit code 1; details lie in a file."""
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from rich.console import Console
 from safetensors.numpy import load_file
 
 from raydmd.config import Recipe, dump_recipe, load_recipe
 from raydmd.data.embedded import EMBEDDED
 from raydmd.data.prompts import PromptTable, ensure_embedded_prompts
-from raydmd.errors import UserError
+from raydmd.errors import RunError, UserError
 from raydmd.folders import expert_file, own_teacher
 from raydmd.methods.plan import plan_iterations, plan_phases
 from raydmd.runs import recipe_family, with_teacher
@@ -86,11 +87,23 @@ def distill(
             return controller
 
         return asyncio.run(main()).finished
+    except (RayTaskError, RayActorError) as error:
+        raise _explained(error, folder) from None
     finally:
         if recorder is not None:
             recorder.close()
         if owned:
             ray.shutdown()
+
+
+def _explained(error: RayError, folder: Path) -> Exception:
+    """Turn a worker's error into one line; what Ray says of it goes to error.txt."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, UserError):
+        return UserError(str(cause))
+    (folder / "error.txt").write_text(str(error), encoding="utf-8")
+    first = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+    return RunError(f"a worker ended the run: {first} (details: {folder}/error.txt; the same command goes on)")
 
 
 def absolute(recipe: Recipe) -> Recipe:
