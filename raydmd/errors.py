@@ -1,4 +1,4 @@
-"""Errors that a command ends with: the user's to mend (exit code 2), or a run that broke (1). One line, no traceback."""
+"""Errors that end a command: the user's to mend (exit code 2), or a run that broke (1). One line, no traceback."""
 
 import difflib
 from collections.abc import Iterable

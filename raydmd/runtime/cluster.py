@@ -56,7 +56,7 @@ async def launch(
         parts: what builds each role's part; default: the real ones.
     """
     roles = {"generator": recipe.runtime.generator, "fake": recipe.runtime.fake, "teacher": recipe.runtime.teacher}
-    workers = {
+    workers: dict[str, list[Any]] = {
         name: [
             ray.remote(WORKERS[name])
             .options(**actor_options(role))
@@ -67,21 +67,26 @@ async def launch(
     }
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     local = prompts if "://" in prompts else f"local://{prompts}"  # only this node is sure to have it
-    stream = ray.remote(PromptStream).options(num_cpus=0, scheduling_strategy=here).remote(recipe, local)
+    stream: Any = ray.remote(PromptStream).options(num_cpus=0, scheduling_strategy=here).remote(recipe, local)
     archivist = ray.remote(Archivist).options(num_cpus=0, scheduling_strategy=here)
     asks = {name: describe(role) for name, role in roles.items()} | {"prompts": f"the rows of {prompts}"}
-    cluster = Cluster(
-        generators=TrainerGroup(workers["generator"], micro_batches(recipe)),
-        fakes=TrainerGroup(workers["fake"], micro_batches(recipe)),
-        scorers=ScorerPool(workers["teacher"]),
-        prompts=stream,
-        archivist=archivist.remote(str(folder.resolve()), recipe.checkpoint.keep),
-    )
+    minimum = {name: role.min_workers for name, role in roles.items()} | {"prompts": 1}
     try:
-        await wait_placed({**workers, "prompts": [stream]}, asks, recipe.runtime.placement_timeout, recorder.say)
+        up = await wait_placed(
+            {**workers, "prompts": [stream]}, minimum, asks, recipe.runtime.placement_timeout, recorder.say
+        )
+        cluster = Cluster(
+            generators=TrainerGroup(up["generator"], micro_batches(recipe)),
+            fakes=TrainerGroup(up["fake"], micro_batches(recipe)),
+            scorers=ScorerPool(up["teacher"]),
+            prompts=stream,
+            archivist=archivist.remote(str(folder.resolve()), recipe.checkpoint.keep),
+        )
         await cluster.generators.form()
         await cluster.fakes.form()
     except BaseException:
-        cluster.close()
+        for worker in (worker for group in workers.values() for worker in group):
+            ray.kill(worker)
+        ray.kill(stream)
         raise
     return cluster

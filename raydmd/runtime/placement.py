@@ -11,6 +11,9 @@ import torch
 from raydmd.config import Role
 from raydmd.errors import UserError
 
+SAY_EVERY = 15.0
+PATIENCE = 30.0
+
 
 def actor_options(role: Role) -> dict[str, Any]:
     """Return Ray's actor options for one worker of a role."""
@@ -44,39 +47,58 @@ def describe(role: Role) -> str:
 
 
 async def wait_placed(
-    workers: dict[str, list[Any]], asks: dict[str, str], timeout: float, say: Callable[[str], None]
-) -> None:
-    """Wait until every worker is up; every 15 seconds say which role waits for what.
+    workers: dict[str, list[Any]],
+    minimum: dict[str, int],
+    asks: dict[str, str],
+    timeout: float,
+    say: Callable[[str], None],
+) -> dict[str, list[Any]]:
+    """Wait for the workers to be up, and return those that are; now and then say which role waits for what.
+
+    Once every role has its minimum, the others get `PATIENCE` more seconds and are then given up.
 
     Args:
         workers: actors by role.
+        minimum: how many of each role are needed to begin.
         asks: in words, what a worker of each role asks for.
-        timeout: seconds to wait in all.
+        timeout: seconds to wait for the minimum.
         say: told what is waited for.
 
     Raises:
         UserError: the timeout ran out; names the role, what it asks for, and what the cluster has.
     """
-    waiting = {asyncio.ensure_future(_ready(w)): role for role, group in workers.items() for w in group}
-    end = time.monotonic() + timeout
+    waiting = {asyncio.ensure_future(_ready(w)): (role, w) for role, group in workers.items() for w in group}
+    up: dict[str, list[Any]] = {role: [] for role in workers}
+    end, enough = time.monotonic() + timeout, False
     try:
         while waiting:
-            done, _ = await asyncio.wait(waiting, timeout=max(0.0, min(15.0, end - time.monotonic())))
+            done, _ = await asyncio.wait(
+                waiting, timeout=max(0.0, min(SAY_EVERY, end - time.monotonic())), return_when=asyncio.FIRST_COMPLETED
+            )
             for future in done:
-                waiting.pop(future)
+                role, worker = waiting.pop(future)
                 future.result()
+                up[role].append(worker)
+            if not enough and all(len(up[role]) >= minimum[role] for role in workers):
+                enough, end = True, time.monotonic() + PATIENCE
             if not done:
+                left = [role for role, _ in waiting.values()]
                 words = "; ".join(
-                    f"{list(waiting.values()).count(role)} {role} worker(s) wait for {asks[role]} each"
-                    for role in dict.fromkeys(waiting.values())
+                    f"{left.count(role)} {role} worker(s) wait for {asks[role]} each" for role in dict.fromkeys(left)
                 )
-                if time.monotonic() >= end:
+                if time.monotonic() < end:
+                    say(f"waiting: {words}")
+                elif enough:
+                    say(f"going on without: {words}")
+                    break
+                else:
                     free = {key: f"{value:g}" for key, value in sorted(ray.available_resources().items())}
                     raise UserError(f"not placed within {timeout:g} s: {words}; free in the cluster: {free}")
-                say(f"waiting: {words}")
     finally:
-        for future in waiting:
+        for future, (_, worker) in waiting.items():
             future.cancel()
+            ray.kill(worker)
+    return {role: [worker for worker in group if worker in up[role]] for role, group in workers.items()}
 
 
 async def _ready(worker: Any) -> Any:
