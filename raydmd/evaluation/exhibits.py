@@ -17,7 +17,7 @@ from raydmd.evaluation.evaluate import complete
 from raydmd.evaluation.pictures import Limits, grid, in_plane, limits_of, png, scatter
 from raydmd.evaluation.prompts import in_turn
 from raydmd.methods.phase import Phase
-from raydmd.methods.sampling import StudentSamples, sample_student
+from raydmd.methods.sampling import StudentSamples, initial_noise, sample_student
 from raydmd.methods.scorer import Scorer
 from raydmd.models.pretrained import HUB
 from raydmd.runs import Run
@@ -72,8 +72,7 @@ class Exhibits:
         self.columns = 10 if self.family.name == "digits" else 4
         self.count = 1500 if self.points else 60 if self.family.name == "digits" else 8
         self.conditions = in_turn(run.recipe, self.family, self.count)
-        noise = normal(Key(SEED, 0, "sample", 0), 0, self.count, self.family.latent_shape)
-        self.noise = noise * float(self.family.schedule.sigma(self.family.schedule.t_max))
+        self.noise = initial_noise(self.family, SEED, 0, self.count)
         self._batch = self.count if self.embedded else 1
         self.many = self._follow(run.recipe.teacher.steps, "heun")
         self.limits = limits_of(torch.cat([self.many, self._data()])) if self.points else None

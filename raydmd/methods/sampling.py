@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from raydmd.diffusion.random import Key
+from raydmd.diffusion.random import Key, normal
 from raydmd.methods.generator import Generator
 from raydmd.methods.phase import Phase
 from raydmd.methods.rollout import steps
@@ -27,6 +27,12 @@ class StudentSamples:
     path: list[tuple[int, float, torch.Tensor]]
 
 
+def initial_noise(family: Family, seed: int, start: int, count: int) -> torch.Tensor:
+    """Return the noise [count, ...] from which samples ``start .. start + count`` of ``seed`` begin."""
+    noise = normal(Key(seed, 0, "sample", 0), start, count, family.latent_shape)
+    return noise * float(family.schedule.sigma(family.schedule.t_max))
+
+
 @torch.no_grad()
 def sample_student(
     family: Family,
@@ -42,7 +48,7 @@ def sample_student(
 ) -> StudentSamples:
     """Sample ``count`` latents; number i of the result is sample ``start + i`` of ``seed``.
 
-    The initial noise is ``normal(Key(seed, 0, "sample", 0), start, count, latent_shape)`` times sigma(t_max).
+    They begin from `initial_noise`.
     """
     key = Key(seed, 0, "sample", 0)
     times = [phases[0].times[0], *(t for phase in phases for t in phase.times[1:])]

@@ -91,6 +91,7 @@ class Controller:
 
     async def _train(self) -> None:
         await self._load_pairs()
+        await self._preview_teacher()
         for phase, end in zip(self.phases, self.ends, strict=True):
             if self.committed >= end:
                 continue
@@ -203,6 +204,13 @@ class Controller:
             conditions = self.cluster.prompts.rows.remote(0, count)
             self._records.put_nowait(("preview", n, [self.cluster.generators.one("preview", count, conditions)]))
 
+    async def _preview_teacher(self) -> None:
+        """Have the teacher draw the pictures that the student's will be held against."""
+        if self.recipe.monitor.samples_every and not self.committed:
+            count = self.recipe.monitor.samples
+            drawn = await self.cluster.scorers.map("preview", [(count, self.cluster.prompts.rows.remote(0, count))])
+            self._records.put_nowait(("preview", None, drawn.results))
+
     async def _load_pairs(self) -> None:
         """Have the teacher make the ODE pairs for DMD's regression."""
         total, chunk = self.recipe.method.regression.pairs, 256
@@ -225,7 +233,7 @@ class Controller:
             if kind == "checkpoint":
                 self.recorder.event("checkpoint", iteration=n, bytes=sum(f["bytes"] for f in answers[0].files.values()))
             elif kind == "preview":
-                self.recorder.pictures(f"student-{n + 1:06d}", answers[0])
+                self.recorder.pictures("teacher" if n is None else f"student-{n + 1:06d}", answers[0])
             elif kind != "wait":
                 self.recorder.iteration(kind, n, answers, self.cluster.sizes)
 

@@ -16,7 +16,7 @@ from raydmd.methods.collective import Alone, Collective
 from raydmd.methods.fake import Fake
 from raydmd.methods.generator import Generator
 from raydmd.methods.pairs import Pairs
-from raydmd.methods.sampling import preview
+from raydmd.methods.sampling import initial_noise, preview
 from raydmd.methods.scorer import Scorer
 from raydmd.runs import recipe_family
 from raydmd.runtime.process_group import ProcessGroup, listen
@@ -198,6 +198,13 @@ class TeacherWorker(Worker):
         since = time.perf_counter()
         score = self.part.score(from_wire(proposal))
         return to_wire(score), self.receipt(since, versions=[(score.stamp.generator_version, -1)])
+
+    def preview(self, count: int, conditions: Any) -> tuple[Any, Receipt]:
+        """Return the teacher's own many-step pictures [count, C, H, W] for the students' seeds, and a receipt."""
+        since = time.perf_counter()
+        noise = initial_noise(self.part.family, self.recipe.seed, 0, count)
+        latents = self.part.sample(noise, from_wire(conditions), steps=self.recipe.teacher.steps)[-1]
+        return to_wire(self.part.family.decode(latents)), self.receipt(since)
 
     def pairs(self, start: int, count: int, conditions: Any) -> tuple[Any, Receipt]:
         """Return ODE pairs, and a receipt."""
