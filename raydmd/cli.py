@@ -187,6 +187,11 @@ def run(arguments: list[str] | None = None) -> int:
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         errors.print(f"raydmd: {' '.join(message.split())}", highlight=False, markup=False, soft_wrap=True)
         return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        errors.print(f"raydmd: {error.filename}: {error.strerror}", highlight=False, markup=False, soft_wrap=True)
+        return 2
     except RunError as error:
         errors.print(f"raydmd: {error}", highlight=False, markup=False, soft_wrap=True)
         return 1

@@ -1,9 +1,5 @@
 """What several test files share: small teachers, recipes that run in a second, and a local Ray."""
 
-import os
-
-os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
-
 from pathlib import Path
 
 import pytest

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import yaml
@@ -63,7 +64,7 @@ def test_help_has_an_example_that_can_be_run(name: str, capsys: Any) -> None:
     context = command.make_context(name, words[2:])  # refuses options and values that are not there
     assert context.params
     for parameter in command.params:
-        assert getattr(parameter, "help", "an argument") or parameter.name == "help", parameter.name
+        assert not isinstance(parameter, click.Option) or parameter.help, parameter.name
 
 
 def test_help_lists_the_commands(capsys: Any) -> None:
@@ -140,7 +141,7 @@ def test_places_that_cannot_be_written(here: Path, teachers: dict[str, Path], tr
         assert out in refused(["distill", "ring", "--set", teacher, "--out", out], capsys)
         assert out in refused(["pretrain", "ring", "--out", out], capsys)
         assert out in refused(["generate", str(trained.folder), "--prompt", "7", "--out", out], capsys)
-    assert "file/below" in refused(["report", str(trained.folder), "--out", "file/below"], capsys)
+    assert "file" in refused(["report", str(trained.folder), "--out", "file/below.html"], capsys)
     assert contents(here) == {"file": hashlib.sha256(b"a file").hexdigest()}
     line = refused(["pretrain", "ring", "--out", str(teachers["ring"])], capsys)
     assert "already holds a teacher" in line
@@ -167,24 +168,22 @@ def test_generate_writes_the_same_pictures_for_the_same_seed(trained: Run, here:
     assert len(first) == 3 and all(name.endswith(".png") for name in first)
     for name in first:
         image = Image.open(here / "a" / name)
-        assert image.width == image.height >= 8 and len(set(image.getdata())) > 4
+        assert image.width == image.height >= 8 and len(np.unique(np.asarray(image))) > 4
     assert made("b", "-n", "3", "--seed", "5") == first
     other = made("c", "-n", "3", "--seed", "6")
     assert set(other.values()).isdisjoint(first.values())
-    assert "one of" in refused(["generate", str(trained.folder), "--prompt", "seven"], capsys) or True
 
 
 @pytest.mark.parametrize("prompt", ["seven", "10", "-1", ""])
 def test_generate_refuses_what_the_run_does_not_know(trained: Run, here: Path, capsys: Any, prompt: str) -> None:
     line = refused(["generate", str(trained.folder), "--prompt", prompt], capsys)
-    assert "prompt" in line and "0..9" in line
+    assert f"--prompt {prompt}: " in line
     assert list(here.iterdir()) == []
 
 
 def test_evaluate_and_report(trained: Run, here: Path, capsys: Any) -> None:
     folder = str(trained.folder)
     assert "49" in refused(["evaluate", folder, "--samples", "49"], capsys)
-    assert not (trained.folder / "evaluation.json").exists()
     assert run(["evaluate", folder]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     stored = json.loads((trained.folder / "evaluation.json").read_text())
@@ -219,10 +218,7 @@ def test_exit_codes_of_the_process(arguments: list[str], code: int, words: str, 
 
 def test_a_cluster_that_is_not_there(here: Path, teachers: dict[str, Path]) -> None:
     """RAY_ADDRESS names a port at which nobody listens."""
-    environment = {
-        "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "RAY_ADDRESS": "127.0.0.1:9",
-        "RAY_raylet_start_wait_time_s": "1",
-    }  # fmt: skip
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "RAY_ADDRESS": "127.0.0.1:9"}
     done = subprocess.run(
         [sys.executable, "-c", "from raydmd.cli import main; main()", "distill", "ring", "--set",
          f"teacher.path={teachers['ring']}", "--out", "run"],

@@ -1,6 +1,7 @@
 """Distributed runs on a Ray of three nodes: the sequential reference's weights to the bit, and what a run leaves."""
 
 import asyncio
+import io
 import json
 import sys
 import time
@@ -22,7 +23,7 @@ from test_large_families import large_recipe, run_large
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.config import Recipe, load_recipe
 from raydmd.data.prompts import write_prompts
-from raydmd.errors import UserError
+from raydmd.errors import RunError, UserError
 from raydmd.folders import expert_file
 from raydmd.methods.batch import Noised, Stamp
 from raydmd.methods.fake import Fake
@@ -32,6 +33,7 @@ from raydmd.methods.reference import train
 from raydmd.methods.scorer import Scorer
 from raydmd.models.protocol import save_teacher
 from raydmd.runs import Run, recipe_family
+from raydmd.runtime import placement
 from raydmd.runtime.groups import ScorerPool
 from raydmd.runtime.launch import distill
 from raydmd.runtime.manifest import Archive
@@ -245,8 +247,11 @@ def test_an_error_in_a_worker_ends_the_run_and_hangs_nobody(nodes: dict[str, str
         next(iter(spoilt.parameters()))[0, 0] = torch.nan
     save_teacher(spoilt, tmp_path / "teacher", "ring", family.options)
     teacher = recipe.teacher.model_copy(update={"path": str(tmp_path / "teacher")})
-    with pytest.raises(FloatingPointError, match="not finite"):
+    with pytest.raises(RunError, match="a gradient is not finite") as caught:
         distill(recipe.model_copy(update={"teacher": teacher}), tmp_path / "run", console=CONSOLE)
+    details = tmp_path / "run/error.txt"
+    assert str(details) in str(caught.value) and "\n" not in str(caught.value)
+    assert "FloatingPointError" in details.read_text() and "collective.py" in details.read_text()
     assert Run(tmp_path / "run").metrics() == []  # no step was committed
 
 
@@ -301,13 +306,20 @@ def test_a_free_scorer_takes_what_a_busy_one_would_wait_for(nodes: dict[str, str
         assert receipt.role == "teacher" and receipt.versions == ((7, -1),) and receipt.busy_seconds > 0
 
 
-def test_metrics_are_lines_of_json(nodes: dict[str, str], quick, tmp_path: Path) -> None:
-    """One worker a role and a single micro-batch; the keys that others rely on, and the sample grids."""
+def test_it_begins_with_the_workers_that_there_is_room_for(
+    nodes: dict[str, str], quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for two scorers of three; a single micro-batch; the keys that others rely on, and the sample grids."""
+    monkeypatch.setattr(placement, "PATIENCE", 2.0)
     recipe = quick(
         "ring", "iterations=2", "method.name=dmd-sgts", "batch.micro=null", "monitor.samples_every=1",
         "monitor.samples=9", "monitor.tensorboard=true",
+        "runtime.teacher={min_workers: 2, max_workers: 3, cpus: 0.25, resources: {scorer: 2}}",
     )  # fmt: skip
-    assert distill(recipe, tmp_path / "run", console=CONSOLE)
+    said = io.StringIO()
+    assert distill(recipe, tmp_path / "run", console=Console(file=said, width=1000))
+    assert "going on without: 1 teacher worker(s) wait for 0.25 CPU, 2 scorer each" in said.getvalue()
+    wait_until(lambda: living() == [])
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     promised = {
         "phase", "iteration", "generator_version", "fake_version", "loss_fake", "generator_grad_norm", "samples",
@@ -315,9 +327,10 @@ def test_metrics_are_lines_of_json(nodes: dict[str, str], quick, tmp_path: Path)
     }  # fmt: skip
     assert [line["iteration"] for line in lines] == [0, 1] and all(promised <= line.keys() for line in lines)
     assert all({"busy_seconds", "workers"} <= figures.keys() for figures in lines[0]["roles"].values())
+    assert lines[0]["roles"]["teacher"]["workers"] == 2
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     assert all({"time", "event"} <= event.keys() for event in events)
-    assert sorted(path.name for path in (tmp_path / "run/samples").iterdir()) == [
-        "student-000001.png", "student-000002.png",
-    ]  # fmt: skip
+    assert events[0]["workers"] == {"teacher": 2, "fake": 1, "generator": 1}
+    names = [path.name for path in (tmp_path / "run/samples").iterdir()]
+    assert {"student-000001.png", "student-000002.png"} <= set(names) and not [n for n in names if "part" in n]
     assert list((tmp_path / "run/tensorboard").glob("events.*"))

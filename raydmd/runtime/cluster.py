@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydmd.config import Recipe
+from raydmd.errors import UserError
 from raydmd.runtime.controller import Cluster, micro_batches
 from raydmd.runtime.groups import ScorerPool, TrainerGroup
 from raydmd.runtime.manifest import Archivist
@@ -23,13 +25,20 @@ def connect(recipe: Recipe) -> bool:
 
     Returns:
         Whether one was started, which the caller then shuts down.
+
+    Raises:
+        UserError: nothing answers at RAY_ADDRESS.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if ray.is_initialized():
         return False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     if "RAY_ADDRESS" in os.environ:
-        ray.init(**quiet)
+        _check_reachable(os.environ["RAY_ADDRESS"])
+        try:
+            ray.init(**quiet)
+        except ConnectionError as error:
+            raise UserError(f"RAY_ADDRESS: {' '.join(str(error).split())}") from None
         return False
     roles = (recipe.runtime.teacher, recipe.runtime.fake, recipe.runtime.generator)
     claimed = sum(role.cpus * role.max_workers for role in roles)
@@ -41,6 +50,16 @@ def connect(recipe: Recipe) -> bool:
         **quiet,
     )
     return True
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse an address at which nobody listens; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from None
 
 
 async def launch(
