@@ -1,4 +1,4 @@
-"""What several test files share: small teachers, recipes that run in a second, and a local Ray."""
+"""What several test files share: small teachers, recipes that run in a second, prompts."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ SMALL = {
 }
 QUICK = [
     "batch.size=16", "batch.micro=4", "iterations=4", "method.fake_updates=2", "monitor.samples_every=0",
-    "monitor.tensorboard=false", "checkpoint.every=100",
+    "monitor.tensorboard=false", "checkpoint.every=100", "ema=0.5",
 ]  # fmt: skip
 
 

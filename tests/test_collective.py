@@ -305,15 +305,18 @@ def test_a_state_before_the_first_step_and_one_of_another_size() -> None:
         FlatParameters(dict(larger.named_parameters()), Optimizer(lr=1e-3)).load_state(fresh)
 
 
-def test_the_average_follows_by_its_decay_and_can_be_swapped() -> None:
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_the_average_follows_by_its_decay_and_can_be_swapped(unbiased: bool) -> None:
     network = PointsMLP(2, width=16, depth=2, features=4, seed=1)
-    flat = FlatParameters(dict(network.named_parameters()), Optimizer(lr=1e-2), ema=0.8)
-    visited = []
+    flat = FlatParameters(dict(network.named_parameters()), Optimizer(lr=1e-2), ema=0.8, unbiased=unbiased)
+    visited = [flat.weight.data.double().clone()]
     for step in range(6):
         walk(flat, network, range(step, step + 1))
         visited.append(flat.weight.data.double().clone())
-    shares = [0.8 ** (5 - step) for step in range(6)]  # of what was visited; none of what it began with
-    expected = sum(share * weight for share, weight in zip(shares, visited, strict=True)) / sum(shares)
+    shares = [0.8**6, *(0.2 * 0.8 ** (6 - step) for step in range(1, 7))]
+    if unbiased:  # none of what it began with
+        visited, shares = visited[1:], [share / sum(shares[1:]) for share in shares[1:]]
+    expected = sum(share * weight for share, weight in zip(shares, visited, strict=True))
     assert torch.allclose(flat.average.double(), expected, atol=1e-6)
     assert not torch.allclose(flat.average, flat.weight.data, atol=1e-3)
     weight, average = flat.weight.data.clone(), flat.average.clone()

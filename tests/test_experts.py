@@ -69,6 +69,7 @@ def test_training_one_expert_leaves_the_others(kind):
     train(experts, 0)
     first, state = experts.expert(0)(*inputs), experts.state(0)
     experts.start(1)
+    assert torch.equal(experts.expert(0)(*inputs), first)
     trainable = {id(p) for p in experts.trainable_parameters().values()}
     assert trainable == {id(p) for p in experts.parameters() if p.requires_grad}
     train(experts, 1, seed=20)

@@ -189,6 +189,10 @@ def test_qwen_padding_is_masked(folders):
     shorter = family.conditions(rows(null_length=2))
     assert shorter["negative_prompt_embeds"].shape == (3, LENGTH, WIDTH)
     assert shorter["negative_prompt_embeds_mask"].sum(1).tolist() == [2, 2, 2]
+    null = family.unconditional(shorter)  # the null prompt comes with its own mask, not the prompt's
+    assert torch.equal(null["prompt_embeds_mask"], shorter["negative_prompt_embeds_mask"])
+    mixed = {**null, "prompt_embeds_mask": shorter["prompt_embeds_mask"]}
+    assert moved(teacher(x, t, null), teacher(x, t, mixed))
 
 
 def test_wan_image_to_video(tmp_path):

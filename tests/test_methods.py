@@ -477,6 +477,38 @@ def test_the_fake_trains_on_x_s_at_the_phases_times(quick) -> None:
     assert stats.norm == pytest.approx(float(right.norm()), rel=1e-3)
 
 
+def test_the_fakes_gradient_is_of_the_batch_however_it_is_cut(quick) -> None:
+    norms, losses = [], []
+    for micro in (4, 8, 16):
+        recipe = quick("ring", "method.name=phased", f"batch.micro={micro}")
+        family = recipe_family(recipe)
+        generator, fake = (kind(recipe, family, family.load_teacher()) for kind in (Generator, Fake))
+        generator.start_phase(0, 0)
+        fake.start_phase(0, 0)
+        stats = fake.update([generator.rollout(0, 0, start, micro, {}) for start in range(0, 16, micro)])
+        assert [start for start, _ in stats.losses] == list(range(0, 16, micro))
+        norms.append(stats.norm)
+        losses.append(sum(loss for _, loss in stats.losses) / len(stats.losses))
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-5) and losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_the_teacher_goes_on_from_where_x_is(quick) -> None:
+    """Its own grid of 4 steps, cut at the start; Euler's steps by hand."""
+    recipe = quick("ring")
+    family = recipe_family(recipe)
+    scorer, x = Scorer(recipe, family, family.load_teacher()), normal(Key(0, 0, "test", 0), 0, 8, (2,))
+    for start, grid in ((None, GRID4), (0.6, (0.6, 0.5, 0.25, 0.0)), (0.5, (0.5, 0.25, 0.0))):
+        path = scorer.sample(x, {}, steps=4, start=start, method="euler")
+        assert path.shape == (len(grid), 8, 2) and torch.equal(path[0], x)
+        at_hand = x
+        for (t, t_next), state in zip(pairwise(grid), path[1:], strict=True):
+            with torch.no_grad():
+                at_hand = euler(at_hand, scorer.network(at_hand, at(t, 8), {}), t, t_next)
+            assert torch.allclose(state, at_hand, atol=1e-5)
+    heun = scorer.sample(x, {}, steps=4)
+    assert heun.shape == (5, 8, 2) and not torch.allclose(heun[-1], scorer.sample(x, {}, steps=4, method="euler")[-1])
+
+
 def test_the_fake_is_remade_from_the_teacher_each_phase(quick) -> None:
     recipe = quick("digits", "method.name=phased")
     family = recipe_family(recipe)

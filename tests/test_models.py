@@ -9,7 +9,7 @@ import torch
 from raydmd.data import ring
 from raydmd.data.digits import load_digits
 from raydmd.errors import UserError
-from raydmd.models.digits import NULL_LABEL, DigitsDiT, DigitsFamily
+from raydmd.models.digits import NULL_LABEL, Block, DigitsDiT, DigitsFamily
 from raydmd.models.families import FAMILIES, build_family
 from raydmd.models.points import PointsMLP, RingFamily
 from raydmd.models.protocol import save_teacher
@@ -93,6 +93,34 @@ def test_a_patch_in_is_the_same_patch_out():
         for block in network.blocks:
             block.modulation.bias.fill_(0.5)
     assert reach().all()
+
+
+def test_a_block_is_what_the_paper_writes():
+    """One block against a loop over samples and heads; heads read off in another order give something else."""
+    block = shaken(Block(width=8, heads=2, ratio=4), scale=0.5)
+    generator = torch.Generator().manual_seed(0)
+    x, c = torch.randn(3, 4, 8, generator=generator), torch.randn(3, 1, 8, generator=generator)
+
+    def norm(z):
+        return (z - z.mean(-1, keepdim=True)) / (z.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+
+    def by_hand(heads):
+        out = []
+        for z, modulation in zip(x, block.modulation(c)[:, 0], strict=True):
+            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.view(6, 8)
+            q, k, v = block.qkv(norm(z) * (1 + scale_a) + shift_a).split(8, dim=-1)
+            attended = torch.zeros_like(z)
+            for part in heads:
+                weights = torch.softmax(q[:, part] @ k[:, part].T / 4**0.5, dim=-1)
+                attended[:, part] = weights @ v[:, part]
+            z = z + gate_a * block.proj(attended)
+            hidden = block.fc1(norm(z) * (1 + scale_m) + shift_m)
+            out.append(z + gate_m * block.fc2(torch.nn.functional.gelu(hidden, approximate="tanh")))
+        return torch.stack(out)
+
+    y = block(x, c)
+    assert torch.allclose(y, by_hand([slice(0, 4), slice(4, 8)]), atol=1e-5)
+    assert not torch.allclose(y, by_hand([slice(0, 8, 2), slice(1, 8, 2)]), atol=1e-3)
 
 
 @pytest.mark.parametrize("options", [{"width": 30, "heads": 4}, {"patch": 3}, {"depth": 0}])

@@ -6,6 +6,7 @@ from conftest import train_teacher
 
 from raydmd.config import load_recipe
 from raydmd.data import ring as data
+from raydmd.data.prompts import PromptTable
 from raydmd.diffusion.random import Key, normal
 from raydmd.evaluation.metrics import sliced_wasserstein
 from raydmd.methods.pairs import Pairs
@@ -98,6 +99,25 @@ def test_the_cut_into_micro_batches_is_not_the_mathematics(quick, prompts) -> No
         assert moved > 1e-5
         assert all(torch.allclose(a[name], b[name], rtol=0, atol=moved * 1e-2) for name in a)
         assert not all(torch.allclose(a[name], c[name], rtol=0, atol=moved * 1e-2) for name in a)
+
+
+class Watched(PromptTable):
+    """A table that notes which rows are asked for."""
+
+    def __init__(self, table: PromptTable) -> None:
+        super().__init__(table.path, table.columns)
+        self.asked: list[int] = []
+
+    def rows(self, start: int, count: int):
+        self.asked += range(start, start + count)
+        return super().rows(start, count)
+
+
+def test_every_sample_of_the_run_has_its_own_prompt(quick, prompts) -> None:
+    table, recipe = Watched(prompts("digits")), quick("digits", "iterations=3", "method.name=dmd-sgts")
+    family = recipe_family(recipe)
+    train(recipe, family, family.load_teacher(), table)
+    assert table.asked == list(range(3 * (2 + 1) * 16))  # iterations x (fake updates, then the generator's own) x batch
 
 
 def test_it_can_stop_on_the_way(quick, prompts) -> None:

@@ -18,8 +18,9 @@ HUB = "hf://"
 
 
 class PretrainedDenoiser(Denoiser):
-    """A diffusers transformer behind the protocol; its parameters' names start with ``transformer.``, as in diffusers'
-    LoRA files.
+    """A diffusers transformer behind the protocol.
+
+    Its parameters' names start with ``transformer.``, as those in diffusers' LoRA files do.
     """
 
     def __init__(self, transformer: nn.Module) -> None:
