@@ -73,10 +73,14 @@ def calibrate(recipe: Recipe, family: Any, teacher: Any, prompts: Any, repeats: 
     return {key: statistics.median(values) for key, values in costs.items()}
 
 
-def network_calls(recipe: Recipe, phases: list[Phase], phase: Phase, draw: int) -> int:
-    """Return the network calls of a rollout: earlier phases whole, this one up to its exit step."""
-    leave = exit_step(phase, Key(recipe.seed, phase.index, "exit", draw))
-    return sum(other.steps for other in phases[: phase.index]) + leave
+def trained_calls(recipe: Recipe, phase: Phase, draw: int) -> int:
+    """Return the network calls of a rollout inside the phase in training: up to its exit step."""
+    return exit_step(phase, Key(recipe.seed, phase.index, "exit", draw))
+
+
+def frozen_calls(phases: list[Phase], phase: Phase) -> int:
+    """Return the network calls of a rollout in earlier phases."""
+    return sum(other.steps for other in phases[: phase.index])
 
 
 def critical_path(recipe: Recipe, costs: Costs) -> float:
@@ -85,13 +89,17 @@ def critical_path(recipe: Recipe, costs: Costs) -> float:
     generator = fake = teacher = 0.0
     n = 0
     for phase, length in zip(phases, plan_iterations(recipe, phases), strict=True):
-        for _ in range(length):
+        frozen = costs["call"] * frozen_calls(phases, phase)
+        for i in range(length):
+            late = frozen if i == 0 else 0.0  # a phase's first rollouts find nothing prepared
             for u in range(updates):
-                generator += costs["call"] * network_calls(recipe, phases, phase, n * (updates + 1) + u)
+                generator += late + costs["call"] * trained_calls(recipe, phase, n * (updates + 1) + u)
                 fake = max(fake, generator) + costs["fake"]
-            generator += costs["call"] * network_calls(recipe, phases, phase, n * (updates + 1) + updates)
+            generator += late + costs["call"] * trained_calls(recipe, phase, n * (updates + 1) + updates)
             teacher = max(teacher, generator) + costs["teacher"]
             fake = max(fake, generator) + costs["fake_score"]
+            if i + 1 < length:
+                generator += frozen * (updates + 1)
             generator = max(generator, teacher, fake) + costs["update"]
             n += 1
     return generator
@@ -112,6 +120,7 @@ class Sleeper:
         self.draws = recipe.method.fake_updates + 1
         self.x = torch.zeros(recipe.batch.size, 1, 8, 8)
         self.updates = 0
+        self.prepared: set[int] = set()
 
     def start_phase(self, index: int, iteration: int) -> None:
         self.phase = self.phases[index]
@@ -119,9 +128,14 @@ class Sleeper:
     def end_phase(self) -> dict[str, torch.Tensor]:
         return {"weight": torch.zeros(1)}
 
+    def prepare(self, iteration: int, update: int, start: int, count: int, conditions: Any) -> None:
+        self.prepared.add(iteration * self.draws + update)
+        time.sleep(self.costs["call"] * frozen_calls(self.phases, self.phase))
+
     def rollout(self, iteration: int, update: int, start: int, count: int, conditions: Any) -> Samples:
         stamp = Stamp(self.phase.index, iteration * self.draws + update, start, self.updates)
-        time.sleep(self.costs["call"] * network_calls(self.recipe, self.phases, self.phase, stamp.draw))
+        frozen = 0 if stamp.draw in self.prepared else frozen_calls(self.phases, self.phase)
+        time.sleep(self.costs["call"] * (frozen + trained_calls(self.recipe, self.phase, stamp.draw)))
         return Samples(stamp, self.x, conditions)
 
     def propose(self, iteration: int, start: int, count: int, conditions: Any) -> Noised:

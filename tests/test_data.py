@@ -155,6 +155,7 @@ def test_ring_is_drawn_by_key_and_index():
     assert torch.equal(ring.sample(4, 5), ring.sample(4, 5))
     for other in (Key(4, 1, "x", 2), Key(3, 2, "x", 2), Key(3, 1, "y", 2), Key(3, 1, "x", 3)):
         assert not torch.isclose(ring.sample(64, other), points).any(dim=1).any()
+        assert (ring.nearest_mode(ring.sample(64, other)) != ring.nearest_mode(points)).sum() > 32  # modes too
 
 
 def test_ring_has_the_law_that_it_states():

@@ -48,13 +48,13 @@ def exact_sum(gradients: list[torch.Tensor], like: torch.Tensor, count: int, col
         return collective.sum_(gradients[0] if gradients else torch.zeros_like(like))
     largest = torch.zeros((), dtype=torch.float64, device=like.device)
     for gradient in gradients:
-        largest = torch.maximum(largest, gradient.abs().max().double())
+        largest = torch.maximum(largest, torch.linalg.vector_norm(gradient, math.inf).double())
     largest.nan_to_num_(nan=math.inf, posinf=math.inf)  # a maximum over replicas can lose a NaN
     peak = float(collective.max_(largest))
     if not math.isfinite(peak):
         raise FloatingPointError("a gradient is not finite")
-    bits = 62 - math.ceil(math.log2(count)) - math.frexp(peak)[1]
+    scale = math.ldexp(1.0, 62 - math.ceil(math.log2(count)) - math.frexp(peak)[1])
     total = torch.zeros(like.shape, dtype=torch.int64, device=like.device)
     for gradient in gradients:
-        total += torch.ldexp(gradient.double(), torch.tensor(bits)).round_().to(torch.int64)
-    return torch.ldexp(collective.sum_(total).double(), torch.tensor(-bits)).to(like.dtype)
+        total += gradient.double().mul_(scale).round_().to(torch.int64)
+    return collective.sum_(total).double().div_(scale).to(like.dtype)

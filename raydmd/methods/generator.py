@@ -54,6 +54,7 @@ class Generator:
         self.pairs: Pairs | None = None
         self.updates = 0  # over all phases
         self._kept: dict[int, tuple[torch.Tensor, Noised]] = {}
+        self._entries: dict[tuple[int, int], torch.Tensor] = {}
 
     def start_phase(self, index: int, iteration: int) -> None:
         """Make expert ``index`` from the teacher and begin to train it at ``iteration``, with a new optimizer."""
@@ -62,11 +63,18 @@ class Generator:
         parameters = self.experts.trainable_parameters()
         self.flat = FlatParameters(parameters, self.recipe.optimizer.generator, self.recipe.ema)
         self._kept.clear()
+        self._entries.clear()
 
     def end_phase(self) -> dict[str, torch.Tensor]:
         """Give the expert its averaged weights for good, and return them by name."""
         self.flat.swap_average()
         return self.experts.state(self.phase.index)
+
+    def prepare(self, iteration: int, update: int, start: int, count: int, conditions: Conditions) -> None:
+        """Make ahead what the frozen experts contribute to a rollout: it depends on no version of the weights."""
+        if self.phase.index:
+            draw = iteration * self.draws + update
+            self._entries[draw, start] = self._roll(self.phase.index, draw, start, count, conditions)
 
     def rollout(self, iteration: int, update: int, start: int, count: int, conditions: Conditions) -> Samples:
         """Make the samples [count, ...] of fake update ``update``, without gradient."""
@@ -117,21 +125,37 @@ class Generator:
         self, iteration: int, update: int, start: int, count: int, conditions: Conditions, grad: bool
     ) -> Samples:
         draw = iteration * self.draws + update
+        entry = self._entries.pop((draw, start), None)
+        x_s = self._roll(self.phase.index + 1, draw, start, count, conditions, entry, grad)
         conditions = {name: value.to(self.device) for name, value in conditions.items()}
-        x_s = rollout(
+        return Samples(Stamp(self.phase.index, draw, start, self.updates), x_s, conditions)
+
+    def _roll(
+        self,
+        phases: int,
+        draw: int,
+        start: int,
+        count: int,
+        conditions: Conditions,
+        entry: torch.Tensor | None = None,
+        grad: bool = False,
+    ) -> torch.Tensor:
+        """Roll out through the first ``phases`` phases; the one in training is left at its exit step."""
+        training = phases == self.phase.index + 1
+        return rollout(
             self.family,
             self.experts,
-            self.phases[: self.phase.index + 1],
+            self.phases[:phases],
             self._key("rollout", draw),
             start,
-            conditions,
+            {name: value.to(self.device) for name, value in conditions.items()},
             count,
             solver=self.recipe.method.solver,
-            leave=exit_step(self.phase, self._key("exit", draw)),
+            leave=exit_step(self.phase, self._key("exit", draw)) if training else None,
             grad=grad,
+            entry=entry,
             device=self.device,
         )
-        return Samples(Stamp(self.phase.index, draw, start, self.updates), x_s, conditions)
 
     def _regression(self, stamp: Stamp, count: int) -> torch.Tensor:
         """L2 between the student's and the teacher's result from the same noise (DMD Sec. 3.3)."""

@@ -34,16 +34,19 @@ def rollout(
     solver: str = "euler",
     leave: int | None = None,
     grad: bool = False,
+    entry: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """Return x_s [count, ...] at the end of the last of ``phases``.
 
-    Earlier phases run whole and without gradient. The last one leaves at step ``leave`` (default: its last);
-    with ``grad``, that call keeps its graph, and in a ``vanilla`` phase every call does.
+    Earlier phases run whole and without gradient, or not at all where ``entry`` is what they end with. The last one
+    leaves at step ``leave`` (default: its last); with ``grad``, that call keeps its graph, and in a ``vanilla`` phase
+    every call does.
     """
     *_, (_, x) = steps(
-        family, experts, phases, key, start, conditions, count, solver=solver, leave=leave, grad=grad, device=device
-    )
+        family, experts, phases, key, start, conditions, count,
+        solver=solver, leave=leave, grad=grad, entry=entry, device=device,
+    )  # fmt: skip
     return x
 
 
@@ -59,14 +62,21 @@ def steps(
     solver: str = "euler",
     leave: int | None = None,
     grad: bool = False,
+    entry: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield (expert's index, latents) from the initial noise (index of the first expert) through every step."""
-    schedule, shape = family.schedule, family.latent_shape
-    x = normal(key, start, count, shape).to(device)
-    x = x * float(schedule.sigma(schedule.t_max))  # 1 but for EDM
+    """Yield (expert's index, latents) from the initial noise (index of the first expert) through every step.
+
+    With ``entry``, the latents at which the last of ``phases`` begins, from there.
+    """
+    schedule, shape, number = family.schedule, family.latent_shape, 0
+    if entry is None:
+        x = normal(key, start, count, shape).to(device)
+        x = x * float(schedule.sigma(schedule.t_max))  # 1 but for EDM
+    else:
+        x, number = entry, sum(phase.steps for phase in phases[:-1])
+        phases = phases[-1:]
     yield phases[0].index, x
-    number = 0
     for phase in phases:
         last_phase = phase is phases[-1]
         times = truncated(phase, leave) if last_phase and leave else phase.times

@@ -45,8 +45,9 @@ class Controller:
 
     The exact overlapped schedule: in iteration n the generator makes every rollout of its version n at once; the
     fake trains on each as it arrives while the teacher scores the generator's proposal; only the fake's own
-    scoring waits for its updates. Calls are made in the order of the algorithm and take one another's references,
-    so Ray's data flow is the schedule and the result is the sequential reference's, to the bit.
+    scoring waits for its updates. Meanwhile the generator makes what frozen experts contribute to the next
+    rollouts. Calls are made in the order of the algorithm and take one another's references, so Ray's data flow
+    is the schedule and the result is the sequential reference's, to the bit.
 
     Args:
         recipe: the run's recipe.
@@ -122,13 +123,14 @@ class Controller:
         generators, fakes, scorers = self.cluster.generators, self.cluster.fakes, self.cluster.scorers
         self._roll_out_up_to(min(n + self.recipe.runtime.max_staleness, self._edge(n) - 1))
         rollouts = self._rollouts.pop(n)
-        updates = [fakes.consume("update", rollout.results) for rollout in rollouts]
+        updates = [fakes.consume("update", inputs=[rollout.results]) for rollout in rollouts]
         proposal = generators.produce("propose", n, inputs=self._draw(n, len(rollouts)))
         generated = fakes.produce("score", inputs=proposal.results)
+        ahead = self._prepare(phase, n + 1)
         await asyncio.wait([asyncio.wrap_future(receipt.future()) for receipt in proposal.receipts])
         real = await scorers.map("score", [(result,) for result in proposal.results])
-        step = generators.consume("update", real.results, generated.results)
-        calls = [*rollouts, *updates, proposal, generated, real, step]
+        step = generators.consume("update", inputs=[real.results, generated.results])
+        calls = [*rollouts, *updates, proposal, generated, *ahead, real, step]
         self._prompts.pop(n)
         if n + 1 < self.ends[-1]:
             self._draw(n + 1, 0)  # ask ahead
@@ -143,6 +145,13 @@ class Controller:
                 updates = range(self.recipe.method.fake_updates)
                 rollout = self.cluster.generators.produce
                 self._rollouts[n] = [rollout("rollout", n, u, inputs=self._draw(n, u)) for u in updates]
+
+    def _prepare(self, phase: Phase, n: int) -> list[Call]:
+        """Have the frozen experts' part of the next rollouts made while the generator waits for its scores."""
+        if not phase.index or n >= self.ends[phase.index] or n in self._rollouts:
+            return []
+        draws = [self._draw(n, u) for u in range(self.recipe.method.fake_updates + 1)]
+        return [self.cluster.generators.consume("prepare", n, inputs=draws)]
 
     def _edge(self, n: int) -> int:
         """Return the next iteration after ``n`` at which rollouts start afresh, so that a resumed run is the same."""

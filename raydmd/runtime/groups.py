@@ -55,12 +55,15 @@ class TrainerGroup:
                 receipts.append(receipt)
         return Call(results, receipts)
 
-    def consume(self, method: str, *inputs: list[ObjectRef]) -> Call:
-        """Call ``method(micros, *inputs of those)`` on every replica; receipts come back."""
+    def consume(self, method: str, *extra: Any, inputs: list[list[ObjectRef]]) -> Call:
+        """Call ``method(micros, *extra, *inputs of those)`` on every replica; receipts come back.
+
+        ``inputs`` are lists of one reference a micro-batch; a replica gets its own of the first list, of the next...
+        """
         receipts = []
         for worker, share in zip(self.workers, self.shares(), strict=True):
             mine = [given[micro.index] for given in inputs for micro in share]
-            receipts.append(getattr(worker, method).remote(share, *mine))
+            receipts.append(getattr(worker, method).remote(share, *extra, *mine))
         return Call([], receipts)
 
     def all(self, method: str, *arguments: Any) -> list[ObjectRef]:

@@ -129,6 +129,14 @@ class GeneratorWorker(Worker):
         """Take the teacher's ODE pairs, in order."""
         self.part.pairs = Pairs.join([from_wire(part) for part in parts], self.device)
 
+    def prepare(self, micros: list[Micro], iteration: int, *conditions: Any) -> Receipt:
+        """Make ahead the frozen experts' part of every rollout of an iteration; conditions go by draw, then micro."""
+        since = time.perf_counter()
+        for number, condition in enumerate(conditions):
+            update, micro = number // len(micros), micros[number % len(micros)]
+            self.part.prepare(iteration, update, micro.start, micro.count, from_wire(condition))
+        return self.receipt(since)
+
     def rollout(self, micros: list[Micro], iteration: int, update: int, *conditions: Any) -> list[Any]:
         """Return the samples of each micro-batch of a fake update, then a receipt."""
         since, made = time.perf_counter(), []
