@@ -231,7 +231,7 @@ def main() -> None:
         ratios.setdefault("speedup_over_reference_2", []).append(two / ray)
         for key, value in {"ray_asleep": asleep, "ray": ray, "reference_1": one, "reference_2": two}.items():
             seconds.setdefault(key, []).append(value)
-        labels = torch.as_tensor(prompts.rows(0, len(prompts))["label"], dtype=torch.int64)
+        labels = family.conditions(prompts.rows(0, len(prompts)))["label"]
         for name, of in (("64", small), ("256", recipe)):
             bare = settled(bare_loop(of, family, family.load_teacher(), labels), of)
             ours = settled(sequential(of, family, prompts, 1), of)

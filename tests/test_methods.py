@@ -246,6 +246,36 @@ def test_one_exit_step_for_the_whole_batch_and_another_for_the_next(ring: Genera
     assert seen == {1, 2}
 
 
+@pytest.mark.parametrize("solver", ["euler", "renoise"])
+def test_what_frozen_experts_contribute_can_be_made_ahead(quick, solver: str) -> None:
+    def second_phase() -> Generator:
+        recipe = quick("ring", "method.name=phased", f"method.solver={solver}")
+        family = recipe_family(recipe)
+        generator = Generator(recipe, family, family.load_teacher())
+        generator.start_phase(0, 0)
+        generator.prepare(0, 0, 0, 4, {})  # nothing to do in the first phase
+        generator.start_phase(1, 2)
+        return generator
+
+    plain, ahead = second_phase(), second_phase()
+    for iteration in (2, 3):
+        for start in (0, 4):
+            for update in (0, 1, 2):
+                ahead.prepare(iteration, update, start, 4, {})
+    with torch.no_grad():  # they are not asked again
+        for parameter in ahead.experts.expert(0).parameters():
+            parameter.zero_()
+    for iteration in (2, 3):
+        for start in (4, 0):
+            a, b = (each.rollout(iteration, 1, start, 4, {}) for each in (plain, ahead))
+            assert torch.equal(a.x_s, b.x_s) and a.stamp == b.stamp
+            a, b = (each.propose(iteration, start, 4, {}) for each in (plain, ahead))
+            assert torch.equal(a.x_t, b.x_t) and a.stamp == b.stamp
+            assert torch.equal(*(gradient_of(each, each._kept[start][0]) for each in (plain, ahead)))
+    a, b = (each.rollout(2, 1, 0, 4, {}) for each in (plain, ahead))  # once used, it is gone
+    assert not torch.allclose(a.x_s, b.x_s, atol=1e-2)
+
+
 # ---------------------------------------------------------------- sampling
 
 

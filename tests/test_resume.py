@@ -62,7 +62,9 @@ class Started:
         self.pid = self.process.pid
 
     def family(self) -> list[psutil.Process]:
-        """The driver and all of its Ray."""
+        """The driver and all of its Ray, while it lives: later its number may be another's."""
+        if self.process.poll() is not None:
+            return []
         try:
             return [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
         except psutil.NoSuchProcess:
