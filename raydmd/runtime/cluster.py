@@ -43,6 +43,7 @@ def connect(recipe: Recipe) -> bool:
     roles = (recipe.runtime.teacher, recipe.runtime.fake, recipe.runtime.generator)
     claimed = sum(role.cpus * role.max_workers for role in roles)
     ray.init(
+        "local",  # never some cluster that happens to run here
         num_cpus=max(os.cpu_count() or 1, int(claimed) + 2),  # two more for Ray Data's tasks
         object_store_memory=recipe.runtime.object_store_mb * 2**20,
         include_dashboard=False,
