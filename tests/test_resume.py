@@ -288,9 +288,11 @@ def state_of(folder: Path) -> dict[str, str]:
 
 def test_a_finished_run_says_so(story: Story, capsys: Any) -> None:
     before = state_of(story.folder)
-    assert command(story.arguments) == 0
-    out, err = capsys.readouterr()
-    assert "finished" in out and "nothing to do" in out and err == ""
+    without_out = story.arguments[: story.arguments.index("--out")]
+    for arguments in (story.arguments, [*without_out, "--resume", str(story.folder)]):
+        assert command(arguments) == 0
+        out, err = capsys.readouterr()
+        assert "finished" in out and "nothing to do" in out and err == ""
     assert state_of(story.folder) == before
 
 
