@@ -246,7 +246,7 @@ def test_its_metrics_have_every_iteration_once(story: Story) -> None:
 def test_it_went_on_from_manifests(story: Story) -> None:
     events = read_lines(story.folder / "events.jsonl")
     resumed = [event["resumed"] for event in events if "resumed" in event]
-    assert len(resumed) == 3 and resumed == sorted(resumed)
+    assert len(resumed) == 3  # the second may be behind the first: the newest manifest was damaged in between
     assert resumed[0] % 4 == 0 and 4 <= resumed[0] <= story.seen["lines at the first kill"]
     assert resumed[0] >= story.seen["lines at the first kill"] - 4 - 2  # at most one interval was lost
     assert resumed[1] == story.seen["whole"] < story.seen["damaged"]
