@@ -15,7 +15,6 @@ of each, the mean |x - x_exact| over [0.5, 1], is against the ODE of the flow in
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from common import machine
 from torch import Tensor, nn
 
 from raydmd.diffusion.random import Key, normal, uniform
@@ -141,15 +141,6 @@ def draw_picture(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def machine() -> dict[str, Any]:
-    """What it ran on."""
-    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    return {"cpu": cpu, "torch": torch.__version__, "threads": torch.get_num_threads()}
-
-
 def main() -> int:
     """Run, print, write; 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -185,7 +176,12 @@ def main() -> int:
         report[f"{key}_per_seed"] = values
     row("mean", report)
     row("spread", report, "_spread")
-    report |= {"iterations": args.iterations, "batch": BATCH, "seeds": args.seeds, "machine": machine()}
+    report |= {
+        "iterations": args.iterations,
+        "batch": BATCH,
+        "seeds": args.seeds,
+        "machine": {**machine(), "threads": torch.get_num_threads()},
+    }
     correct, naive = report["deviation_correct"], report["deviation_naive"]
     report["passed"] = correct <= MAX_DEVIATION and correct <= MAX_RATIO * naive
     print(
