@@ -42,32 +42,37 @@ class Fake:
     def update(self, batches: list[Samples], collective: Collective | None = None) -> FakeStats:
         """Train on this replica's micro-batches of x_s (Phased DMD Eq. 13), and step with the others'."""
         method, schedule, gradients, losses = self.recipe.method, self.family.schedule, [], []
-        for number, samples in enumerate(batches, start=1):
-            stamp, x_s = samples.stamp, samples.x_s.to(self.device)
-            count = x_s.shape[0]
-            t = self.phase.score_times(method, uniform(self._key("fake-t", stamp.draw), stamp.start, count))
-            noise = normal(self._key("fake-noise", stamp.draw), stamp.start, count, self.family.latent_shape)
-            noise = noise.to(self.device)
-            x_t = schedule.diffuse(x_s, noise, t, self.phase.end)
-            conditions = {name: value.to(self.device) for name, value in samples.conditions.items()}
-            output = self.network(x_t, t.to(self.device), conditions)
-            loss = score_matching_loss(
-                schedule,
-                output,
-                x_s,
-                noise,
-                t,
-                self.phase.end,
-                self.family.prediction,
-                clamp=method.clamp,
-                target=method.fake_target,
-            )
-            (loss.sum() / self.recipe.batch.size).backward()
-            gradients.append(self.flat.take_gradient(last=number == len(batches)))
-            losses.append((stamp.start, float(loss.detach().mean())))
-        norm = self.flat.step(gradients, self.recipe.batch.micros, collective or Alone())
+        with self.flat.attempt():
+            for number, samples in enumerate(batches, start=1):
+                stamp, x_s = samples.stamp, samples.x_s.to(self.device)
+                count = x_s.shape[0]
+                t = self.phase.score_times(method, uniform(self._key("fake-t", stamp.draw), stamp.start, count))
+                noise = normal(self._key("fake-noise", stamp.draw), stamp.start, count, self.family.latent_shape)
+                noise = noise.to(self.device)
+                x_t = schedule.diffuse(x_s, noise, t, self.phase.end)
+                conditions = {name: value.to(self.device) for name, value in samples.conditions.items()}
+                output = self.network(x_t, t.to(self.device), conditions)
+                loss = score_matching_loss(
+                    schedule,
+                    output,
+                    x_s,
+                    noise,
+                    t,
+                    self.phase.end,
+                    self.family.prediction,
+                    clamp=method.clamp,
+                    target=method.fake_target,
+                )
+                (loss.sum() / self.recipe.batch.size).backward()
+                gradients.append(self.flat.take_gradient(last=number == len(batches)))
+                losses.append((stamp.start, float(loss.detach().mean())))
+            norm = self.flat.step(gradients, self.recipe.batch.micros, collective or Alone())
         self.updates += 1
         return FakeStats(norm, losses, self.updates)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return copies of all that the next update depends on."""
+        return self.flat.state()
 
     @torch.no_grad()
     def score(self, proposal: Noised) -> Score:

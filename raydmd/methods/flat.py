@@ -1,7 +1,8 @@
 """A network's trainable weights as one vector: one optimizer kernel, one all-reduce, one average."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -45,6 +46,15 @@ class FlatParameters:
         self.clip, self.ema, self.unbiased, self.version = settings.clip, ema, unbiased, 0
         self.average = self.weight.data.clone() if ema else self.weight.data
 
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Run an update's passes and its step; whatever ends it early, it can be made again."""
+        try:
+            yield
+        except BaseException:
+            self.gradient.zero_()
+            raise
+
     def take_gradient(self, last: bool) -> torch.Tensor:
         """Return what the last backward passes left; ``last`` lends the buffer itself instead of a copy."""
         if last:
@@ -59,14 +69,11 @@ class FlatParameters:
         Raises:
             FloatingPointError: the gradient is not finite; weights and state are then untouched.
         """
-        try:
+        with self.attempt():
             total = exact_sum(gradients, self.gradient, count, collective)
             norm = float(total.norm())
             if not math.isfinite(norm):
                 raise FloatingPointError("a gradient is not finite")
-        except FloatingPointError:
-            self.gradient.zero_()  # the step can be made again
-            raise
         if total is not self.gradient:
             self.gradient.copy_(total)
         if self.clip is not None and norm > self.clip:

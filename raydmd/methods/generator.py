@@ -52,13 +52,13 @@ class Generator:
         )
         self.draws = recipe.method.fake_updates + 1
         self.pairs: Pairs | None = None
-        self.updates = 0  # over all phases
+        self.updates, self.ended = 0, False  # over all phases; whether the phase's expert is fixed
         self._kept: dict[int, tuple[torch.Tensor, Noised]] = {}
         self._entries: dict[tuple[int, int], torch.Tensor] = {}
 
     def start_phase(self, index: int, iteration: int) -> None:
         """Make expert ``index`` from the teacher and begin to train it at ``iteration``, with a new optimizer."""
-        self.phase, self.updates = self.phases[index], iteration
+        self.phase, self.updates, self.ended = self.phases[index], iteration, False
         self.experts.start(index)
         parameters = self.experts.trainable_parameters()
         self.flat = FlatParameters(parameters, self.recipe.optimizer.generator, self.recipe.ema)
@@ -66,9 +66,21 @@ class Generator:
         self._entries.clear()
 
     def end_phase(self) -> dict[str, torch.Tensor]:
-        """Give the expert its averaged weights for good, and return them by name."""
-        self.flat.swap_average()
+        """Give the expert its averaged weights for good, and return them by name; a second call changes nothing."""
+        if not self.ended:
+            self.flat.swap_average()
+            self.ended = True
         return self.experts.state(self.phase.index)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return copies of all that the next update depends on."""
+        if not self.ended:
+            return self.flat.state()
+        self.flat.swap_average()  # as it was before the phase was ended
+        try:
+            return self.flat.state()
+        finally:
+            self.flat.swap_average()
 
     def prepare(self, iteration: int, update: int, start: int, count: int, conditions: Conditions) -> None:
         """Make ahead what the frozen experts contribute to a rollout: it depends on no version of the weights."""
@@ -95,30 +107,33 @@ class Generator:
     def update(self, teacher: list[Score], fake: list[Score], collective: Collective | None = None) -> GeneratorStats:
         """Apply the distribution-matching gradient to this replica's proposals, and step with the others'."""
         method, gradients, figures = self.recipe.method, [], []
-        for number, (real, generated) in enumerate(zip(teacher, fake, strict=True), start=1):
-            x_s, proposal = self._kept.pop(real.stamp.start)
-            assert proposal.stamp.draw == real.stamp.draw == generated.stamp.draw, "scores of another iteration"
-            gradient = distribution_matching_gradient(
-                self.family.schedule,
-                x_s.detach(),
-                proposal.x_t,
-                real.prediction.to(self.device),
-                generated.prediction.to(self.device),
-                proposal.t,
-                self.phase.end,
-                self.family.prediction,
-                weight=method.gradient_weight,
-            )
-            share = x_s.shape[0] / self.recipe.batch.size
-            loss = surrogate_loss(x_s, gradient) * share
-            if self.pairs is not None:
-                loss = loss + method.regression.weight * share * self._regression(proposal.stamp, x_s.shape[0])
-            loss.backward()
-            gradients.append(self.flat.take_gradient(last=number == len(teacher)))
-            mean, spread = float(x_s.detach().mean()), float(x_s.detach().std())
-            figures.append((proposal.stamp.start, float(gradient.abs().mean()), mean, spread))
-        norm = self.flat.step(gradients, self.recipe.batch.micros, collective or Alone())
+        with self.flat.attempt():
+            for number, (real, generated) in enumerate(zip(teacher, fake, strict=True), start=1):
+                x_s, proposal = self._kept.pop(real.stamp.start)
+                assert proposal.stamp.draw == real.stamp.draw == generated.stamp.draw, "scores of another iteration"
+                gradient = distribution_matching_gradient(
+                    self.family.schedule,
+                    x_s.detach(),
+                    proposal.x_t,
+                    real.prediction.to(self.device),
+                    generated.prediction.to(self.device),
+                    proposal.t,
+                    self.phase.end,
+                    self.family.prediction,
+                    weight=method.gradient_weight,
+                )
+                share = x_s.shape[0] / self.recipe.batch.size
+                loss = surrogate_loss(x_s, gradient) * share
+                if self.pairs is not None:
+                    loss = loss + method.regression.weight * share * self._regression(proposal.stamp, x_s.shape[0])
+                loss.backward()
+                gradients.append(self.flat.take_gradient(last=number == len(teacher)))
+                mean, spread = float(x_s.detach().mean()), float(x_s.detach().std())
+                figures.append((proposal.stamp.start, float(gradient.abs().mean()), mean, spread))
+            norm = self.flat.step(gradients, self.recipe.batch.micros, collective or Alone())
         self.updates += 1
+        self._kept.clear()  # of calls that were dropped and made again by another replica
+        self._entries = {key: x for key, x in self._entries.items() if key[0] >= self.updates * self.draws}
         return GeneratorStats(norm, figures, self.updates)
 
     def _samples(

@@ -1,5 +1,6 @@
 """Joining a Ray cluster, or starting one on this machine, and bringing a run's actors up on it."""
 
+import asyncio
 import logging
 import os
 import socket
@@ -11,12 +12,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydmd.config import Recipe
 from raydmd.errors import UserError
-from raydmd.runtime.controller import Cluster, micro_batches
-from raydmd.runtime.groups import ScorerPool, TrainerGroup
-from raydmd.runtime.manifest import Archivist
-from raydmd.runtime.placement import actor_options, describe, wait_placed, worker_device
+from raydmd.runtime.archivist import Archivist
+from raydmd.runtime.controller import micro_batches
+from raydmd.runtime.crew import Crew
+from raydmd.runtime.elastic import Cluster
+from raydmd.runtime.groups import TrainerGroup
+from raydmd.runtime.placement import wait_for_workers
+from raydmd.runtime.pool import ScorerPool
+from raydmd.runtime.process_group import Rendezvous
 from raydmd.runtime.prompts import PromptStream
 from raydmd.runtime.recorder import Recorder
+from raydmd.runtime.warden import Warden
 from raydmd.runtime.workers import PARTS, WORKERS, Factory
 
 
@@ -66,7 +72,7 @@ def _check_reachable(address: str) -> None:
 async def launch(
     recipe: Recipe, folder: Path, prompts: str, recorder: Recorder, parts: dict[str, Factory] | None = None
 ) -> Cluster:
-    """Start every role's workers, wait until they are placed, and form the groups.
+    """Start every role's workers and wait until those are up that a run needs to begin.
 
     Args:
         recipe: the run's recipe.
@@ -74,39 +80,42 @@ async def launch(
         prompts: the Parquet file of prompts.
         recorder: told what is waited for.
         parts: what builds each role's part; default: the real ones.
+
+    Raises:
+        UserError: workers cannot be placed.
+        ray.exceptions.RayError: workers fail whenever they are started.
     """
-    roles = {"generator": recipe.runtime.generator, "fake": recipe.runtime.fake, "teacher": recipe.runtime.teacher}
-    workers: dict[str, list[Any]] = {
-        name: [
-            ray.remote(WORKERS[name])
-            .options(**actor_options(role))
-            .remote(recipe, number, role.threads, worker_device(role, recipe.runtime.device), (parts or PARTS)[name])
-            for number in range(role.max_workers)
-        ]
-        for name, role in roles.items()
-    }
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+    def helper(kind: type, *arguments: Any) -> Any:
+        """Start an actor beside the driver that comes back, and makes its unfinished calls again, when it is killed."""
+        options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
+        remote: Any = ray.remote(kind).options(**options)
+        return remote.remote(*arguments)
+
     local = prompts if "://" in prompts else f"local://{prompts}"  # only this node is sure to have it
-    stream: Any = ray.remote(PromptStream).options(num_cpus=0, scheduling_strategy=here).remote(recipe, local)
-    archivist = ray.remote(Archivist).options(num_cpus=0, scheduling_strategy=here)
-    asks = {name: describe(role) for name, role in roles.items()} | {"prompts": f"the rows of {prompts}"}
-    minimum = {name: role.min_workers for name, role in roles.items()} | {"prompts": 1}
+    crews = {role: Crew(role, recipe, (parts or PARTS)[role]) for role in WORKERS}
+    rendezvous = Rendezvous(ray.util.get_node_ip_address())
+    cluster = Cluster(
+        crews=crews,
+        generators=TrainerGroup("generator", micro_batches(recipe), rendezvous),
+        fakes=TrainerGroup("fake", micro_batches(recipe), rendezvous),
+        scorers=ScorerPool(recipe.runtime.max_failures),
+        prompts=helper(PromptStream, recipe, local),
+        archivist=helper(Archivist, str(folder.resolve()), checkpoints(recipe, folder), recipe.checkpoint.keep),
+        warden=helper(Warden),
+    )
     try:
-        up = await wait_placed(
-            {**workers, "prompts": [stream]}, minimum, asks, recipe.runtime.placement_timeout, recorder.say
-        )
-        cluster = Cluster(
-            generators=TrainerGroup(up["generator"], micro_batches(recipe)),
-            fakes=TrainerGroup(up["fake"], micro_batches(recipe)),
-            scorers=ScorerPool(up["teacher"]),
-            prompts=stream,
-            archivist=archivist.remote(str(folder.resolve()), recipe.checkpoint.keep),
-        )
-        await cluster.generators.form()
-        await cluster.fakes.form()
+        for crew in crews.values():
+            crew.fill()
+        await wait_for_workers(crews, recipe.runtime.placement_timeout, recorder.say)
+        await asyncio.gather(cluster.prompts.ready.remote(), cluster.archivist.ready.remote())
     except BaseException:
-        for worker in (worker for group in workers.values() for worker in group):
-            ray.kill(worker)
-        ray.kill(stream)
+        cluster.close()
         raise
     return cluster
+
+
+def checkpoints(recipe: Recipe, folder: Path) -> str:
+    """Return where a run's manifests are."""
+    return recipe.checkpoint.path or str(folder.resolve() / "checkpoints")

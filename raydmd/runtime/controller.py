@@ -1,42 +1,25 @@
 """The controller: the distillation's loop over groups of actors. Only references pass through it."""
 
 import asyncio
-from dataclasses import dataclass, field
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-import ray
 from ray import ObjectRef
+from ray.exceptions import RayError
 
 from raydmd.config import Recipe
 from raydmd.methods.phase import Phase
-from raydmd.runtime.groups import Call, ScorerPool, TrainerGroup
+from raydmd.runtime.elastic import Cluster, Elastic, Stopped
+from raydmd.runtime.faults import cause_of, own_fault
+from raydmd.runtime.groups import Call
 from raydmd.runtime.manifest import Manifest
+from raydmd.runtime.process_group import StepDropped
 from raydmd.runtime.recorder import Recorder
-from raydmd.runtime.workers import Micro
-
-
-@dataclass
-class Cluster:
-    """Every actor of a run, in groups."""
-
-    generators: TrainerGroup
-    fakes: TrainerGroup
-    scorers: ScorerPool
-    prompts: Any
-    archivist: Any
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Workers of each role."""
-        workers = {"teacher": self.scorers.workers, "fake": self.fakes.workers, "generator": self.generators.workers}
-        return {role: len(group) for role, group in workers.items()}
-
-    def close(self) -> None:
-        """End every actor, so that it holds nothing of a cluster that others use."""
-        for actor in (*self.generators.workers, *self.fakes.workers, *self.scorers.workers, self.prompts):
-            ray.kill(actor)
-        ray.kill(self.archivist)
+from raydmd.runtime.watch import Watch
+from raydmd.runtime.workers import Micro, Position, Receipt
 
 
 @dataclass
@@ -49,15 +32,15 @@ class Controller:
     rollouts. Calls are made in the order of the algorithm and take one another's references, so Ray's data flow
     is the schedule and the result is the sequential reference's, to the bit.
 
+    Every call is named by the update that it is for. When a worker is lost, what was under way is dropped, the
+    survivors say how far they are, and the loop goes on from there: the same calls give the same bits.
+
     Args:
         recipe: the run's recipe.
         phases: its phases.
         lengths: iterations of each phase.
-        cluster: the actors, formed.
+        cluster: the actors.
         recorder: where figures go.
-        start: manifest from which to continue, if any.
-        states: trainers' states that belong to it, by role.
-        experts: finished experts' weights that belong to it.
         until: stop once this many iterations are committed.
     """
 
@@ -66,49 +49,99 @@ class Controller:
     lengths: list[int]
     cluster: Cluster
     recorder: Recorder
-    start: Manifest | None = None
-    states: dict[str, Any] = field(default_factory=dict)
-    experts: list[Any] = field(default_factory=list)
     until: int | None = None
 
     def __post_init__(self) -> None:
         self.ends = list(accumulate(self.lengths))
-        self.committed = self.start.iteration if self.start else 0
-        self.finished = self.stopping = False
-        self._prompts: dict[int, list[ObjectRef]] = {}
-        self._rollouts: dict[int, list[Call]] = {}
-        self._last: dict[int, list[ObjectRef]] = {}
+        self.next = self.committed = self.experts = self._fake_updates = 0
+        self._announced = -1  # the phase of the last event
+        self._began, self._stood = time.perf_counter(), False
+        self.finished = self.stopping = self._paired = self._previewed = self._owes_checkpoint = False
+        self.elastic = Elastic(self.recipe, self.cluster, self.recorder, lambda: self.stopping)
+        self._background: set[asyncio.Task[None]] = set()
+        self._receipts: dict[int, list[ObjectRef]] = {}
+        self._forget_the_dropped()
 
     async def run(self) -> None:
-        """Run every phase that is not done; an error of a worker is raised as it is."""
-        self._records: asyncio.Queue[Any] = asyncio.Queue()
+        """Run every phase that is not done.
+
+        Raises:
+            ray.exceptions.RayError: a worker failed again and again.
+            RunError: a role has no worker, and none came.
+        """
+        watch = asyncio.create_task(Watch(self.elastic).run())
+        main = asyncio.create_task(self._run())
         try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._record())
-                await self._train()
-                self._records.put_nowait(None)
-        except BaseExceptionGroup as group:
-            raise group.exceptions[0] from None
+            await asyncio.wait((watch, main), return_when=asyncio.FIRST_COMPLETED)
+            await (watch if watch.done() else main)
+        finally:
+            for task in (watch, main):
+                task.cancel()
+            await asyncio.gather(watch, main, return_exceptions=True)
+            if self._background and not main.cancelled() and main.exception() is None:
+                await asyncio.wait(self._background)
+
+    async def _run(self) -> None:
+        """Train; after a loss mend the cluster and train on."""
+        mended = False
+        while True:
+            try:
+                if not mended:
+                    await self._mend()
+                    mended = True
+                async with asyncio.TaskGroup() as self._attempt:
+                    self._commits: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()
+                    self._attempt.create_task(self._commit_in_order())
+                    await self._train()
+                    self._commits.put_nowait(None)
+                return
+            except Stopped:
+                return
+            except BaseExceptionGroup as group:
+                errors = _flat(group)
+            except (RayError, StepDropped) as error:
+                errors = [error]
+            mended = False
+            self.elastic.judge(errors)
+
+    async def _mend(self) -> None:
+        """Bring all workers to one state, and take up the loop there."""
+        standing = await self.elastic.mend()
+        self._forget_the_dropped()
+        await self._write_down_committed(standing.iteration)
+        if standing.rewound:
+            self._receipts.clear()
+            self._announced = -1
+            self.recorder.rewind(standing.iteration)
+        self.next = self.committed = standing.iteration
+        self._fake_updates = standing.fake_updates
+        self.experts = self.experts if standing.experts is None else standing.experts
+        self._paired = standing.pairs
+        if not self._stood:
+            self._stood = True
+            facts = {"resumed": self.next} if self.next else {}
+            seconds = round(time.perf_counter() - self._began, 3)
+            self.recorder.event("started", workers=self.cluster.sizes, seconds=seconds, **facts)
+            self.recorder.begin()
 
     async def _train(self) -> None:
         await self._load_pairs()
         await self._preview_teacher()
         for phase, end in zip(self.phases, self.ends, strict=True):
-            if self.committed >= end:
+            if phase.index < self.experts:
                 continue
             if self._halted():  # at the last phase's edge
                 return
-            self._begin(phase)
-            for n in range(self.committed, end):
-                await self._iterate(phase, n)
-                if self._halted():
-                    break
-                if n + 1 < end and (n + 1) % self.recipe.checkpoint.every == 0:
+            self._begin(phase, end)
+            while self.next < end and not self._halted():
+                await self._change_workers(phase)
+                await self._iterate(phase, self.next)
+                if self.next < end and (self.next % self.recipe.checkpoint.every == 0 or self._owes_checkpoint):
                     self._checkpoint(phase.index)
-            if self.committed < end:  # stopped
+            if self.next < end:  # stopped
                 self._checkpoint(phase.index)
                 return
-            self._end(phase)
+            await self._end(phase)
         self.finished = True
 
     def stop(self) -> None:
@@ -116,42 +149,50 @@ class Controller:
         self.stopping = True
 
     def _halted(self) -> bool:
-        return self.stopping or (self.until is not None and self.committed >= self.until)
+        return self.stopping or (self.until is not None and self.next >= self.until)
 
     async def _iterate(self, phase: Phase, n: int) -> None:
-        """One iteration: the algorithm."""
+        """One iteration, or what is left of it: the algorithm."""
         generators, fakes, scorers = self.cluster.generators, self.cluster.fakes, self.cluster.scorers
+        first, last = n * self.recipe.method.fake_updates, (n + 1) * self.recipe.method.fake_updates
         self._roll_out_up_to(min(n + self.recipe.runtime.max_staleness, self._edge(n) - 1))
-        rollouts = self._rollouts.pop(n)
-        updates = [fakes.consume("update", inputs=[rollout.results]) for rollout in rollouts]
-        proposal = generators.produce("propose", n, inputs=self._draw(n, len(rollouts)))
-        generated = fakes.produce("score", inputs=proposal.results)
-        ahead = self._prepare(phase, n + 1)
+        for update, rollout in self._rollouts.pop(n).items():
+            self._note(n, fakes.consume("update", first + update, inputs=[rollout.results]))
+        proposal = self._note(n, generators.produce("propose", n, inputs=self._draw(n, last - first)))
+        generated = self._note(n, fakes.produce("score", last, inputs=proposal.results))
+        self._prepare(phase, n + 1)
         await asyncio.wait([asyncio.wrap_future(receipt.future()) for receipt in proposal.receipts])
-        real = await scorers.map("score", [(result,) for result in proposal.results])
-        step = generators.consume("update", inputs=[real.results, generated.results])
-        calls = [*rollouts, *updates, proposal, generated, *ahead, real, step]
+        real = self._note(n, await scorers.map("score", [(result,) for result in proposal.results]))
+        self._note(n, generators.consume("update", n, inputs=[real.results, generated.results]))
+        self._commits.put_nowait((phase.index, n))
+        self.next, self._fake_updates = n + 1, last
         self._prompts.pop(n)
         if n + 1 < self.ends[-1]:
             self._draw(n + 1, 0)  # ask ahead
-        self.committed = n + 1
-        self._records.put_nowait((phase.index, n, [receipt for call in calls for receipt in call.receipts]))
         self._preview(phase, n)
+
+    def _note(self, n: int, call: Call) -> Call:
+        """Keep a call's receipts for the iteration's record; an error of the call ends the attempt."""
+        self._receipts.setdefault(n, []).extend(call.receipts)
+        self._answers.setdefault(n, []).append(self._expect(call.receipts))
+        return call
 
     def _roll_out_up_to(self, last: int) -> None:
         """Have the fake's samples made for iterations up to ``last`` that have none, by the generator as it is."""
-        for n in range(self.committed, last + 1):
+        updates = self.recipe.method.fake_updates
+        for n in range(self.next, last + 1):
             if n not in self._rollouts:
-                updates = range(self.recipe.method.fake_updates)
+                made = max(0, self._fake_updates - n * updates)
                 rollout = self.cluster.generators.produce
-                self._rollouts[n] = [rollout("rollout", n, u, inputs=self._draw(n, u)) for u in updates]
+                self._rollouts[n] = {
+                    u: self._note(n, rollout("rollout", n, u, inputs=self._draw(n, u))) for u in range(made, updates)
+                }
 
-    def _prepare(self, phase: Phase, n: int) -> list[Call]:
+    def _prepare(self, phase: Phase, n: int) -> None:
         """Have the frozen experts' part of the next rollouts made while the generator waits for its scores."""
-        if not phase.index or n >= self.ends[phase.index] or n in self._rollouts:
-            return []
-        draws = [self._draw(n, u) for u in range(self.recipe.method.fake_updates + 1)]
-        return [self.cluster.generators.consume("prepare", n, inputs=draws)]
+        if phase.index and n < self.ends[phase.index] and n not in self._rollouts:
+            draws = [self._draw(n, u) for u in range(self.recipe.method.fake_updates + 1)]
+            self._note(n, self.cluster.generators.consume("prepare", n, inputs=draws))
 
     def _edge(self, n: int) -> int:
         """Return the next iteration after ``n`` at which rollouts start afresh, so that a resumed run is the same."""
@@ -167,30 +208,37 @@ class Controller:
             self._prompts[n] = taken if isinstance(taken, list) else [taken]
         return self._prompts[n][draw * micros : (draw + 1) * micros]
 
-    def _begin(self, phase: Phase) -> None:
-        """Start a phase, or take up the manifest's state in the middle of it."""
-        generators, fakes = self.cluster.generators, self.cluster.fakes
-        for index, weights in enumerate(self.experts):
-            generators.all("load_expert", index, weights)
-        self.experts = []
-        waits = [*generators.all("start_phase", phase.index, self.committed)]
-        waits += fakes.all("start_phase", phase.index, self.committed)
-        for role, group in (("generator", generators), ("fake", fakes)):
-            if role in self.states:
-                waits += group.all("load_state", self.states.pop(role))
-        self._watch(waits)
-        self.recorder.event("phase", phase=phase.index + 1, iteration=self.committed, end=phase.end)
+    def _begin(self, phase: Phase, end: int) -> None:
+        """Start a phase in every trainer that is not in it."""
+        start = end - self.lengths[phase.index]
+        for group in self.cluster.groups.values():
+            self._expect(group.all("start_phase", phase.index, start))
+        if phase.index != self._announced:
+            self.recorder.event("phase", phase=phase.index + 1, iteration=self.next, end=phase.end)
+            self._announced = phase.index
 
-    def _end(self, phase: Phase) -> None:
-        """Fix the expert, keep it beside the run and record that the phase is done."""
-        weights = self.cluster.generators.all("end_phase")
-        saved = self.cluster.archivist.save_expert.remote(phase.index, weights[0])
-        self._watch([*weights[1:], saved])
-        self._checkpoint(phase.index + 1)
+    async def _end(self, phase: Phase) -> None:
+        """Fix the expert, keep it, and record that the phase is done."""
+        generators = self.cluster.generators
+        await asyncio.gather(*generators.all("end_phase", phase.index, self.next))
+        await self.cluster.archivist.save_expert.remote(phase.index, generators.one("expert", phase.index))
+        self.experts = phase.index + 1
+        self._checkpoint(self.experts)
 
-    def _checkpoint(self, phase: int) -> None:
+    async def _change_workers(self, phase: Phase) -> None:
+        """At an iteration's edge let newcomers in and leavers out."""
+        at = {
+            "generator": Position(phase.index, self.next),
+            "fake": Position(phase.index, self._fake_updates),
+        }
+        self._expect(self.elastic.edge(at))
+        if self.elastic.must_pause():
+            await self._checkpoint(phase.index)
+            raise StepDropped("the last worker of a role has to leave its node")
+
+    def _checkpoint(self, phase: int) -> asyncio.Task[None]:
         """Have the state at this edge written in the background; at a phase's edge the experts are the state."""
-        n, updates = self.committed, self.recipe.method.fake_updates
+        n, updates = self.next, self.recipe.method.fake_updates
         manifest = Manifest(
             iteration=n,
             phase=phase,
@@ -198,12 +246,28 @@ class Controller:
             fake_version=n * updates,
             cursor=n * (updates + 1) * self.recipe.batch.size,
             seed=self.recipe.seed,
-            experts=phase,
+            experts=self.experts,
         )
-        roles = {} if n in self.ends else {"generator": self.cluster.generators, "fake": self.cluster.fakes}
-        states = [group.one("state") for group in roles.values()]
-        written = self.cluster.archivist.save.remote(manifest, list(roles), *states)
-        self._records.put_nowait(("checkpoint", n, [written]))
+        groups = {} if n in self.ends else self.cluster.groups
+        at = {"generator": n, "fake": n * updates}
+        states = [group.one("state", at[role]) for role, group in groups.items()]
+        self._owes_checkpoint = False
+
+        async def written() -> None:
+            try:
+                whole, seconds = await self.cluster.archivist.save.remote(manifest, list(groups), *states)
+            except RayError as error:
+                if own_fault(error) is None:  # somebody whose state it needed was lost
+                    self._owes_checkpoint = True
+                    return
+                self.recorder.say(f"a checkpoint was not written: {cause_of(error)}")
+                self.recorder.event("checkpoint-failed", iteration=n, why=str(cause_of(error))[:300])
+                return
+            size = sum(file["bytes"] for file in whole.files.values())
+            self.recorder.event("checkpoint", iteration=n, bytes=size, seconds=round(seconds, 3))
+            self.recorder.exported.checkpoint(size, seconds)
+
+        return self._behind(written())
 
     def _preview(self, phase: Phase, n: int) -> None:
         """Have a grid of samples drawn now and then."""
@@ -211,40 +275,79 @@ class Controller:
         if every and ((n + 1) % every == 0 or n + 1 in self.ends):
             count = self.recipe.monitor.samples
             conditions = self.cluster.prompts.rows.remote(0, count)
-            self._records.put_nowait(("preview", n, [self.cluster.generators.one("preview", count, conditions)]))
+            drawn = self.cluster.generators.one("preview", count, conditions, n + 1)
+            self._behind(self._show(f"student-{n + 1:06d}", drawn))
 
     async def _preview_teacher(self) -> None:
         """Have the teacher draw the pictures that the student's will be held against."""
-        if self.recipe.monitor.samples_every and not self.committed:
+        if self.recipe.monitor.samples_every and not self.next and not self._previewed:
             count = self.recipe.monitor.samples
             drawn = await self.cluster.scorers.map("preview", [(count, self.cluster.prompts.rows.remote(0, count))])
-            self._records.put_nowait(("preview", None, drawn.results))
+            self._previewed = True
+            self._behind(self._show("teacher", drawn.results[0]))
+
+    async def _show(self, name: str, drawn: ObjectRef) -> None:
+        try:
+            self.recorder.pictures(name, await drawn)
+        except RayError:
+            pass  # whoever drew it was lost; the next grid comes
 
     async def _load_pairs(self) -> None:
         """Have the teacher make the ODE pairs for DMD's regression."""
         total, chunk = self.recipe.method.regression.pairs, 256
-        if not self.recipe.method.regression.weight or self.committed >= self.ends[-1]:
+        if not self.recipe.method.regression.weight or self._paired or self.next >= self.ends[-1]:
             return
         work = [(start, min(chunk, total - start)) for start in range(0, total, chunk)]
         inputs = [(start, count, self.cluster.prompts.rows.remote(start, count)) for start, count in work]
         pairs = await self.cluster.scorers.map("pairs", inputs)
-        self._watch(self.cluster.generators.all("load_pairs", *pairs.results))
+        await asyncio.gather(*self.cluster.generators.all("load_pairs", *pairs.results))
+        self._paired = True
 
-    def _watch(self, references: list[ObjectRef]) -> None:
-        """Let the recorder wait for calls that return nothing, so that their errors surface."""
-        self._records.put_nowait(("wait", self.committed, references))
+    async def _commit_in_order(self) -> None:
+        """Wait for all calls of an iteration, then write it down."""
+        while (entry := await self._commits.get()) is not None:
+            phase, n = entry
+            answers = await asyncio.gather(*self._answers.pop(n))
+            line = self._write_down(phase, n, [receipt for answer in answers for receipt in answer])
+            self.elastic.step_committed(n, line["seconds"])
 
-    async def _record(self) -> None:
-        """Write down what ends, in the order in which it was begun."""
-        while (record := await self._records.get()) is not None:
-            kind, n, references = record
-            answers = await asyncio.gather(*references)
-            if kind == "checkpoint":
-                self.recorder.event("checkpoint", iteration=n, bytes=sum(f["bytes"] for f in answers[0].files.values()))
-            elif kind == "preview":
-                self.recorder.pictures("teacher" if n is None else f"student-{n + 1:06d}", answers[0])
-            elif kind != "wait":
-                self.recorder.iteration(kind, n, answers, self.cluster.sizes)
+    def _write_down(self, phase: int, n: int, receipts: list[Receipt]) -> dict[str, Any]:
+        del self._receipts[n]
+        self.committed = n + 1
+        self.elastic.measure(receipts)
+        return self.recorder.iteration(phase, n, receipts, self.cluster.sizes, self.cluster.scorers.depth)
+
+    async def _write_down_committed(self, iteration: int) -> None:
+        """Write down iterations that are committed, though some of their receipts may be lost."""
+        for n in sorted(self._receipts):
+            receipts = await asyncio.gather(*self._receipts[n], return_exceptions=True)
+            if n < iteration:
+                phase = next(index for index, end in enumerate(self.ends) if n < end)
+                self._write_down(phase, n, [receipt for receipt in receipts if isinstance(receipt, Receipt)])
+
+    def _forget_the_dropped(self) -> None:
+        """Have nothing under way."""
+        self._prompts: dict[int, list[ObjectRef]] = {}
+        self._rollouts: dict[int, dict[int, Call]] = {}
+        self._answers: dict[int, list[asyncio.Task[list[Receipt]]]] = {}
+
+    def _expect(self, references: list[ObjectRef]) -> asyncio.Task[list[Any]]:
+        """Wait for calls beside the loop, so that an error of theirs ends the attempt at once."""
+
+        async def arrive() -> list[Any]:
+            return await asyncio.gather(*references)
+
+        return self._attempt.create_task(arrive())
+
+    def _behind(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+
+def _flat(group: BaseExceptionGroup[Any]) -> list[BaseException]:
+    return [e for part in group.exceptions for e in (_flat(part) if isinstance(part, BaseExceptionGroup) else [part])]
 
 
 def micro_batches(recipe: Recipe) -> list[Micro]:

@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+import yaml
+from ray.exceptions import RayError, RayTaskError
 from rich.console import Console
-from safetensors.numpy import load_file
 
-from raydmd.config import Recipe, dump_recipe, load_recipe
+from raydmd.config import Recipe, dump_recipe, load_recipe, parse_recipe
 from raydmd.data.embedded import EMBEDDED
 from raydmd.data.prompts import PromptTable, ensure_embedded_prompts
 from raydmd.errors import RunError, UserError
-from raydmd.folders import expert_file, own_teacher
+from raydmd.folders import own_teacher
 from raydmd.methods.plan import plan_iterations, plan_phases
 from raydmd.runs import recipe_family, with_teacher
-from raydmd.runtime.cluster import connect, launch
+from raydmd.runtime.cluster import checkpoints, connect, launch
 from raydmd.runtime.controller import Controller
-from raydmd.runtime.manifest import Archive, Manifest
+from raydmd.runtime.manifest import Archive
 from raydmd.runtime.pretrain import pretrain
 from raydmd.runtime.recorder import Recorder
 from raydmd.runtime.workers import Factory
@@ -53,11 +53,10 @@ def distill(
     """
     console, recipe = console or Console(), absolute(recipe)
     check(recipe)
-    start, states, experts = prepare(recipe, folder, resume)
+    done = prepare(recipe, folder, resume)
     recipe = with_teacher(recipe, folder)
     phases = plan_phases(recipe, recipe_family(recipe).schedule.t_max)
     lengths = plan_iterations(recipe, phases)
-    done = start.iteration if start else 0
     if done == sum(lengths):
         console.print(f"{folder} is finished: nothing to do", highlight=False, soft_wrap=True)
         return True
@@ -67,16 +66,13 @@ def distill(
         if not done and recipe.teacher.path == own_teacher(folder) and not Path(own_teacher(folder)).is_dir():
             pretrain(recipe, folder / "teacher", console)
         prompts = recipe.prompts.path or str(ensure_embedded_prompts(recipe_family(recipe), folder / "prompts"))
-        recorder = Recorder(folder, recipe, sum(lengths), done, console)
+        recorder = Recorder(folder, recipe, sum(lengths), console)
 
         async def main() -> Controller:
             since = time.perf_counter()
             cluster = await launch(recipe, folder, prompts, recorder, parts)
             try:
-                facts = {"resumed": done} if start else {}
-                recorder.event("started", workers=cluster.sizes, seconds=round(time.perf_counter() - since, 3), **facts)
-                recorder.begin()
-                controller = Controller(recipe, phases, lengths, cluster, recorder, start, states, experts, until)
+                controller = Controller(recipe, phases, lengths, cluster, recorder, until)
                 with _Interrupts(asyncio.get_running_loop(), controller, recorder):
                     await controller.run()
             finally:
@@ -87,7 +83,7 @@ def distill(
             return controller
 
         return asyncio.run(main()).finished
-    except (RayTaskError, RayActorError) as error:
+    except RayError as error:
         raise _explained(error, folder) from None
     finally:
         if recorder is not None:
@@ -99,10 +95,11 @@ def distill(
 def _explained(error: RayError, folder: Path) -> Exception:
     """Turn a worker's error into one line; what Ray says of it goes to error.txt."""
     cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, UserError):
-        return UserError(str(cause))
+    if isinstance(cause, UserError | RunError):
+        return type(cause)(str(cause))
     (folder / "error.txt").write_text(str(error), encoding="utf-8")
-    first = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
+    first = lines[-1] if "creation task" in lines[0] else lines[0]
     return RunError(f"a worker ended the run: {first} (details: {folder}/error.txt; the same command goes on)")
 
 
@@ -134,36 +131,40 @@ def check(recipe: Recipe) -> None:
         raise UserError(f"prompts.path: family '{family.name}' ships no prompts; give a Parquet file")
 
 
-def prepare(recipe: Recipe, folder: Path, resume: str) -> tuple[Manifest | None, dict[str, Any], list[Any]]:
-    """Make the run's folder, or read what it holds: the newest manifest, trainers' states, finished experts.
+def prepare(recipe: Recipe, folder: Path, resume: str) -> int:
+    """Make the run's folder, or look into the one that is there; return how many iterations are committed.
 
     Raises:
-        UserError: the folder holds a run and ``resume`` is ``never``, or the recipe is another one.
+        UserError: the folder, or the place of the checkpoints, holds a run and ``resume`` is ``never``, or the recipe
+            is another one.
     """
-    kept = folder / "recipe.yaml"
+    kept, archive = folder / "recipe.yaml", Archive(checkpoints(recipe, folder), recipe.checkpoint.keep)
     if kept.is_file():
         if resume == "never":
             raise UserError(f"--out {folder}: it already holds a run; choose another folder, or --resume auto")
-        _same_recipe(load_recipe(str(kept)), recipe, folder)
+        _same_recipe(load_recipe(str(kept)), recipe, f"--out {folder}")
     elif folder.is_dir() and any(path.name not in ("teacher", "prompts") for path in folder.iterdir()):
         raise UserError(f"--out {folder}: it is not empty and holds no run; choose another folder")
+    elif recipe.checkpoint.path is not None and (there := archive.read_text("recipe.yaml")) is not None:
+        if resume == "never":
+            raise UserError("checkpoint.path: it already holds a run; choose another place, or --resume auto")
+        _same_recipe(parse_recipe(yaml.safe_load(there), "checkpoint.path"), recipe, "checkpoint.path")
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / "recipe.yaml.part"
     part.write_text(dump_recipe(recipe), encoding="utf-8")
     part.replace(kept)
-    found = Archive(f"{folder}/checkpoints", recipe.checkpoint.keep).newest()
-    if found is None:
-        return None, {}, []
-    manifest, states = found
-    return manifest, states, [load_file(expert_file(folder, index)) for index in range(manifest.experts)]
+    if recipe.checkpoint.path is not None:
+        archive.write_text("recipe.yaml", dump_recipe(recipe))
+    newest = archive.peek()
+    return newest.iteration if newest else 0
 
 
-def _same_recipe(kept: Recipe, given: Recipe, folder: Path) -> None:
+def _same_recipe(kept: Recipe, given: Recipe, where: str) -> None:
     ours, theirs = given.model_dump(mode="json"), kept.model_dump(mode="json")
     for key in ours:
         if key not in FREE and ours[key] != theirs[key]:
             name = _first_difference(ours[key], theirs[key], key)
-            raise UserError(f"--out {folder}: it holds a run of another recipe ({name}); choose another folder")
+            raise UserError(f"{where}: it holds a run of another recipe ({name}); choose another place")
 
 
 def _first_difference(ours: Any, theirs: Any, key: str) -> str:

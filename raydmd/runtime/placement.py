@@ -2,17 +2,22 @@
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
+from ray._private.state import state
 
 from raydmd.config import Role
 from raydmd.errors import UserError
 
+if TYPE_CHECKING:
+    from raydmd.runtime.crew import Crew
+
 SAY_EVERY = 15.0
-PATIENCE = 30.0
+PATIENCE = 5.0
+LOOK_EVERY = 0.1
 
 
 def actor_options(role: Role) -> dict[str, Any]:
@@ -46,60 +51,45 @@ def describe(role: Role) -> str:
     return ", ".join(parts)
 
 
-async def wait_placed(
-    workers: dict[str, list[Any]],
-    minimum: dict[str, int],
-    asks: dict[str, str],
-    timeout: float,
-    say: Callable[[str], None],
-) -> dict[str, list[Any]]:
-    """Wait for the workers to be up, and return those that are; now and then say which role waits for what.
+async def wait_for_workers(crews: "Mapping[str, Crew]", timeout: float, say: Callable[[str], None]) -> None:
+    """Wait until every role has its minimum of workers up; now and then say which role waits for what.
 
-    Once every role has its minimum, the others get `PATIENCE` more seconds and are then given up.
+    Those that Ray has placed by then are waited for, too, and those that it has not get `PATIENCE` seconds: they may
+    join later.
 
     Args:
-        workers: actors by role.
-        minimum: how many of each role are needed to begin.
-        asks: in words, what a worker of each role asks for.
+        crews: the roles' workers.
         timeout: seconds to wait for the minimum.
         say: told what is waited for.
 
     Raises:
         UserError: the timeout ran out; names the role, what it asks for, and what the cluster has.
+        ray.exceptions.RayError: a role's workers fail whenever they are started.
     """
-    waiting = {asyncio.ensure_future(_ready(w)): (role, w) for role, group in workers.items() for w in group}
-    up: dict[str, list[Any]] = {role: [] for role in workers}
-    end, enough = time.monotonic() + timeout, False
-    try:
-        while waiting:
-            done, _ = await asyncio.wait(
-                waiting, timeout=max(0.0, min(SAY_EVERY, end - time.monotonic())), return_when=asyncio.FIRST_COMPLETED
-            )
-            for future in done:
-                role, worker = waiting.pop(future)
-                future.result()
-                up[role].append(worker)
-            if not enough and all(len(up[role]) >= minimum[role] for role in workers):
-                enough, end = True, time.monotonic() + PATIENCE
-            if not done:
-                left = [role for role, _ in waiting.values()]
-                words = "; ".join(
-                    f"{left.count(role)} {role} worker(s) wait for {asks[role]} each" for role in dict.fromkeys(left)
-                )
-                if time.monotonic() < end:
-                    say(f"waiting: {words}")
-                elif enough:
+    begin = said = time.monotonic()
+    while True:
+        for crew in crews.values():
+            if crew.failure is not None:
+                raise crew.failure
+        now = time.monotonic()
+        waiting = {role: crew for role, crew in crews.items() if crew.coming}
+        words = "; ".join(f"{len(c.coming)} {role} worker(s) wait for {c.asks} each" for role, c in waiting.items())
+        if all(len(crew.arrived) >= crew.settings.min_workers for crew in crews.values()):
+            coming = [actor for crew in waiting.values() for actor in crew.coming]
+            if not await asyncio.to_thread(_any_placed, coming) and (not words or now - begin > PATIENCE):
+                if words:
                     say(f"going on without: {words}")
-                    break
-                else:
-                    free = {key: f"{value:g}" for key, value in sorted(ray.available_resources().items())}
-                    raise UserError(f"not placed within {timeout:g} s: {words}; free in the cluster: {free}")
-    finally:
-        for future, (_, worker) in waiting.items():
-            future.cancel()
-            ray.kill(worker)
-    return {role: [worker for worker in group if worker in up[role]] for role, group in workers.items()}
+                return
+        elif now - begin > timeout:
+            free = {key: f"{value:g}" for key, value in sorted(ray.available_resources().items())}
+            raise UserError(f"not placed within {timeout:g} s: {words}; free in the cluster: {free}")
+        if words and now - said > SAY_EVERY:
+            said = now
+            say(f"waiting: {words}")
+        await asyncio.sleep(LOOK_EVERY)
 
 
-async def _ready(worker: Any) -> Any:
-    return await worker.ready.remote()
+def _any_placed(actors: list[Any]) -> bool:
+    """Whether Ray has found a node for one of these."""
+    tables = (state.actor_table(actor._actor_id.hex(), None, None) for actor in actors)
+    return any(table.get("Address", {}).get("NodeID") for table in tables)

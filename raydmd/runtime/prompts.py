@@ -57,9 +57,7 @@ class PromptStream:
 
     def ready(self) -> str:
         """Return how many prompts there are, once the first pass can begin; small sets are encoded by then."""
-        if self.cache is None and self._fits:
-            parts = list(self.dataset.iter_batches(batch_size=1024, batch_format="numpy"))
-            self.cache = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        self._keep()
         return f"{self.total} prompts"
 
     def take(self, iteration: int) -> list[Any]:
@@ -70,6 +68,7 @@ class PromptStream:
 
     def rows(self, start: int, count: int) -> dict[str, np.ndarray]:
         """Return the conditions of the run's samples ``start .. start + count``."""
+        self._keep()
         if self.cache is not None:
             index = np.arange(start, start + count) % self.total
             return {name: values[index] for name, values in self.cache.items()}
@@ -81,6 +80,12 @@ class PromptStream:
             parts.append(next(self._rows))
         self._position = start + count
         return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+    def _keep(self) -> None:
+        """Encode a small set, unless that is done; the actor may have been restarted."""
+        if self.cache is None and self._fits:
+            parts = list(self.dataset.iter_batches(batch_size=1024, batch_format="numpy"))
+            self.cache = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _seek(self, start: int) -> None:
         self._rows = self._endless()

@@ -2,8 +2,9 @@
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from rich.console import Console
@@ -12,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from raydmd.config import Recipe
 from raydmd.folders import read_lines
+from raydmd.runtime.metrics import Metrics
 from raydmd.runtime.workers import Receipt
 
 
@@ -22,21 +24,15 @@ class Recorder:
         folder: the run's folder.
         recipe: its recipe.
         total: iterations in all.
-        done: iterations already committed by an earlier start; later lines of metrics.jsonl are dropped.
         console: where progress is shown.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, total: int, done: int, console: Console) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, total: int, console: Console) -> None:
         self.folder, self.recipe, self.total, self.console = folder, recipe, total, console
-        kept = [line for line in read_lines(folder / "metrics.jsonl") if line["iteration"] < done]
-        part = folder / "metrics.jsonl.part"
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        part.replace(folder / "metrics.jsonl")
-        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._events = (folder / "events.jsonl").open("a", encoding="utf-8")
-        self._board = (
-            SummaryWriter(str(folder / "tensorboard"), purge_step=done) if recipe.monitor.tensorboard else None
-        )
+        self._metrics: IO[str] | None = None
+        self._board: SummaryWriter | None = None
+        self.exported = Metrics(recipe.name)
         self._since = time.perf_counter()
         self._progress = Progress(
             TextColumn("[bold]{task.fields[phase]}"),
@@ -49,13 +45,34 @@ class Recorder:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task("run", total=total, completed=done, phase="starting", figures="")
+        self._task = self._progress.add_task("run", total=total, completed=0, phase="starting", figures="")
         self._progress.start()
 
     def event(self, kind: str, **facts: Any) -> None:
         """Append a line to events.jsonl."""
         self._events.write(json.dumps({"time": round(time.time(), 3), "event": kind, **facts}) + "\n")
         self._events.flush()
+
+    def rewind(self, done: int) -> None:
+        """Drop what was written of iterations from ``done`` on: they are made again."""
+        path = self.folder / "metrics.jsonl"
+        if self._metrics is not None:
+            self._metrics.close()
+        kept = [line for line in read_lines(path) if line["iteration"] < done]
+        part = path.with_suffix(".part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        part.replace(path)
+        self._metrics = path.open("a", encoding="utf-8")
+        if self.recipe.monitor.tensorboard:
+            if self._board is not None:
+                self._board.close()
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done)
+        self._progress.update(self._task, completed=done)
+
+    def recovered(self, roles: list[str], how: str, seconds: float, steps_lost: int) -> None:
+        """Count a recovery in the exported metrics."""
+        for role in roles:
+            self.exported.recovered(role, how, seconds, steps_lost)
 
     def begin(self) -> None:
         """Count seconds from here: the workers are up."""
@@ -65,8 +82,10 @@ class Recorder:
         """Show a line to the user."""
         self.console.print(words, highlight=False, markup=False, soft_wrap=True)
 
-    def iteration(self, phase: int, iteration: int, receipts: list[Receipt], workers: dict[str, int]) -> dict[str, Any]:
-        """Write the metrics of a committed iteration, from the receipts of all its calls."""
+    def iteration(
+        self, phase: int, iteration: int, receipts: list[Receipt], workers: dict[str, int], queue: int = 0
+    ) -> dict[str, Any]:
+        """Write the metrics of a committed iteration, from its calls' receipts; null where these were lost."""
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         busy = dict.fromkeys(workers, 0.0)
@@ -77,25 +96,28 @@ class Recorder:
         micro = sorted(row for figures in generator for row in figures.micro)
         losses = sorted(row for figures in fake for row in figures.losses)
         rollouts = [made for r in receipts if r.role == "fake" and r.figures is not None for made, _ in r.versions]
-        version = generator[0].version
+        version = iteration + 1
         line = {
             "phase": phase + 1,
             "iteration": iteration,
             "generator_version": version,
-            "fake_version": max(figures.version for figures in fake),
-            "loss_fake": float(np.mean([loss for _, loss in losses])),
-            "generator_grad_norm": generator[0].norm,
-            "fake_grad_norm": float(np.mean([figures.norm for figures in fake])),
-            "dm_gradient": float(np.mean([row[1] for row in micro])),
-            "x_s_mean": float(np.mean([row[2] for row in micro])),
-            "x_s_std": float(np.mean([row[3] for row in micro])),
-            "staleness": version - 1 - min(rollouts),
+            "fake_version": version * self.recipe.method.fake_updates,
+            "loss_fake": _mean(loss for _, loss in losses),
+            "generator_grad_norm": _mean(figures.norm for figures in generator),
+            "fake_grad_norm": _mean(figures.norm for figures in fake),
+            "dm_gradient": _mean(row[1] for row in micro),
+            "x_s_mean": _mean(row[2] for row in micro),
+            "x_s_std": _mean(row[3] for row in micro),
+            "staleness": version - 1 - min(rollouts) if rollouts else None,
             "samples": self.recipe.batch.size,
             "seconds": seconds,
             "roles": {role: {"busy_seconds": busy[role], "workers": count} for role, count in workers.items()},
         }
+        assert self._metrics is not None
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
+        self.exported.iteration(line)
+        self.exported.queue(queue)
         self._show(line)
         return line
 
@@ -115,17 +137,19 @@ class Recorder:
     def close(self) -> None:
         """Finish all records."""
         self._progress.stop()
-        self._metrics.close()
+        if self._metrics is not None:
+            self._metrics.close()
         self._events.close()
         if self._board is not None:
             self._board.close()
 
     def _show(self, line: dict[str, Any]) -> None:
         used = {
-            role: figures["busy_seconds"] / max(line["seconds"], 1e-9) / figures["workers"]
+            role: figures["busy_seconds"] / max(line["seconds"], 1e-9) / max(figures["workers"], 1)
             for role, figures in line["roles"].items()
         }
-        figures = f"fake {line['loss_fake']:.3f}  |g| {line['generator_grad_norm']:.3g}  busy " + " ".join(
+        loss, norm = line["loss_fake"] or 0.0, line["generator_grad_norm"] or 0.0
+        figures = f"fake {loss:.3f}  |g| {norm:.3g}  busy " + " ".join(
             f"{role[0].upper()} {min(share, 1):.0%}" for role, share in used.items()
         )
         done = line["iteration"] + 1
@@ -134,6 +158,12 @@ class Recorder:
             self.say(f"phase {line['phase']}  {done}/{self.total}  {figures}  {line['seconds']:.2f} s an iteration")
         if self._board is not None:
             for key in ("loss_fake", "generator_grad_norm", "dm_gradient", "x_s_mean", "x_s_std", "seconds"):
-                self._board.add_scalar(key, line[key], line["iteration"])
+                if line[key] is not None:
+                    self._board.add_scalar(key, line[key], line["iteration"])
             for role, share in used.items():
                 self._board.add_scalar(f"utilisation/{role}", share, line["iteration"])
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return float(np.mean(values)) if values else None

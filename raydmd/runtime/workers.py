@@ -1,8 +1,13 @@
-"""The actors of the three roles: thin shells that run a role's part and say what it cost."""
+"""The actors of the three roles: thin shells that run a role's part, refuse what is out of turn, and say what it cost.
 
+Calls run one after another, in the order in which they were made. Two run beside them: ``pulse`` and ``drop``.
+"""
+
+import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,8 +24,10 @@ from raydmd.methods.pairs import Pairs
 from raydmd.methods.sampling import initial_noise, preview
 from raydmd.methods.scorer import Scorer
 from raydmd.runs import recipe_family
-from raydmd.runtime.process_group import ProcessGroup, listen
+from raydmd.runtime.process_group import ProcessGroup, StepDropped
 from raydmd.runtime.wire import from_wire, to_wire
+
+BESIDE = "beside"  # the concurrency group of calls that do not wait for the others
 
 
 @dataclass(frozen=True)
@@ -39,9 +46,10 @@ class Receipt:
     Attributes:
         role: teacher, fake or generator.
         worker: the worker's number.
-        busy_seconds: time inside the call.
+        busy_seconds: time inside the call, but for what it waited for its peers.
         figures: the part's own report, if any.
         versions: generator and fake version of every micro-batch that the call took in or gave out.
+        micros: micro-batches that it worked on.
     """
 
     role: str
@@ -49,6 +57,50 @@ class Receipt:
     busy_seconds: float
     figures: Any = None
     versions: tuple[tuple[int, int], ...] = ()
+    micros: int = 0
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Where a worker lives.
+
+    Attributes:
+        node: Ray's id of its node.
+        pid: its process.
+        device: torch device.
+    """
+
+    node: str
+    pid: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """What a worker is at, said beside its work.
+
+    Attributes:
+        method: the call it is in, if any.
+        seconds: how long it has been in it.
+        waiting: whether it waits for its group's peers.
+    """
+
+    method: str | None
+    seconds: float
+    waiting: bool
+
+
+@dataclass(frozen=True, order=True)
+class Position:
+    """How far a trainer has come; ordered by progress.
+
+    Attributes:
+        phase: index of the phase in training; -1 before the first.
+        updates: optimizer steps made, over all phases.
+    """
+
+    phase: int
+    updates: int
 
 
 Factory = Callable[[Recipe, str], Any]  # (recipe, device) -> a role's part
@@ -68,7 +120,7 @@ PARTS: dict[str, Factory] = {
 
 
 class Worker:
-    """What the roles' workers share: one part, one thread of calls, a place in the group."""
+    """What the roles' workers share: one part, one thread of calls."""
 
     role: str
 
@@ -78,52 +130,148 @@ class Worker:
         self.number, self.recipe, self.device = number, recipe, device
         self.part = factory(recipe, device)
         self.collective: Collective = Alone()
-        self._listener: Any = None
+        self._turn: tuple[str, float] | None = None
 
-    def ready(self) -> str:
-        """Return the device, once the worker is up."""
-        return self.device
+    def ready(self) -> Identity:
+        """Say where it is, once the worker is up."""
+        return Identity(ray.get_runtime_context().get_node_id(), os.getpid(), self.device)
 
-    def open_store(self) -> tuple[str, int]:
-        """Begin to listen for the group's peers; return the address."""
-        self._listener = listen(ray.util.get_node_ip_address())
-        host, port = self._listener.getsockname()
-        return host, port
+    @ray.method(concurrency_group=BESIDE)
+    def pulse(self) -> Pulse:
+        """Say what the worker is at."""
+        turn = self._turn
+        waiting = isinstance(self.collective, ProcessGroup) and self.collective.waiting
+        return Pulse(turn[0] if turn else None, time.monotonic() - turn[1] if turn else 0.0, waiting)
 
-    def join(self, address: tuple[str, int], rank: int, world: int) -> None:
-        """Take a place in the trainer group."""
-        if isinstance(self.collective, ProcessGroup):
-            self.collective.close()
-        listener = self._listener if rank == 0 else None
-        self.collective = ProcessGroup(address, listener, rank, world, self.device == "cuda")
-
-    def state(self) -> Any:
-        """Return all that the next update depends on, as numpy arrays."""
-        return to_wire(self.part.flat.state())
-
-    def load_state(self, state: Any) -> None:
-        """Take over what ``state`` returned."""
-        self.part.flat.load_state(from_wire(state))
-
-    def receipt(self, since: float, figures: Any = None, versions: list[tuple[int, int]] | None = None) -> Receipt:
-        """Say what a call that began at ``since`` (time.perf_counter) cost."""
-        return Receipt(self.role, self.number, time.perf_counter() - since, figures, tuple(versions or ()))
+    @contextmanager
+    def turn(self, method: str) -> Iterator["Turn"]:
+        """Run a call's body; what it yields makes the call's receipt."""
+        self._turn = (method, time.monotonic())
+        try:
+            yield Turn(self)
+        finally:
+            self._turn = None
 
 
-class GeneratorWorker(Worker):
+class Turn:
+    """One call's time."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker, self.since, self.waited = worker, time.perf_counter(), self._waited(worker)
+
+    def receipt(self, micros: int = 0, figures: Any = None, versions: list[tuple[int, int]] | None = None) -> Receipt:
+        """Say what the call has cost so far."""
+        busy = time.perf_counter() - self.since - (self._waited(self.worker) - self.waited)
+        return Receipt(self.worker.role, self.worker.number, busy, figures, tuple(versions or ()), micros)
+
+    @staticmethod
+    def _waited(worker: Worker) -> float:
+        return worker.collective.waited if isinstance(worker.collective, ProcessGroup) else 0.0
+
+
+class TrainerWorker(Worker):
+    """One replica of a trained role: a place in the group's formations, and a state that can be handed over.
+
+    Every formation of the group has a number. A call is refused when its formation was dropped, or when the replica is
+    not at the update that the call is made for: it can then be made again, and nothing is ever trained on twice.
+    """
+
+    part: Generator | Fake
+
+    def __init__(self, recipe: Recipe, number: int, threads: int, device: str, factory: Factory) -> None:
+        super().__init__(recipe, number, threads, device, factory)
+        self._formation, self._dropped, self._phase = 0, 0, -1
+        torch.optim.AdamW(
+            [torch.nn.Parameter(torch.zeros(1))]
+        )  # imports for seconds; not when it takes over from a peer
+
+    def join(self, formation: int, address: tuple[str, int], rank: int, world: int) -> None:
+        """Take a place in the group; blocks until its peers have come."""
+        with self.turn("join"):
+            self.collective = Alone()
+            group = ProcessGroup(self.device == "cuda")
+            if world > 1:
+                self.collective = group
+            self._formation = formation
+            if formation <= self._dropped:  # after the collective is set: `drop` must find it, or this find the drop
+                raise StepDropped(f"formation {formation} was dropped")
+            if world > 1:
+                group.join(address, f"{self.role}/{formation}", rank, world)
+
+    @ray.method(concurrency_group=BESIDE)
+    def drop(self, formation: int) -> None:
+        """Give up the step under way and refuse all calls until the group is formed with a higher number."""
+        self._dropped = max(self._dropped, formation)
+        if isinstance(self.collective, ProcessGroup) and self._formation <= formation:
+            self.collective.drop()
+
+    @contextmanager
+    def step(self, method: str, at: int, ahead: int = 0) -> Iterator[Turn]:
+        """Run a training call that is made for update ``at``.
+
+        Raises:
+            StepDropped: the group is being formed anew, or the replica is not there.
+        """
+        if self._formation <= self._dropped:
+            raise StepDropped("the group is being formed anew")
+        if not 0 <= at - self.part.updates <= ahead:
+            raise StepDropped(f"{self.role} {self.number} is at update {self.part.updates}, the call is for {at}")
+        with self.turn(method) as turn:
+            yield turn
+
+    def position(self) -> Position:
+        """Say how far this replica has come."""
+        return Position(self._phase, self.part.updates)
+
+    def start_phase(self, index: int, iteration: int) -> None:
+        """Begin phase ``index`` at ``iteration``, unless that is done."""
+        if self._phase != index:
+            with self.turn("start_phase"):
+                self.part.start_phase(index, iteration)
+                self._phase = index
+
+    def take_over(self, index: int, updates: int, state: Any) -> None:
+        """Stand in phase ``index`` after ``updates`` steps, where ``state`` was given; None: at the phase's begin."""
+        with self.turn("take_over"):
+            self.part.start_phase(index, 0)
+            self._phase, self.part.updates = index, updates
+            if state is not None:
+                self.part.flat.load_state(from_wire(state))
+
+    def state(self, at: int) -> Any:
+        """Return all that the update after ``at`` depends on, as numpy arrays.
+
+        Raises:
+            StepDropped: the replica is not there.
+        """
+        if at != self.part.updates:
+            raise StepDropped(f"{self.role} {self.number} is at update {self.part.updates}, not {at}")
+        with self.turn("state"):
+            return to_wire(self.part.state())
+
+
+class GeneratorWorker(TrainerWorker):
     """Rolls out and trains one replica of the generator."""
 
     role = "generator"
     part: Generator
 
-    def start_phase(self, index: int, iteration: int) -> None:
-        """Begin to train expert ``index``."""
-        self.part.start_phase(index, iteration)
+    def take_over(self, index: int, updates: int, state: Any, pairs: Any = None, *experts: Any) -> None:
+        """Take finished experts' weights and the regression's pairs, too."""
+        for number, weights in enumerate(experts):
+            self.part.experts.start(number)
+            self.part.experts.load_state(number, from_wire(weights))
+        if pairs is not None:
+            self.part.pairs = Pairs.join([from_wire(pairs)], self.device)
+        super().take_over(index, updates, state)
 
-    def load_expert(self, index: int, weights: Any) -> None:
-        """Take a finished expert's weights."""
-        self.part.experts.start(index)
-        self.part.experts.load_state(index, from_wire(weights))
+    def expert(self, index: int) -> Any:
+        """Return a finished expert's weights by name."""
+        return to_wire(self.part.experts.state(index))
+
+    def pairs(self) -> Any:
+        """Return the regression's pairs, if there are any."""
+        return None if self.part.pairs is None else to_wire(self.part.pairs)
 
     def load_pairs(self, *parts: Any) -> None:
         """Take the teacher's ODE pairs, in order."""
@@ -131,68 +279,70 @@ class GeneratorWorker(Worker):
 
     def prepare(self, micros: list[Micro], iteration: int, *conditions: Any) -> Receipt:
         """Make ahead the frozen experts' part of every rollout of an iteration; conditions go by draw, then micro."""
-        since = time.perf_counter()
-        for number, condition in enumerate(conditions):
-            update, micro = number // len(micros), micros[number % len(micros)]
-            self.part.prepare(iteration, update, micro.start, micro.count, from_wire(condition))
-        return self.receipt(since)
+        with self.step("prepare", iteration, ahead=1) as turn:
+            for number, condition in enumerate(conditions):
+                update, micro = number // len(micros), micros[number % len(micros)]
+                self.part.prepare(iteration, update, micro.start, micro.count, from_wire(condition))
+            return turn.receipt(len(micros))
 
     def rollout(self, micros: list[Micro], iteration: int, update: int, *conditions: Any) -> list[Any]:
         """Return the samples of each micro-batch of a fake update, then a receipt."""
-        since, made = time.perf_counter(), []
-        for micro, condition in zip(micros, conditions, strict=True):
-            made.append(self.part.rollout(iteration, update, micro.start, micro.count, from_wire(condition)))
-        versions = [(samples.stamp.generator_version, -1) for samples in made]
-        return [*to_wire(made), self.receipt(since, versions=versions)]
+        made = []
+        with self.step("rollout", iteration, ahead=self.recipe.runtime.max_staleness) as turn:
+            for micro, condition in zip(micros, conditions, strict=True):
+                made.append(self.part.rollout(iteration, update, micro.start, micro.count, from_wire(condition)))
+            versions = [(samples.stamp.generator_version, -1) for samples in made]
+            return [*to_wire(made), turn.receipt(len(micros), versions=versions)]
 
     def propose(self, micros: list[Micro], iteration: int, *conditions: Any) -> list[Any]:
         """Return the generator's own noised samples, whose graph is kept here, then a receipt."""
-        since, made = time.perf_counter(), []
-        for micro, condition in zip(micros, conditions, strict=True):
-            made.append(self.part.propose(iteration, micro.start, micro.count, from_wire(condition)))
-        versions = [(proposal.stamp.generator_version, -1) for proposal in made]
-        return [*to_wire(made), self.receipt(since, versions=versions)]
+        made = []
+        with self.step("propose", iteration) as turn:
+            for micro, condition in zip(micros, conditions, strict=True):
+                made.append(self.part.propose(iteration, micro.start, micro.count, from_wire(condition)))
+            versions = [(proposal.stamp.generator_version, -1) for proposal in made]
+            return [*to_wire(made), turn.receipt(len(micros), versions=versions)]
 
-    def update(self, micros: list[Micro], *scores: Any) -> Receipt:
+    def update(self, micros: list[Micro], iteration: int, *scores: Any) -> Receipt:
         """Apply the gradient that the teacher's and the fake's scores (in that order) give."""
-        since = time.perf_counter()
-        received: list[Score] = [from_wire(score) for score in scores]
-        figures = self.part.update(received[: len(micros)], received[len(micros) :], self.collective)
-        versions = [(score.stamp.generator_version, score.stamp.fake_version) for score in received]
-        return self.receipt(since, figures, versions)
+        with self.step("update", iteration) as turn:
+            received: list[Score] = [from_wire(score) for score in scores]
+            figures = self.part.update(received[: len(micros)], received[len(micros) :], self.collective)
+            versions = [(score.stamp.generator_version, score.stamp.fake_version) for score in received]
+            return turn.receipt(len(micros), figures, versions)
 
-    def end_phase(self) -> Any:
-        """Fix the expert at its averaged weights and return them."""
-        return to_wire(self.part.end_phase())
+    def end_phase(self, index: int, iteration: int) -> None:
+        """Fix expert ``index`` at its averaged weights, unless that is done."""
+        if self._phase == index:
+            with self.step("end_phase", iteration):
+                self.part.end_phase()
 
-    def preview(self, count: int, conditions: Any) -> Any:
+    def preview(self, count: int, conditions: Any, at: int) -> Any:
         """Return pictures [count, C, H, W] of the averaged weights as they are, for equal seeds at every call."""
-        return to_wire(preview(self.part, from_wire(conditions), count))
+        with self.step("preview", at):
+            return to_wire(preview(self.part, from_wire(conditions), count))
 
 
-class FakeWorker(Worker):
+class FakeWorker(TrainerWorker):
     """Trains one replica of the fake score."""
 
     role = "fake"
     part: Fake
 
-    def start_phase(self, index: int, iteration: int) -> None:
-        """Re-make the fake score from the teacher."""
-        self.part.start_phase(index, iteration)
+    def update(self, micros: list[Micro], number: int, *samples: Any) -> Receipt:
+        """Make the run's fake update ``number`` on this replica's micro-batches."""
+        with self.step("update", number) as turn:
+            batches = [from_wire(batch) for batch in samples]
+            figures = self.part.update(batches, self.collective)
+            versions = [(b.stamp.generator_version, figures.version) for b in batches]
+            return turn.receipt(len(micros), figures, versions)
 
-    def update(self, micros: list[Micro], *samples: Any) -> Receipt:
-        """Train on this replica's micro-batches."""
-        since = time.perf_counter()
-        batches = [from_wire(batch) for batch in samples]
-        figures = self.part.update(batches, self.collective)
-        return self.receipt(since, figures, [(b.stamp.generator_version, figures.version) for b in batches])
-
-    def score(self, micros: list[Micro], *proposals: Any) -> list[Any]:
-        """Return the prediction on each proposal, then a receipt."""
-        since = time.perf_counter()
-        scores = [self.part.score(from_wire(proposal)) for proposal in proposals]
-        versions = [(score.stamp.generator_version, score.stamp.fake_version) for score in scores]
-        return [*to_wire(scores), self.receipt(since, versions=versions)]
+    def score(self, micros: list[Micro], number: int, *proposals: Any) -> list[Any]:
+        """Return the prediction on each proposal after ``number`` updates, then a receipt."""
+        with self.step("score", number) as turn:
+            scores = [self.part.score(from_wire(proposal)) for proposal in proposals]
+            versions = [(score.stamp.generator_version, score.stamp.fake_version) for score in scores]
+            return [*to_wire(scores), turn.receipt(len(micros), versions=versions)]
 
 
 class TeacherWorker(Worker):
@@ -203,21 +353,21 @@ class TeacherWorker(Worker):
 
     def score(self, proposal: Any) -> tuple[Any, Receipt]:
         """Return the guided prediction on a proposal, and a receipt."""
-        since = time.perf_counter()
-        score = self.part.score(from_wire(proposal))
-        return to_wire(score), self.receipt(since, versions=[(score.stamp.generator_version, -1)])
+        with self.turn("score") as turn:
+            score = self.part.score(from_wire(proposal))
+            return to_wire(score), turn.receipt(1, versions=[(score.stamp.generator_version, -1)])
 
     def preview(self, count: int, conditions: Any) -> tuple[Any, Receipt]:
         """Return the teacher's own many-step pictures [count, C, H, W] for the students' seeds, and a receipt."""
-        since = time.perf_counter()
-        noise = initial_noise(self.part.family, self.recipe.seed, 0, count)
-        latents = self.part.sample(noise, from_wire(conditions), steps=self.recipe.teacher.steps)[-1]
-        return to_wire(self.part.family.decode(latents)), self.receipt(since)
+        with self.turn("preview") as turn:
+            noise = initial_noise(self.part.family, self.recipe.seed, 0, count)
+            latents = self.part.sample(noise, from_wire(conditions), steps=self.recipe.teacher.steps)[-1]
+            return to_wire(self.part.family.decode(latents)), turn.receipt()
 
     def pairs(self, start: int, count: int, conditions: Any) -> tuple[Any, Receipt]:
         """Return ODE pairs, and a receipt."""
-        since = time.perf_counter()
-        return to_wire(self.part.pairs(start, count, from_wire(conditions))), self.receipt(since)
+        with self.turn("pairs") as turn:
+            return to_wire(self.part.pairs(start, count, from_wire(conditions))), turn.receipt()
 
 
 WORKERS: dict[str, type[Worker]] = {"generator": GeneratorWorker, "fake": FakeWorker, "teacher": TeacherWorker}

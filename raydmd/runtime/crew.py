@@ -1,0 +1,155 @@
+"""A role's workers: how many are at work, on their way or leaving, between the recipe's min and max."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
+
+from raydmd.config import Recipe
+from raydmd.runtime.placement import actor_options, describe, worker_device
+from raydmd.runtime.workers import BESIDE, PARTS, WORKERS, Factory, Identity
+
+AGAIN = 1.0  # seconds until a worker that failed while starting is asked for again; doubles each time
+
+
+@dataclass(eq=False)
+class Member:
+    """A worker that is up.
+
+    Attributes:
+        role: its role.
+        number: unique among all workers of the role in this run.
+        actor: its handle.
+        identity: where it lives.
+        speed: micro-batches a busy second, as measured; None before.
+        leaving: time.time() by which its node goes away; None: it does not; infinity: no date was given.
+    """
+
+    role: str
+    number: int
+    actor: Any
+    identity: Identity
+    speed: float | None = None
+    leaving: float | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called in events."""
+        return f"{self.role} {self.number}"
+
+
+@dataclass(eq=False)
+class Crew:
+    """The workers of one role.
+
+    Whenever fewer than the role's max are at work or on their way, more are asked for: Ray's autoscaler sees the
+    actors that wait. Those that come up are found in ``arrived`` until someone takes them in with `enlist`.
+
+    Args:
+        role: its name.
+        recipe: the run's recipe.
+        part: what builds the role's part.
+        changed: called when somebody has arrived or a start has failed for good.
+    """
+
+    role: str
+    recipe: Recipe
+    part: Factory | None = None
+    changed: Callable[[], None] = lambda: None
+    members: list[Member] = field(default_factory=list)
+    arrived: list[Member] = field(default_factory=list)
+    failure: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        self.settings = getattr(self.recipe.runtime, self.role)
+        self.asks = describe(self.settings)
+        remote: Any = ray.remote  # its types do not know of concurrency groups
+        self._kind = remote(concurrency_groups={BESIDE: 1})(WORKERS[self.role])
+        self._numbers = 0
+        self._coming: dict[Any, asyncio.Task[None]] = {}
+        self._since: dict[Any, float] = {}
+        self._failed_starts = 0
+        self._closed = False
+
+    @property
+    def staying(self) -> list[Member]:
+        """Members, and those that will be, whose node does not go away."""
+        return [member for member in (*self.members, *self.arrived) if member.leaving is None]
+
+    @property
+    def coming(self) -> list[Any]:
+        """Handles of workers that are not up yet."""
+        return list(self._coming)
+
+    def waiting_since(self) -> float | None:
+        """Return since when (time.monotonic) a worker has been waited for, if one is."""
+        return min(self._since.values(), default=None)
+
+    def fill(self) -> None:
+        """Ask for workers until the role has its max of those that stay."""
+        while not self._closed and len(self.staying) + len(self._coming) < self.settings.max_workers:
+            self._ask()
+
+    def enlist(self) -> list[Member]:
+        """Let those that have arrived be members; return them."""
+        newcomers, self.arrived = self.arrived, []
+        self.members += newcomers
+        return newcomers
+
+    def strike(self, member: Member) -> None:
+        """Take out a member that is dead or has left, make sure that it is, and ask for another."""
+        for group in (self.members, self.arrived):
+            if member in group:
+                group.remove(member)
+        ray.kill(member.actor)
+        self.fill()
+
+    def close(self) -> None:
+        """End all workers, and ask for no more."""
+        self._closed = True
+        for task in self._coming.values():
+            task.cancel()
+        for actor in (*self._coming, *(member.actor for member in (*self.members, *self.arrived))):
+            ray.kill(actor)
+
+    def _ask(self, delay: float = 0.0) -> None:
+        number, self._numbers = self._numbers, self._numbers + 1
+        settings, runtime = self.settings, self.recipe.runtime
+        device, part = worker_device(settings, runtime.device), self.part or PARTS[self.role]
+        actor = self._kind.options(**actor_options(settings)).remote(
+            self.recipe, number, settings.threads, device, part
+        )
+        self._since[actor] = time.monotonic()
+        self._coming[actor] = asyncio.create_task(self._receive(actor, number))
+
+    async def _receive(self, actor: Any, number: int) -> None:
+        """Wait for a worker to be up; if it fails at that, ask for another, but not for ever."""
+        try:
+            while True:
+                try:
+                    identity = await actor.ready.remote()
+                    break
+                except ActorUnavailableError:
+                    await asyncio.sleep(AGAIN)
+        except (RayActorError, ray.exceptions.RayTaskError) as error:
+            self._forget(actor)
+            if not (isinstance(error, ActorDiedError) and error.preempted):
+                self._failed_starts += 1
+            if self._failed_starts >= self.recipe.runtime.max_failures:
+                self.failure = error
+                self.changed()
+                return
+            await asyncio.sleep(AGAIN * 2 ** max(self._failed_starts - 1, 0))
+            self.fill()
+            return
+        self._forget(actor)
+        self._failed_starts = 0
+        self.arrived.append(Member(self.role, number, actor, identity))
+        self.changed()
+
+    def _forget(self, actor: Any) -> None:
+        del self._coming[actor], self._since[actor]

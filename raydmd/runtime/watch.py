@@ -1,0 +1,80 @@
+"""What goes on beside the loop: workers' pulses, nodes that are to go away, arrivals in the pool, who is awaited."""
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+import ray
+from ray._private.state import state
+
+from raydmd.runtime.crew import Crew, Member
+from raydmd.runtime.elastic import Elastic
+from raydmd.runtime.workers import Pulse
+
+EVERY = 1.0
+SAY_AFTER = 15.0
+
+
+@dataclass
+class Watch:
+    """Looks after a run's workers once a second."""
+
+    elastic: Elastic
+    _heard: dict[Member, float] = field(default_factory=dict)
+    _said: dict[str, int] = field(default_factory=dict)
+
+    async def run(self) -> None:
+        """Look until cancelled.
+
+        Raises:
+            ray.exceptions.RayError: a role's workers fail whenever they are started.
+        """
+        while True:
+            await asyncio.sleep(EVERY)
+            for crew in self.elastic.cluster.crews.values():
+                if crew.failure is not None:
+                    raise crew.failure
+                self._say_who_waits(crew)
+            self.elastic.leave_nodes(await asyncio.to_thread(draining_nodes))
+            teachers = self.elastic.cluster.crews["teacher"]
+            if teachers.arrived and teachers.members:
+                self.elastic._let_in(teachers)
+            await self._feel_pulses()
+
+    async def _feel_pulses(self) -> None:
+        """Treat as dead who has not answered, or been in one call, for too long."""
+        limit = self.elastic.recipe.runtime.dead_after
+        crews = self.elastic.cluster.crews.values()
+        members = [member for crew in crews for member in (*crew.members, *crew.arrived)]
+        try:
+            pulses = await self.elastic.cluster.warden.ask.remote(
+                [member.actor for member in members], "pulse", (), EVERY
+            )
+        except ray.exceptions.RayError:
+            return  # the warden itself was lost, and comes back
+        now = time.monotonic()
+        for member, pulse in zip(members, pulses, strict=True):
+            if isinstance(pulse, Pulse):
+                self._heard[member] = now
+                if pulse.seconds > limit and not pulse.waiting:
+                    self.elastic.lost(member, f"in one call ({pulse.method}) for over {limit:g} s")
+            elif now - self._heard.setdefault(member, now) > limit:
+                self.elastic.lost(member, f"did not answer for over {limit:g} s")
+        self._heard = {member: when for member, when in self._heard.items() if member in members}
+
+    def _say_who_waits(self, crew: Crew) -> None:
+        """Tell which role waits for what, once for each number of workers."""
+        since, count = crew.waiting_since(), len(crew.coming)
+        if since is None or time.monotonic() - since < SAY_AFTER or not crew.members:
+            self._said.pop(crew.role, None) if since is None else None
+            return
+        if self._said.get(crew.role) != count:
+            self._said[crew.role] = count
+            recorder = self.elastic.recorder
+            recorder.say(f"going on without: {count} {crew.role} worker(s) wait for {crew.asks} each")
+            recorder.event("waiting", role=crew.role, workers=count, asks=crew.asks)
+
+
+def draining_nodes() -> dict[str, float]:
+    """Return the nodes that Ray is told will go away, with the time.time() of their end (infinity: no date)."""
+    return {node: at / 1000 if at else float("inf") for node, at in state.get_draining_nodes().items()}
