@@ -30,16 +30,21 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 import click
-from clouds import SOURCES, MetadataError, Notice, Source, discover
+from clouds import SOURCES, MetadataError, Notice, discover
 
 LINK_LOCAL = "http://169.254.169.254"  # all three clouds' metadata servers; no look-up of a name that may fail
 TIMEOUT = 5.0  # seconds for a request to Ray
 LONGEST_PAUSE = 10.0  # seconds between two tries when the metadata server fails
 GRACE = 30.0  # seconds for which a notice without time left is tried still
 PAUSE = 0.5  # seconds between two questions to Ray
+# Ray reads these when it is imported. Its own limits for connecting, 40 seconds in all, are longer than a notice.
+RAY_SETTINGS = {
+    "RAY_gcs_rpc_server_connect_timeout_s": "1",
+    "RAY_py_gcs_connect_timeout_s": "2",
+    "RAY_BACKEND_LOG_LEVEL": "error",
+}
 
 
 def say(text: str) -> None:
@@ -110,13 +115,9 @@ class LocalNode:
 
     def connect(self) -> Any:
         """Return a client of the GCS, within seconds and without ``ray.init``."""
-        # Ray reads these when it is imported; its own limits are longer than a notice's deadline.
-        os.environ.setdefault("RAY_gcs_rpc_server_connect_timeout_s", "1")
-        os.environ.setdefault("RAY_py_gcs_connect_timeout_s", "2")
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
         from ray._private import services
         from ray._private.authentication import authentication_token_setup as authentication
-        from ray._raylet import GcsClient
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
         with ray_errors():
             authentication.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
@@ -128,7 +129,7 @@ class LocalNode:
 
     def find(self, gcs: Any) -> str:
         """Return the node's id; NoNode or, of several nodes or an unknown --node-id, a UsageError."""
-        from ray.core.generated.gcs_pb2 import GcsNodeInfo
+        from ray.core.generated.gcs_pb2 import GcsNodeInfo  # type: ignore[attr-defined]
 
         with ray_errors():
             infos = gcs.get_all_node_info(timeout=TIMEOUT).values()
@@ -150,7 +151,7 @@ class LocalNode:
 
     def drain(self, cloud: str, kind: str, deadline: float) -> str:
         """Drain the node until ``deadline``, seconds since the epoch; print what was done as JSON, return the id."""
-        from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
+        from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION  # type: ignore[attr-defined]
 
         gcs = self.connect()
         node_id, deadline_ms = self.find(gcs), int(deadline * 1000)
@@ -169,20 +170,22 @@ class LocalNode:
         return node_id
 
     def busy(self, node_id: str) -> bool:
-        """Say whether the node is alive and has actors."""
-        from ray.core.generated.gcs_pb2 import ActorTableData, GcsNodeInfo
+        """Say whether the node is alive and has actors, as far as Ray can be asked."""
+        from ray.core.generated.gcs_pb2 import ActorTableData, GcsNodeInfo  # type: ignore[attr-defined]
 
-        gcs = self.connect()
-
-        async def actors() -> Any:
+        async def actors(gcs: Any) -> Any:
             return await gcs.async_get_all_actor_info(timeout=TIMEOUT)
 
-        with ray_errors():
-            nodes = {n.node_id.hex(): n for n in gcs.get_all_node_info(timeout=TIMEOUT).values()}
-            if node_id not in nodes or nodes[node_id].state != GcsNodeInfo.ALIVE:
-                return False
-            here = [a for a in asyncio.run(actors()).values() if a.address.node_id.hex() == node_id]
-            return any(actor.state != ActorTableData.DEAD for actor in here)
+        try:
+            gcs = self.connect()
+            with ray_errors():
+                nodes = gcs.get_all_node_info(timeout=TIMEOUT).values()
+                if not any(n.node_id.hex() == node_id and n.state == GcsNodeInfo.ALIVE for n in nodes):
+                    return False
+                here = [a for a in asyncio.run(actors(gcs)).values() if a.address.node_id.hex() == node_id]
+                return any(actor.state != ActorTableData.DEAD for actor in here)
+        except Unreachable:
+            return True
 
 
 # The commands
@@ -214,17 +217,22 @@ def check_url(context: click.Context, parameter: click.Parameter, value: str) ->
     return value.rstrip("/")
 
 
+def check_seconds(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    """Check a number of seconds, which click lets be no number."""
+    if not 0.01 <= value <= 1e6:
+        raise click.UsageError(f"{parameter.opts[0]}: {value} is not a number of seconds from 0.01 to 1000000")
+    return value
+
+
 def node_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that say which node of which Ray."""
-    node_help = (
-        "Ray's id of the node to drain; by default the alive node at RAY_NODE_IP, POD_IP or an interface's address."
-    )
+    node_help = "Ray's id of the node; by default the alive node at RAY_NODE_IP, POD_IP or an interface's address."
     address_help = "HOST:PORT of Ray's GCS; by default RAY_ADDRESS, else the Ray that was started on this host."
     command = click.option("--node-id", metavar="HEX", callback=check_node_id, help=node_help)(command)
     return click.option("--address", metavar="HOST:PORT", callback=check_address, help=address_help)(command)
 
 
-@click.group()
+@click.group(no_args_is_help=False)
 def cli() -> None:
     """Turn a cloud's spot notice into Ray's drain state for this node.
 
@@ -233,15 +241,13 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option(
-    "--cloud", type=click.Choice(["auto", *SOURCES]), default="auto", show_default=True, help="Whose notices."
-)
-@click.option("--every", type=click.FloatRange(0.01), default=2.0, show_default=True, help="Seconds between two polls.")
+@click.option("--cloud", type=click.Choice(["auto", *SOURCES]), default="auto", show_default=True, help="The cloud.")
+@click.option("--every", default=2.0, show_default=True, callback=check_seconds, help="Seconds between two polls.")
 @click.option(
     "--metadata-url", default=LINK_LOCAL, show_default=True, callback=check_url, help="The metadata server, for tests."
 )
 @click.option(
-    "--rebalance-deadline", type=click.FloatRange(0), default=120.0, show_default=True,
+    "--rebalance-deadline", default=120.0, show_default=True, callback=check_seconds,
     help="Seconds that an AWS rebalance recommendation is taken to leave.",
 )  # fmt: skip
 @click.option("--ignore-rebalance", is_flag=True, help="Do not drain for an AWS rebalance recommendation.")
@@ -303,7 +309,7 @@ def pass_on(local: LocalNode, notice: Notice, until: float, complaints: Complain
 
 
 @cli.command()
-@click.option("--deadline", type=click.FloatRange(0), required=True, help="Seconds that this node has left.")
+@click.option("--deadline", type=float, required=True, callback=check_seconds, help="Seconds that this node has left.")
 @click.option("--wait", is_flag=True, help="Block until this node has no actors, at most until the deadline.")
 @node_options
 def now(deadline: float, wait: bool, address: str | None, node_id: str | None) -> None:
@@ -327,6 +333,8 @@ def now(deadline: float, wait: bool, address: str | None, node_id: str | None) -
 
 def main() -> int:
     """Run the command line; an error is one line on stderr."""
+    for name, value in RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:
