@@ -10,6 +10,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn
 from urllib.parse import quote, urlsplit
 
+LINK_LOCAL = "http://169.254.169.254"  # all three clouds' metadata servers; no look-up of a name that may fail
 TIMEOUT = 5.0  # seconds for a request
 LONG_POLL = 10  # seconds; the GCP maintenance event is looked at between two long polls
 TOKEN_LIFE = 21600  # seconds, the most that AWS gives

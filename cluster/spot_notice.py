@@ -32,19 +32,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import click
-from clouds import SOURCES, MetadataError, Notice, discover
+from clouds import LINK_LOCAL, SOURCES, MetadataError, Notice, discover
 
-LINK_LOCAL = "http://169.254.169.254"  # all three clouds' metadata servers; no look-up of a name that may fail
 TIMEOUT = 5.0  # seconds for a request to Ray
 LONGEST_PAUSE = 10.0  # seconds between two tries when the metadata server fails
 GRACE = 30.0  # seconds for which a notice without time left is tried still
 PAUSE = 0.5  # seconds between two questions to Ray
 # Ray reads these when it is imported. Its own limits for connecting, 40 seconds in all, are longer than a notice.
-RAY_SETTINGS = {
-    "RAY_gcs_rpc_server_connect_timeout_s": "1",
-    "RAY_py_gcs_connect_timeout_s": "2",
-    "RAY_BACKEND_LOG_LEVEL": "error",
-}
+RAY_SETTINGS = {"RAY_gcs_rpc_server_connect_timeout_s": "1", "RAY_py_gcs_connect_timeout_s": "2"}
 
 
 def say(text: str) -> None:
@@ -125,7 +120,9 @@ class LocalNode:
             authentication.ensure_token_if_auth_enabled(None, create_token_if_missing=False)
             # Not Ray's canonical address: that turns a loopback address into another interface's.
             address = self.address or services.get_ray_address_from_environment("auto", None)
-            return GcsClient(address=host_port(address, "RAY_ADDRESS"))
+            host, port = host_port(address, "RAY_ADDRESS").rsplit(":", 1)
+            socket.create_connection((host.strip("[]"), int(port)), 1.0).close()  # Ray's client is slow to give up
+            return GcsClient(address=address)
 
     def find(self, gcs: Any) -> str:
         """Return the node's id; NoNode or, of several nodes or an unknown --node-id, a UsageError."""
