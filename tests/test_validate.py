@@ -38,7 +38,10 @@ TYPOS = [
     ("aws", "available_node_types.spot_a10g.node_config", "nodeconfig", "node_config"),
     ("aws", "available_node_types.spot_a10g.resources.GPU", "GPUs", "GPU"),
     ("aws", "available_node_types.spot_a10g.resources.GPU", "gpu", "GPU"),
-    ("aws", "available_node_types.spot_a10g.node_config.InstanceMarketOptions", "InstanceMarketOption", "InstanceMarketOptions"),
+    (
+        "aws", "available_node_types.spot_a10g.node_config.InstanceMarketOptions", "InstanceMarketOption",
+        "InstanceMarketOptions",
+    ),
     ("aws", "available_node_types.spot_a10g.labels.ray.io/market-type", "ray.io/market-typ", "ray.io/market-type"),
     ("gcp", "head_node_type", "head_nod_type", "head_node_type"),
     ("gcp", "provider.project_id", "projectid", "project_id"),
@@ -53,7 +56,7 @@ TYPOS = [
     ("raycluster", "spec.workerGroupSpecs.1.minReplicas", "minReplica", "minReplicas"),
     ("raycluster", "spec.workerGroupSpecs.2.labels.ray.io/market-type", "ray.io/markettype", "ray.io/market-type"),
     ("raycluster", "spec.autoscalerOptions.idleTimeoutSeconds", "idleTimeoutSecond", "idleTimeoutSeconds"),
-    ("raycluster", f"{WORKER}.terminationGracePeriodSeconds", "terminationGracePeriod", "terminationGracePeriodSeconds"),
+    ("raycluster", f"{WORKER}.terminationGracePeriodSeconds", "gracePeriodSeconds", "terminationGracePeriodSeconds"),
     ("raycluster", f"{WORKER}.containers.0.lifecycle.preStop", "prestop", "preStop"),
     ("raycluster", f"{WORKER}.containers.0.resources.limits", "limit", "limits"),
     ("rayjob", "spec.entrypoint", "entryPoint", "entrypoint"),
@@ -82,9 +85,14 @@ VALUES = [
     ("aws", "available_node_types.trainer.labels.ray.io/market-type", "spot", ["market-type", "on-demand machines"]),
     ("gcp", "available_node_types.spot_l4.labels.ray.io/market-type", "on-demand", ["market-type", "spot machines"]),
     ("gcp", "available_node_types.spot_l4.labels.role", "a b", ["labels.role"]),
-    ("aws", "head_start_ray_commands.1", "ray start --haed", ["head_start_ray_commands[1]", "--haed", "did you mean '--head'?"]),
+    ("aws", "head_start_ray_commands.1", "ray start --haed", ["commands[1]", "--haed", "did you mean '--head'?"]),
     ("aws", "head_start_ray_commands.1", "x; ray start --system-config='{a: 1}'; y --z", ["--system-config", "JSON"]),
     ("aws", "worker_start_ray_commands.0", "ray start 'a", ["worker_start_ray_commands[0]", "not a shell command"]),
+    ("aws", "available_node_types.spot_a10g.node_config.InstanceMarketOptions", "spot", ["on-demand machines"]),
+    ("aws", "file_mounts./home/ray/.ray/auth_token", None, ["file_mounts", "path"]),
+    ("raycluster", "kind", [], ["kind"]),
+    ("raycluster", "spec.headGroupSpec.template", {}, ["headGroupSpec.template", "'spec' is missing"]),
+    ("rayjob", "spec.rayClusterSpec", {}, ["rayClusterSpec"]),
     ("raycluster", "kind", "RayClutser", ["kind", "did you mean 'RayCluster'?"]),
     ("raycluster", "apiVersion", "ray.io/v1alpha1", ["apiVersion", "ray.io/v1"]),
     ("raycluster", "metadata", {}, ["metadata", "'name' is missing"]),
@@ -102,7 +110,7 @@ VALUES = [
     ("rayjob", "spec.entrypoint", "raydmd distill 'digits", ["entrypoint", "shell"]),
     ("rayjob", "spec.runtimeEnvYAML", "env_var: {A: b}", ["runtimeEnvYAML.env_var", "did you mean 'env_vars'?"]),
     ("rayjob", "spec.runtimeEnvYAML", "env_vars: {A: 1}", ["runtimeEnvYAML.env_vars.A", "string"]),
-    ("rayservice", "spec.serveConfigV2", "applications: [{import_pth: a:b}]", ["import_pth", "did you mean 'import_path'?"]),
+    ("rayservice", "spec.serveConfigV2", "applications: [{import_pth: a:b}]", ["did you mean 'import_path'?"]),
     ("rayservice", "spec.serveConfigV2", "applications: [{import_path: a}]", ["serveConfigV2", "import_path"]),
     ("rayservice", "spec.serveConfigV2", "applications: [{import_path: a:b, deployments: [{name: x, num_replica: 2}]}]",
      ["deployments[0].num_replica", "did you mean 'num_replicas'?"]),
@@ -209,7 +217,13 @@ def test_what_is_unusual_and_right(name: str, path: str, value: Any, tmp_path: P
 
 
 def test_every_file_is_checked_and_each_wrong_one_has_a_line(tmp_path: Path, capsys: Any) -> None:
-    for name, text in {"list": "- 1", "empty": "", "tabs": "a:\n\t- b", "other": "x: 1\ny: 2", "twice": "seed: 1\nseed: 2"}.items():
+    for name, text in {
+        "list": "- 1",
+        "empty": "",
+        "tabs": "a:\n\t- b",
+        "other": "x: 1\ny: 2",
+        "twice": "seed: 1\nseed: 2",
+    }.items():
         (tmp_path / f"{name}.yaml").write_text(text)
     names = ["list", "empty", "missing", "tabs", "other", "twice"]
     files = [str(tmp_path / f"{name}.yaml") for name in names]
@@ -237,7 +251,10 @@ SCHEMA = {
     "properties": {
         "closed": {"type": "object", "properties": {"a": {"type": "integer", "default": 1}}, "required": ["a"]},
         "map": {"type": "object", "additionalProperties": {"type": "string"}},
-        "free": {"type": "object", "properties": {"a": {"type": "integer"}}, "x-kubernetes-preserve-unknown-fields": True},
+        "free": {
+            "type": "object", "properties": {"a": {"type": "integer"}},
+            "x-kubernetes-preserve-unknown-fields": True,
+        },
         "either": {"x-kubernetes-int-or-string": True},
         "maybe": {"type": "string", "nullable": True},
         "list": {"type": "array", "items": {"type": "object", "properties": {"default": {"type": "string"}}}},

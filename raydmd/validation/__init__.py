@@ -49,7 +49,9 @@ def _check(document: Any, path: Path) -> tuple[str, bool]:
         return "Prometheus (check it with promtool)", False
     kind = max(tops, key=lambda name: (sum(key in tops[name] for key in keys), _near(keys, tops[name])))
     if not any(key in tops[kind] for key in keys) and not _near(keys, tops[kind]):
-        raise UserError(f"neither a recipe, a cluster-launcher file nor a KubeRay manifest (its keys: {', '.join(keys)})")
+        raise UserError(
+            f"neither a recipe, a cluster-launcher file nor a KubeRay manifest (its keys: {', '.join(keys)})"
+        )
     if kind == "launcher":
         check_launcher(document)
         return "cluster launcher", True
@@ -59,8 +61,8 @@ def _check(document: Any, path: Path) -> tuple[str, bool]:
     for key in keys:
         if key not in OBJECT and nearest(key, OBJECT).startswith("; did"):
             raise UserError(f"unknown key '{key}'{nearest(key, OBJECT)}")
-    if "kind" not in document:
-        raise UserError("no 'kind'")
+    if not isinstance(document.get("kind"), str):
+        raise UserError("'kind' is missing" if "kind" not in document else "kind: a word is expected")
     group = str(document.get("apiVersion", "")).partition("/")[0]
     if document["kind"] in KINDS or group == "ray.io":
         check_kuberay(document)

@@ -62,7 +62,7 @@ def closed(schema: Any) -> Any:
 
 
 def with_defaults(value: Any, schema: dict[str, Any]) -> Any:
-    """Return ``value`` with the schema's defaults filled in where keys are absent, as Kubernetes does before it checks."""
+    """Return ``value`` with the schema's defaults where keys are absent, as Kubernetes does before it checks."""
     if isinstance(value, dict):
         filled = dict(value)
         for name, part in schema.get("properties", {}).items():

@@ -1,4 +1,4 @@
-"""Checks of KubeRay's RayCluster, RayJob and RayService: the operator's schema, closed, and the words inside strings."""
+"""Checks of KubeRay's RayCluster, RayJob and RayService: the operator's closed schemas, and what strings hold."""
 
 import json
 import shlex
@@ -52,6 +52,8 @@ def check_kuberay(document: dict[str, Any]) -> None:
     if kind == "RayCluster":
         _check_cluster(spec, "spec")
     elif kind == "RayJob":
+        if not spec.get("rayClusterSpec") and not spec.get("clusterSelector"):
+            raise UserError("spec: 'rayClusterSpec' is missing (or 'clusterSelector', for a cluster that runs)")
         if spec.get("rayClusterSpec"):
             _check_cluster(spec["rayClusterSpec"], "spec.rayClusterSpec")
         if spec.get("runtimeEnvYAML"):
@@ -69,6 +71,8 @@ def _check_cluster(spec: dict[str, Any], where: str) -> None:
     for group, place in places:
         check_start_params(group.get("rayStartParams") or {}, f"{place}.rayStartParams")
         check_labels(group.get("labels") or {}, f"{place}.labels")
+        if "spec" not in group["template"]:
+            raise UserError(f"{place}.template: 'spec' is missing")
         _check_pod(group["template"]["spec"], f"{place}.template.spec")
     names: set[str] = set()
     for group, place in places[1:] if "headGroupSpec" in spec else places:

@@ -1,8 +1,12 @@
 """Checks of a cluster-launcher file (`ray up`), offline: Ray's own, and what its schema lets through."""
 
 import copy
+import difflib
 import json
+import logging
+from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +21,11 @@ CLOUDS = ("aws", "gcp")
 # What decides how much a node costs; a typo here is bought without a word, since Ray passes node_config on unread.
 NODE_CONFIG = {
     "aws": ("InstanceType", "ImageId", "InstanceMarketOptions", "BlockDeviceMappings", "IamInstanceProfile", "KeyName",
-            "SubnetId", "SubnetIds", "SecurityGroupIds", "Placement", "LaunchTemplate", "CapacityReservationSpecification",
-            "NetworkInterfaces", "MetadataOptions", "TagSpecifications", "UserData", "CpuOptions", "EbsOptimized"),
-    "gcp": ("machineType", "disks", "guestAccelerators", "scheduling", "metadata", "serviceAccounts", "networkInterfaces",
-            "labels", "tags", "sourceInstanceTemplate", "minCpuPlatform", "reservationAffinity"),
+            "SubnetId", "SubnetIds", "SecurityGroupIds", "Placement", "LaunchTemplate", "NetworkInterfaces",
+            "CapacityReservationSpecification", "MetadataOptions", "TagSpecifications", "UserData", "CpuOptions",
+            "EbsOptimized"),
+    "gcp": ("machineType", "disks", "guestAccelerators", "scheduling", "metadata", "serviceAccounts",
+            "networkInterfaces", "labels", "tags", "sourceInstanceTemplate", "minCpuPlatform", "reservationAffinity"),
 }  # fmt: skip
 
 
@@ -56,6 +61,9 @@ def check_launcher(document: dict[str, Any]) -> None:
     head = document.get("head_node_type")
     if types and head not in types:
         raise UserError(f"head_node_type: '{head}' is not in available_node_types{nearest(str(head), types)}")
+    for remote, local in (document.get("file_mounts") or {}).items():
+        if not isinstance(local, str):
+            raise UserError(f"file_mounts.{remote}: {local!r} is not a path")
     for name, node in types.items():
         _check_node(node, f"available_node_types.{name}", str(cloud))
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
@@ -87,20 +95,20 @@ def _near_resource(name: str) -> str | None:
     """Return the resource that a name is surely meant to be, or None for a custom resource."""
     plain = name.lower().removeprefix("num_").rstrip("s")
     exact = {known.lower(): known for known in RESOURCES}
-    return exact.get(plain) or next((known for key, known in exact.items() if len(key) > 3 and _alike(plain, [key])), None)
+    return exact.get(plain) or next(
+        (known for key, known in exact.items() if len(key) > 3 and _alike(plain, [key])), None
+    )
 
 
 def _alike(word: str, choices: Any) -> bool:
-    import difflib
-
     return bool(difflib.get_close_matches(word, list(choices), n=1, cutoff=0.8))
 
 
 def _is_spot(config: dict[str, Any], cloud: str) -> bool:
+    given = config.get("InstanceMarketOptions" if cloud == "aws" else "scheduling")
+    parts = [part for part in (given if isinstance(given, list) else [given]) if isinstance(part, dict)]
     if cloud == "aws":
-        return (config.get("InstanceMarketOptions") or {}).get("MarketType") == "spot"
-    given = config.get("scheduling") or {}
-    parts = given if isinstance(given, list) else [given]  # Ray's examples write a list
+        return any(part.get("MarketType") == "spot" for part in parts)
     return any(part.get("provisioningModel") == "SPOT" or part.get("preemptible") is True for part in parts)
 
 
@@ -109,9 +117,15 @@ def _ask_ray(document: dict[str, Any]) -> None:
     import jsonschema
     from ray.autoscaler._private.util import prepare_config, validate_config
 
+    logger = logging.getLogger("ray.autoscaler")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # what it remarks on the way is no error
     try:
-        validate_config(prepare_config(copy.deepcopy(document)))
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            validate_config(prepare_config(copy.deepcopy(document)))
     except jsonschema.ValidationError as error:
         raise UserError(f"{'.'.join(str(part) for part in error.absolute_path)}: {error.message[:200]}") from None
     except (ValueError, KeyError, AssertionError, RuntimeError, NotImplementedError, ImportError) as error:
         raise UserError(f"Ray refuses it: {' '.join(str(error).split())}") from None
+    finally:
+        logger.setLevel(level)
