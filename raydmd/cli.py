@@ -146,6 +146,27 @@ def recipes(name: str | None) -> None:
         console.print(f"{key:12} {first}", highlight=False, soft_wrap=True)
 
 
+@app.command(epilog="Example: raydmd validate cluster/aws.yaml cluster/kuberay/rayjob.yaml")
+@click.argument("files", metavar="FILE...", type=FOLDER, nargs=-1, required=True)
+def validate(files: Sequence[Path]) -> None:
+    """Check recipes, cluster-launcher files and KubeRay manifests, with no cluster and no cloud.
+
+    A line for each file; the exit code is 2 if one of them is wrong.
+    """
+    from raydmd.validation import validate_file
+
+    wrong = 0
+    for file in files:
+        try:
+            console.print(f"ok {file} ({validate_file(file)})", highlight=False, markup=False, soft_wrap=True)
+        except (UserError, OSError) as error:
+            wrong += 1
+            words = f"{file}: {error.strerror}" if isinstance(error, OSError) else str(error)
+            Console(stderr=True).print(f"raydmd: {words}", highlight=False, markup=False, soft_wrap=True)
+    if wrong:
+        raise click.exceptions.Exit(2)
+
+
 def _distill(recipe: Recipe, folder: Path, resume: str) -> bool:
     """Train the embedded teacher into the run's folder if none is given, then distil."""
     from raydmd.runtime.launch import distill as run_distill

@@ -1,0 +1,86 @@
+"""`raydmd validate`: says by its content what a file is, and checks it without a cluster or a cloud.
+
+A recipe, a cluster-launcher file, or Kubernetes objects of KubeRay; other Kubernetes objects and Prometheus' files are
+left to their own tools.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raydmd.config import Recipe, parse_recipe
+from raydmd.errors import UserError, nearest
+from raydmd.validation.document import read_documents
+from raydmd.validation.kuberay import KINDS, check_kuberay
+from raydmd.validation.launcher import check_launcher, launcher_keys
+
+OBJECT = ("apiVersion", "kind", "metadata", "spec")
+PROMETHEUS = ("groups", "scrape_configs")
+
+
+def validate_file(path: Path) -> str:
+    """Check a file and return in words what it is, e.g. ``recipe`` or ``RayJob; PersistentVolumeClaim skipped``.
+
+    Raises:
+        UserError: one line that names the file, the first wrong key's path and the nearest right one.
+    """
+    try:
+        documents = read_documents(path.read_text(encoding="utf-8"))
+        if not documents:
+            raise UserError("nothing in it")
+        kinds = [_check(document, path) for document in documents]
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    checked = [kind for kind, known in kinds if known]
+    skipped = [kind for kind, known in kinds if not known]
+    return "; ".join(filter(None, [", ".join(checked), f"{', '.join(skipped)} skipped" if skipped else ""]))
+
+
+def _check(document: Any, path: Path) -> tuple[str, bool]:
+    """Check one document; return its kind and whether it was checked (else another tool's)."""
+    if not isinstance(document, dict):
+        raise UserError(f"a mapping of keys is expected, not a {type(document).__name__}")
+    keys = [str(key) for key in document]
+    tops = {"object": OBJECT, "launcher": tuple(launcher_keys()), "recipe": tuple(Recipe.model_fields)}
+    if any(key in PROMETHEUS for key in keys):
+        return "Prometheus (check it with promtool)", False
+    kind = max(tops, key=lambda name: (sum(key in tops[name] for key in keys), _near(keys, tops[name])))
+    if not any(key in tops[kind] for key in keys) and not _near(keys, tops[kind]):
+        raise UserError(
+            f"neither a recipe, a cluster-launcher file nor a KubeRay manifest (its keys: {', '.join(keys)})"
+        )
+    if kind == "launcher":
+        check_launcher(document)
+        return "cluster launcher", True
+    if kind == "recipe":
+        _recipe(document, path)
+        return "recipe", True
+    for key in keys:
+        if key not in OBJECT and nearest(key, OBJECT).startswith("; did"):
+            raise UserError(f"unknown key '{key}'{nearest(key, OBJECT)}")
+    if not isinstance(document.get("kind"), str):
+        raise UserError("'kind' is missing" if "kind" not in document else "kind: a word is expected")
+    group = str(document.get("apiVersion", "")).partition("/")[0]
+    if document["kind"] in KINDS or group == "ray.io":
+        check_kuberay(document)
+        return str(document["kind"]), True
+    word = nearest(str(document["kind"]), KINDS)
+    if "apiVersion" not in document or (str(document["kind"]).lower().startswith("ray") and word.startswith("; did")):
+        raise UserError(f"kind: unknown kind '{document['kind']}'{word}")
+    return str(document["kind"]), False
+
+
+def _near(keys: list[str], names: tuple[str, ...]) -> int:
+    return sum(nearest(key, names).startswith("; did") for key in keys)
+
+
+def _recipe(document: dict[str, Any], path: Path) -> None:
+    """Check a recipe and all that can be told of it without its teacher."""
+    document.setdefault("name", path.stem)
+    try:
+        parse_recipe(document, "")
+    except UserError as error:
+        raise UserError(str(error).removeprefix(": ")) from None
