@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydmd.config import Recipe
@@ -36,6 +37,7 @@ def connect(recipe: Recipe) -> bool:
         UserError: nothing answers at RAY_ADDRESS.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")  # of dead workers we tell in our own words
     if ray.is_initialized():
         return False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}

@@ -123,6 +123,7 @@ class Elastic:
             self.cluster.scorers.remove(member)
             self._how = self._how or "others took its micro-batches"
         crew.strike(member)
+        self.recorder.say(f"lost {member.name}: {why}")
         self.recorder.event(
             "worker-lost", role=member.role, worker=member.number, node=member.identity.node, why=why,
             left=len(crew.members), iteration=self.committed,
@@ -140,6 +141,7 @@ class Elastic:
                 steps_lost=lost, how=self._how, iteration=iteration,
             )  # fmt: skip
             self.recorder.recovered(roles, self._how, taken, lost)
+            self.recorder.say(f"recovered after {taken:.2f} s, {lost} steps lost: {self._how}")
             self._losses, self._steps_lost, self._how = [], 0, ""
 
     def judge(self, errors: list[BaseException]) -> None:
