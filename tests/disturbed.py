@@ -1,0 +1,183 @@
+"""A distillation that things happen to: a thread tells the story while the run goes on, and the bits are compared."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+import torch
+from ray.cluster_utils import Cluster
+from rich.console import Console
+
+import raydmd.runtime  # before Ray  # noqa: F401
+from raydmd.config import Recipe
+from raydmd.folders import read_lines
+from raydmd.methods.reference import train
+from raydmd.runs import recipe_family
+from raydmd.runtime.launch import distill
+from raydmd.runtime.manifest import Archive
+
+STORE = 80 * 2**20
+QUICK_HEALTH_CHECKS = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 3,
+}
+CLASSES = {"teacher": "TeacherWorker", "fake": "FakeWorker", "generator": "GeneratorWorker"}
+
+
+@contextmanager
+def several_nodes(*nodes: dict[str, float]) -> Iterator[Cluster]:
+    """Start a head and a node for each set of resources, all on loopback, and join them."""
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 2, "object_store_memory": STORE, "include_dashboard": False,
+            "_system_config": QUICK_HEALTH_CHECKS,
+        },
+    )  # fmt: skip
+    try:
+        for resources in nodes:
+            add_node(cluster, resources)
+        ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def add_node(cluster: Cluster, resources: dict[str, float]) -> Any:
+    return cluster.add_node(num_cpus=1, object_store_memory=STORE, resources=resources)
+
+
+def kill_node(node: Any) -> None:
+    """Have a node vanish: its raylet and all below it at once."""
+    (raylet,) = [info.process for info in node.all_processes["raylet"]]
+    family = psutil.Process(raylet.pid)
+    for process in [family, *family.children(recursive=True)]:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            pass
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 90.0, pause: float = 0.01) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "never came true"
+        time.sleep(pause)
+    return found
+
+
+class Story:
+    """What happens to a run: ``plot(story)`` is told in a thread, then the run is stopped as by Ctrl-C.
+
+    Args:
+        recipe: the run's recipe, with more iterations than the plot can take.
+        folder: the run's folder.
+        plot: does things to the run; an assertion that fails in it fails the test.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, plot: Callable[["Story"], None], **more: Any) -> None:
+        self.recipe, self.folder, self.plot, self.more = recipe, folder, plot, more
+        self.error: BaseException | None = None
+        self.finished: bool | None = None
+
+    def run(self) -> "Story":
+        """Run it to the plot's end; raise what the run or the plot raised."""
+        thread = threading.Thread(target=self._tell, daemon=True)
+        thread.start()
+        try:
+            self.finished = distill(self.recipe, self.folder, console=Console(quiet=True), **self.more)
+        finally:
+            if self.finished is not None:
+                thread.join(60)
+            if self.error is not None:
+                raise self.error
+        return self
+
+    def _tell(self) -> None:
+        try:
+            wait_until(lambda: self.events("started"))
+            self.plot(self)
+        except BaseException as error:
+            self.error = error
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def lines(self) -> list[dict[str, Any]]:
+        return read_lines(self.folder / "metrics.jsonl")
+
+    def events(self, kind: str | None = None, **facts: Any) -> list[dict[str, Any]]:
+        found = read_lines(self.folder / "events.jsonl")
+        return [e for e in found if kind in (None, e["event"]) and facts.items() <= e.items()]
+
+    def until(self, condition: Callable[[], Any]) -> Any:
+        return wait_until(condition)
+
+    def go_on(self, iterations: int) -> None:
+        """Wait until so many more iterations are committed."""
+        at = self.lines()[-1]["iteration"] if self.lines() else -1
+        wait_until(lambda: self.lines() and self.lines()[-1]["iteration"] >= at + iterations)
+
+    def complete(self) -> None:
+        """Wait until every role has all its workers at work again, and three iterations more."""
+        roles = ("teacher", "fake", "generator")
+        most = {role: getattr(self.recipe.runtime, role).max_workers for role in roles}
+
+        def is_complete() -> bool:
+            lines = self.lines()
+            return bool(lines) and all(lines[-1]["roles"][role]["workers"] == most[role] for role in roles)
+
+        wait_until(is_complete)
+        self.go_on(3)
+
+    def pids(self, role: str) -> list[int]:
+        """Processes of a role's workers that are up, oldest first."""
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            try:
+                title = (process.cmdline() or [""])[0]
+                if title.startswith(f"ray::{CLASSES[role]}") and "__init__" not in title:
+                    found.append((process.create_time(), process.pid))
+            except psutil.Error:
+                continue
+        return [pid for _, pid in sorted(found)]
+
+    def kill(self, role: str, *which: int) -> None:
+        """SIGKILL workers of a role, by age (0 the oldest)."""
+        pids = self.pids(role)
+        for index in which or (0,):
+            os.kill(pids[index], signal.SIGKILL)
+
+    def lost_and_recovered(self, count: int, **facts: Any) -> list[dict[str, Any]]:
+        """Wait until ``count`` losses are told, and a recovery after the last; return the recoveries."""
+        wait_until(lambda: len(self.events("worker-lost")) >= count)
+        wait_until(lambda: sum(len(e["workers"]) for e in self.events("recovered")) >= count)
+        return self.events("recovered", **facts)
+
+
+def assert_bits_of_the_reference(story: Story, prompts: Any) -> None:
+    """Hold both trainers' states in the last manifest against the sequential reference's at that iteration."""
+    found = Archive(str(story.folder / "checkpoints")).newest()
+    manifest = found.manifest
+    assert manifest is not None and found.skipped == []
+    recipe, family = story.recipe, recipe_family(story.recipe)
+    expected = train(
+        recipe, family, family.load_teacher(), prompts(recipe.teacher.family), iterations=manifest.iteration
+    )
+    for role, part in (("generator", expected.generator), ("fake", expected.fake)):
+        state = part.flat.state()
+        assert set(found.shards[role]) == set(state)
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(found.shards[role][name]), value), (role, name)
+    lines = story.lines()
+    assert [line["iteration"] for line in lines] == list(range(manifest.iteration))
+    assert json.loads((story.folder / "metrics.jsonl").read_text().splitlines()[-1]) == lines[-1]
