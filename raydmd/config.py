@@ -7,6 +7,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from raydmd.errors import UserError, nearest
+from raydmd.locations import parse_location
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -192,6 +193,16 @@ class Checkpoint(Section):
 
     every: Positive = Field(25, description="iterations between manifests")
     keep: Positive = 2
+    path: str | None = Field(None, description="folder or URI (s3://, gs://) of the manifests; null: RUN/checkpoints")
+
+    @model_validator(mode="after")
+    def _path_can_be_read(self) -> Self:
+        if self.path is not None:
+            try:
+                parse_location(self.path)
+            except UserError as error:  # begins with the key, so that the value, which may hold a secret, is not shown
+                raise ValueError(str(error)) from None
+        return self
 
 
 class Monitor(Section):

@@ -11,9 +11,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydmd.config import Recipe
 from raydmd.errors import UserError
+from raydmd.runtime.archivist import Archivist
 from raydmd.runtime.controller import Cluster, micro_batches
 from raydmd.runtime.groups import ScorerPool, TrainerGroup
-from raydmd.runtime.manifest import Archivist
 from raydmd.runtime.placement import actor_options, describe, wait_placed, worker_device
 from raydmd.runtime.prompts import PromptStream
 from raydmd.runtime.recorder import Recorder
@@ -100,7 +100,11 @@ async def launch(
             fakes=TrainerGroup(up["fake"], micro_batches(recipe)),
             scorers=ScorerPool(up["teacher"]),
             prompts=stream,
-            archivist=archivist.remote(str(folder.resolve()), recipe.checkpoint.keep),
+            archivist=archivist.remote(
+                str(folder.resolve()),
+                recipe.checkpoint.path or f"{folder.resolve()}/checkpoints",
+                recipe.checkpoint.keep,
+            ),
         )
         await cluster.generators.form()
         await cluster.fakes.form()

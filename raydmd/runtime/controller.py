@@ -240,7 +240,9 @@ class Controller:
             kind, n, references = record
             answers = await asyncio.gather(*references)
             if kind == "checkpoint":
-                self.recorder.event("checkpoint", iteration=n, bytes=sum(f["bytes"] for f in answers[0].files.values()))
+                self.recorder.event(
+                    "checkpoint", iteration=n, bytes=sum(f["bytes"] for f in answers[0][0].files.values())
+                )
             elif kind == "preview":
                 self.recorder.pictures("teacher" if n is None else f"student-{n + 1:06d}", answers[0])
             elif kind != "wait":

@@ -1,6 +1,7 @@
 """`raydmd distill`: from a recipe and a folder to a finished run, or to one that can be continued."""
 
 import asyncio
+import logging
 import signal
 import time
 from pathlib import Path
@@ -9,13 +10,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from rich.console import Console
-from safetensors.numpy import load_file
 
 from raydmd.config import Recipe, dump_recipe, load_recipe
 from raydmd.data.embedded import EMBEDDED
 from raydmd.data.prompts import PromptTable, ensure_embedded_prompts
 from raydmd.errors import RunError, UserError
-from raydmd.folders import expert_file, own_teacher
+from raydmd.folders import own_teacher
 from raydmd.methods.plan import plan_iterations, plan_phases
 from raydmd.runs import recipe_family, with_teacher
 from raydmd.runtime.cluster import connect, launch
@@ -151,11 +151,12 @@ def prepare(recipe: Recipe, folder: Path, resume: str) -> tuple[Manifest | None,
     part = folder / "recipe.yaml.part"
     part.write_text(dump_recipe(recipe), encoding="utf-8")
     part.replace(kept)
-    found = Archive(f"{folder}/checkpoints", recipe.checkpoint.keep).newest()
-    if found is None:
+    found = Archive(recipe.checkpoint.path or f"{folder}/checkpoints", recipe.checkpoint.keep).newest()
+    for line in found.skipped:
+        logging.getLogger(__name__).warning(line)
+    if found.manifest is None:
         return None, {}, []
-    manifest, states = found
-    return manifest, states, [load_file(expert_file(folder, index)) for index in range(manifest.experts)]
+    return found.manifest, found.shards, [found.shards.pop(f"expert-{i}") for i in range(found.manifest.experts)]
 
 
 def _same_recipe(kept: Recipe, given: Recipe, folder: Path) -> None:

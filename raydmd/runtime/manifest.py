@@ -1,21 +1,35 @@
-"""Manifests: one atomic record of a run's whole state, written after its shards and read back only if whole."""
+"""Manifests: one atomic record of a run's whole state, written after its shards and read back only if whole.
+
+Below the root of an archive:
+
+    step-000050.json                     the manifest: it names every shard with its checksum
+    step-000050/generator.safetensors    trainers' states at that step
+    experts/phase-1-0f3a....safetensors  finished experts, named by content, so that none is ever rewritten
+    experts/phase-1.json                 which of them is the last that was finished
+"""
 
 import hashlib
 import json
-import logging
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import safetensors
 import safetensors.numpy
-from pyarrow import fs
 
-from raydmd.folders import expert_file
+from raydmd.errors import RunError, UserError
+from raydmd.locations import KEY
+from raydmd.runtime.shards import pieces
+from raydmd.runtime.storage import Store, one_line
 
-FORMAT = 1
-log = logging.getLogger(__name__)
+FORMAT = 2
+BROKEN = (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError, RecursionError)
+Shards = dict[str, dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -30,7 +44,7 @@ class Manifest:
         cursor: prompts consumed: the next sample of the run.
         seed: the recipe's seed.
         experts: finished experts.
-        files: shard name to {"path", "sha256", "bytes"}.
+        files: shard name ("generator", "fake", "expert-0", ...) to {"path", "sha256", "bytes"}.
         format: number of this record's layout.
     """
 
@@ -45,101 +59,255 @@ class Manifest:
     format: int = FORMAT
 
 
+@dataclass(frozen=True)
+class Found:
+    """What an archive holds.
+
+    Attributes:
+        manifest: the newest whole one, if any.
+        shards: its shards by name, finished experts among them.
+        skipped: a line for each broken manifest that is newer.
+    """
+
+    manifest: Manifest | None
+    shards: Shards
+    skipped: list[str]
+
+
 class Archive:
-    """Checkpoints in a folder of any file system that pyarrow.fs knows (a path, s3://, gs://).
+    """Checkpoints in a folder of any file system that pyarrow.fs knows.
 
     Args:
-        uri: the folder.
+        uri: the folder: a path, file://, s3:// or gs://.
         keep: how many manifests to keep.
+
+    Raises:
+        UserError: ``checkpoint.path: ...``: an unknown scheme, credentials inside the URI, a URI that cannot be read.
     """
 
     def __init__(self, uri: str, keep: int = 2) -> None:
-        if "://" in uri:
-            self.files, self.root = fs.FileSystem.from_uri(uri)
-        else:
-            self.files, self.root = fs.LocalFileSystem(), uri
+        self.store = Store(uri)
         self.keep = keep
+        self._experts: dict[str, dict[str, Any]] = {}  # only spares look-ups: another process finds them again
 
-    def save(self, manifest: Manifest, shards: dict[str, dict[str, np.ndarray]]) -> Manifest:
-        """Write shards, then the manifest that names them, then drop what is older than ``keep``."""
-        files = dict(manifest.files)
-        for name, tensors in shards.items():
-            content = safetensors.numpy.save({key: np.asarray(value, order="C") for key, value in tensors.items()})
-            path = f"step-{manifest.iteration:06d}/{name}.safetensors"
-            self._write(path, content)
-            files[name] = {"path": path, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-        whole = Manifest(**{**asdict(manifest), "files": files})
-        record = f"step-{manifest.iteration:06d}.json"
-        self._write(record, json.dumps(asdict(whole), indent=1).encode())
-        self._prune(record)
-        return whole
+    def save(self, manifest: Manifest, shards: Shards) -> Manifest:
+        """Write shards, then the manifest that names them, then drop what is older than ``keep``.
 
-    def newest(self) -> tuple[Manifest, dict[str, dict[str, np.ndarray]]] | None:
-        """Return the newest whole manifest and its shards; a broken one is skipped with a warning."""
-        for path in reversed(self._manifests()):
-            try:
-                manifest = Manifest(**json.loads(self._read(path)))
-                if manifest.format != FORMAT:
-                    raise ValueError(f"format {manifest.format}, expected {FORMAT}")
-                return manifest, {name: self._shard(record) for name, record in manifest.files.items()}
-            except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
-                log.warning("checkpoint %s/%s is not whole and is skipped: %s", self.root, path, error)
+        Returns:
+            The manifest with its files: the shards and every finished expert.
+
+        Raises:
+            RunError: the store cannot be written.
+        """
+        with self._reaching("written", RunError):
+            steps, files = self._steps(), dict(manifest.files)
+            for index in range(manifest.experts):
+                files[f"expert-{index}"] = self._expert(index, [s for s in steps if s < manifest.iteration])
+            # When a save is repeated, its first manifest is there: its shards stay until the second manifest is, too.
+            again = f"-{secrets.token_hex(4)}" if manifest.iteration in steps else ""
+            for name, tensors in shards.items():
+                path = f"{_step(manifest.iteration)}/{name}{again}.safetensors"
+                sha256, size = self.store.write(path, pieces(tensors))
+                files[name] = {"path": path, "sha256": sha256, "bytes": size}
+            whole = Manifest(**{**asdict(manifest), "files": files})
+            self._write_json(f"{_step(manifest.iteration)}.json", asdict(whole))
+            self._prune(whole)
+            return whole
+
+    def save_expert(self, index: int, tensors: dict[str, np.ndarray]) -> None:
+        """Write a finished expert; every later manifest of more than ``index`` experts names it.
+
+        Raises:
+            RunError: the store cannot be written.
+        """
+        with self._reaching("written", RunError):
+            digest, size = hashlib.sha256(), 0
+            for piece in pieces(tensors):
+                digest.update(piece)
+                size += len(piece)
+            path = f"experts/phase-{index + 1}-{digest.hexdigest()[:16]}.safetensors"
+            record = {"path": path, "sha256": digest.hexdigest(), "bytes": size}
+            if not self._is_whole(record):
+                self.store.write(path, pieces(tensors))
+            self._write_json(f"experts/phase-{index + 1}.json", record)
+            for name in self.store.listing("experts")[0]:  # left by a kill
+                if name.startswith(f"phase-{index + 1}-") and name.endswith(".part"):
+                    self.store.delete(f"experts/{name}")
+            self._experts[f"expert-{index}"] = record
+
+    def newest(self) -> Found:
+        """Return the newest whole manifest and its shards, every byte of them checked; broken ones are skipped.
+
+        Raises:
+            UserError: the store cannot be reached, or not be read by this user.
+        """
+        skipped: list[str] = []
+        with self._reaching("read", UserError):
+            for step in reversed(self._steps()):
+                try:
+                    manifest = self._manifest(step)
+                    shards = {name: self._shard(record) for name, record in manifest.files.items()}
+                except BROKEN as error:
+                    if not self.store.lost(error):
+                        raise
+                    why = one_line(error)
+                    skipped.append(f"checkpoint {self.store}/{_step(step)}.json is not whole and is skipped: {why}")
+                    continue
+                self._experts = {name: record for name, record in manifest.files.items() if name.startswith("expert-")}
+                return Found(manifest, shards, skipped)
+        return Found(None, {}, skipped)
+
+    def peek(self) -> Manifest | None:
+        """Return the newest manifest that can be read and whose shards have the right size; they are not read.
+
+        Raises:
+            UserError: the store cannot be reached, or not be read by this user.
+        """
+        with self._reaching("read", UserError):
+            for step in reversed(self._steps()):
+                try:
+                    manifest = self._manifest(step)
+                except BROKEN as error:
+                    if not self.store.lost(error):
+                        raise
+                    continue
+                records = manifest.files.values()
+                if self.store.sizes([record["path"] for record in records]) == [record["bytes"] for record in records]:
+                    return manifest
         return None
 
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file at the root, whole or not at all.
+
+        Raises:
+            UserError: the store cannot be written.
+        """
+        with self._reaching("written", UserError):
+            self.store.write(name, [text.encode()])
+
+    def read_text(self, name: str) -> str | None:
+        """Return a small file at the root; None if there is none.
+
+        Raises:
+            UserError: the store cannot be reached, or not be read by this user.
+        """
+        with self._reaching("read", UserError):
+            try:
+                return self.store.read(name).decode()
+            except FileNotFoundError:
+                return None
+
+    @contextmanager
+    def _reaching(self, what: str, kind: type[UserError] | type[RunError]) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            raise kind(f"{KEY}: {self.store} cannot be {what}: {one_line(error)}") from None
+
+    def _steps(self) -> list[int]:
+        """Return the steps that have a manifest, whole or not, the oldest first."""
+        files, _ = self.store.listing()
+        return sorted(int(found[1]) for name in files if (found := re.fullmatch(r"step-(\d{6,})\.json", name)))
+
+    def _manifest(self, step: int) -> Manifest:
+        manifest = _parse(self.store.read(f"{_step(step)}.json"))
+        if manifest.iteration != step:
+            raise ValueError(f"it is of iteration {manifest.iteration}")
+        return manifest
+
     def _shard(self, record: dict[str, Any]) -> dict[str, np.ndarray]:
-        content = self._read(record["path"])
-        if hashlib.sha256(content).hexdigest() != record["sha256"]:
-            raise ValueError(f"{record['path']}: checksum differs")
-        return safetensors.numpy.load(content)
+        return safetensors.numpy.load(self.store.read(record["path"], record))
 
-    def _manifests(self) -> list[str]:
-        entries = self.files.get_file_info(fs.FileSelector(self.root, allow_not_found=True))
-        return sorted(entry.base_name for entry in entries if entry.base_name.endswith(".json"))
+    def _expert(self, index: int, before: list[int]) -> dict[str, Any]:
+        """Return a finished expert's record.
 
-    def _prune(self, newest: str) -> None:
-        """Drop all but the last ``keep`` up to ``newest``; one after it was broken when the run went on from before."""
-        manifests = self._manifests()
-        keep = [path for path in manifests if path <= newest][-self.keep :]
-        kept = {path.removesuffix(".json") for path in keep}
-        for path in manifests:
-            if path not in keep:
-                self.files.delete_file(f"{self.root}/{path}")
-        for entry in self.files.get_file_info(fs.FileSelector(self.root)):
-            if entry.type == fs.FileType.Directory and entry.base_name not in kept:
-                self.files.delete_dir(entry.path)
+        The run's last manifest knows which expert the run is built on; ``experts/phase-K.json`` only at the end of
+        the expert's phase, when no manifest names it yet: a run that went back may have left another one there.
+        """
+        name = f"expert-{index}"
+        for step in reversed(before if name not in self._experts else []):
+            try:
+                self._experts[name] = self._manifest(step).files[name]
+                break
+            except BROKEN as error:
+                if not self.store.lost(error):
+                    raise
+        if name not in self._experts:
+            try:
+                record = json.loads(self.store.read(f"experts/phase-{index + 1}.json"))
+                _check_record(name, record)
+            except BROKEN as error:
+                if not self.store.lost(error):
+                    raise
+                raise RunError(f"{KEY}: {self.store} holds no expert of phase {index + 1}: {one_line(error)}") from None
+            self._experts[name] = record
+        return self._experts[name]
 
-    def _write(self, path: str, content: bytes) -> None:
-        """Write a file so that its name never shows half of it: object stores do so, elsewhere by a rename."""
-        target = f"{self.root}/{path}"
-        if not isinstance(self.files, fs.LocalFileSystem):
-            with self.files.open_output_stream(target) as stream:
-                stream.write(content)
-            return
-        self.files.create_dir(target.rpartition("/")[0])
-        with self.files.open_output_stream(f"{target}.part") as stream:
-            stream.write(content)
-        self.files.move(f"{target}.part", target)
+    def _is_whole(self, record: dict[str, Any]) -> bool:
+        try:
+            self.store.read(record["path"], record)
+        except (OSError, ValueError) as error:
+            if not self.store.lost(error):
+                raise
+            return False
+        return True
 
-    def _read(self, path: str) -> bytes:
-        with self.files.open_input_file(f"{self.root}/{path}") as stream:
-            return pa.py_buffer(stream.read()).to_pybytes()
+    def _prune(self, newest: Manifest) -> None:
+        """Drop all but the last ``keep`` up to ``newest``; one after it was broken when the run went on from before.
+
+        Only what an archive names so is dropped: the folder may be shared with other files.
+        """
+        steps = self._steps()
+        kept = [step for step in steps if step <= newest.iteration][-self.keep :]
+        for step in steps:
+            if step not in kept:
+                self.store.delete(f"{_step(step)}.json")
+        named, (files, folders) = {_step(step) for step in kept}, self.store.listing()
+        for name in files:  # left by a kill
+            if (part := re.fullmatch(r"step-(\d{6,})\.json\.part", name)) and int(part[1]) <= newest.iteration:
+                self.store.delete(name)
+        for name in folders:
+            if re.fullmatch(r"step-\d{6,}", name) and name not in named:
+                self.store.delete(name, folder=True)
+        if _step(newest.iteration) in folders:  # shards of a save that was repeated
+            ours = {record["path"] for record in newest.files.values()}
+            for name in self.store.listing(_step(newest.iteration))[0]:
+                if f"{_step(newest.iteration)}/{name}" not in ours:
+                    self.store.delete(f"{_step(newest.iteration)}/{name}")
+
+    def _write_json(self, path: str, tree: dict[str, Any]) -> None:
+        self.store.write(path, [json.dumps(tree, indent=1).encode()])
 
 
-class Archivist:
-    """An actor that writes checkpoints in the background, one at a time, on the node that has the run's folder."""
+def _step(iteration: int) -> str:
+    return f"step-{iteration:06d}"
 
-    def __init__(self, folder: str, keep: int) -> None:
-        self.folder = Path(folder)
-        self.archive = Archive(f"{folder}/checkpoints", keep)
 
-    def save(self, manifest: Manifest, names: list[str], *states: dict[str, np.ndarray]) -> Manifest:
-        """Write one manifest with the trainers' states, which come as object references."""
-        return self.archive.save(manifest, dict(zip(names, states, strict=True)))
+def _parse(content: bytes) -> Manifest:
+    """Read a manifest, believing nothing: what is not exactly one is a ValueError, TypeError or KeyError."""
+    tree = json.loads(content)
+    if not isinstance(tree, dict):
+        raise ValueError("it is not a record")
+    if tree.get("format") != FORMAT:
+        raise ValueError(f"format {tree.get('format')}, {FORMAT} expected")
+    manifest = Manifest(**tree)
+    for each in fields(Manifest):
+        value = getattr(manifest, each.name)
+        if each.name != "files" and (type(value) is not int or value < 0):
+            raise ValueError(f"{each.name} is {value!r}")
+    if not isinstance(manifest.files, dict):
+        raise ValueError("its files are not a record")
+    for name, record in manifest.files.items():
+        _check_record(name, record)
+    for index in range(manifest.experts):
+        if f"expert-{index}" not in manifest.files:
+            raise ValueError(f"it names no expert-{index}")
+    return manifest
 
-    def save_expert(self, index: int, weights: dict[str, np.ndarray]) -> None:
-        """Write a finished expert's weights where the run keeps them."""
-        path = expert_file(self.folder, index)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_bytes(safetensors.numpy.save({key: np.asarray(value, order="C") for key, value in weights.items()}))
-        part.replace(path)
+
+def _check_record(name: str, record: Any) -> None:
+    path = record["path"]
+    if not (isinstance(path, str) and isinstance(record["sha256"], str) and type(record["bytes"]) is int):
+        raise ValueError(f"{name}: not a record of a file")
+    if path.startswith("/") or ".." in path.split("/"):
+        raise ValueError(f"{name}: {path!r} leads out of the folder")

@@ -1,0 +1,91 @@
+"""The actor that writes checkpoints in the background and reads them back."""
+
+import hashlib
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import ray
+from ray import ObjectRef
+
+from raydmd.folders import expert_file
+from raydmd.runtime.manifest import Archive, Manifest
+from raydmd.runtime.shards import pieces
+from raydmd.runtime.storage import Store
+
+NICE = 10  # trainers on the same cores come first
+
+
+class Archivist:
+    """Writes one thing at a time, on the node that has the run's folder. It may be restarted at any moment.
+
+    Args:
+        folder: the run's folder, on this node.
+        uri: where manifests and shards go.
+        keep: how many manifests to keep.
+
+    Raises:
+        UserError: ``checkpoint.path: ...``: the URI cannot be used.
+    """
+
+    def __init__(self, folder: str, uri: str, keep: int) -> None:
+        os.nice(NICE)  # before Arrow starts its threads, which inherit it
+        self.folder = Path(folder)
+        self.archive = Archive(uri, keep)
+
+    def ready(self) -> str:
+        """Return where it writes, without what the URI says besides."""
+        return str(self.archive.store)
+
+    def save(self, manifest: Manifest, names: list[str], *states: dict[str, np.ndarray]) -> tuple[Manifest, float]:
+        """Write one manifest with the trainers' states, which come as object references.
+
+        Returns:
+            The manifest with its files, and the seconds it took.
+
+        Raises:
+            RunError: the store cannot be written.
+        """
+        since = time.perf_counter()
+        written = self.archive.save(manifest, dict(zip(names, states, strict=True)))
+        return written, time.perf_counter() - since
+
+    def save_expert(self, index: int, weights: dict[str, np.ndarray]) -> None:
+        """Write a finished expert's weights into the archive and where the run keeps them.
+
+        Raises:
+            RunError: the store cannot be written.
+        """
+        self.archive.save_expert(index, weights)
+        self._keep(index, weights)
+
+    def restore(self) -> tuple[Manifest | None, list[str], dict[str, ObjectRef]]:
+        """Read the newest whole manifest; write finished experts that the run's folder lacks.
+
+        Returns:
+            The manifest, if any; a line for each broken one that was skipped; its shards by name in Ray's object
+            store, owned by this actor: if it dies before they are used, ``restore`` again.
+
+        Raises:
+            UserError: the store cannot be reached.
+        """
+        found = self.archive.newest()
+        if found.manifest is None:
+            return None, found.skipped, {}
+        for index in range(found.manifest.experts):
+            name = f"expert-{index}"
+            if _sha256(expert_file(self.folder, index)) != found.manifest.files[name]["sha256"]:
+                self._keep(index, found.shards[name])
+        return found.manifest, found.skipped, {name: ray.put(found.shards.pop(name)) for name in list(found.shards)}
+
+    def _keep(self, index: int, weights: dict[str, np.ndarray]) -> None:
+        path = expert_file(self.folder, index).relative_to(self.folder)
+        Store(str(self.folder)).write(str(path), pieces(weights))
+
+
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
