@@ -1,5 +1,6 @@
 """File systems in which the process dies by SIGKILL at a chosen operation, and what the tests of checkpoints save."""
 
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -11,6 +12,7 @@ import numpy as np
 from pyarrow import fs
 
 from raydmd.runtime.manifest import Archive, Found, Manifest
+from raydmd.runtime.storage import Store
 
 
 def manifest(iteration: int, **changes: Any) -> Manifest:
@@ -162,3 +164,39 @@ class SaveExpert:
 
     def __call__(self, archive: Archive) -> None:
         archive.save_expert(self.index, expert(self.kind))
+
+
+def dying_here(folder: str, death: Death) -> Archive:
+    archive = Archive(folder, keep=2)
+    archive.store.files = DyingLocal()
+    archive.store.files.death = death
+    return archive
+
+
+def at(port: int, folder: str) -> str:
+    return f"s3://bucket/{folder}?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+
+
+def dying_there(port: int, folder: str, seen: bool, death: Death) -> Archive:
+    archive = Archive(at(port, folder), keep=2)
+    options = {"scheme": "http", "endpoint_override": f"127.0.0.1:{port}", "region": "us-east-1"}
+    archive.store.files, death.seen = DyingS3(**options), seen
+    archive.store.files.death = death
+    return archive
+
+
+class InPlace(Store):
+    """The negative control: what a store without care does, writing one checkpoint over the last."""
+
+    def write(self, path: str, content: Any) -> tuple[str, int]:
+        whole = b"".join(content)
+        target = f"{self.root}/{path.replace('step-000006', 'step-000004')}"
+        with self.files.open_output_stream(target) as stream:
+            stream.write(whole)
+        return hashlib.sha256(whole).hexdigest(), len(whole)
+
+
+def careless(folder: str, death: Death) -> Archive:
+    archive = dying_here(folder, death)
+    archive.store.__class__ = InPlace
+    return archive

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from mortal import Death, DyingLocal, Save, SaveExpert, expert, is_of, killed_at, manifest, same, shards
+from mortal import Save, SaveExpert, careless, dying_here, expert, is_of, killed_at, manifest, same, shards
 
 from raydmd.errors import RunError, UserError
 from raydmd.runtime.manifest import Archive, Found
 from raydmd.runtime.shards import CODES, PIECE, pieces
-from raydmd.runtime.storage import Store
 
 
 def saved(folder: Path, *iterations: int, keep: int = 2) -> Archive:
@@ -294,13 +293,6 @@ def test_a_damaged_expert_is_mended_when_it_is_saved_again(tmp_path: Path) -> No
 # --- death
 
 
-def local(folder: str, death: Death) -> Archive:
-    archive = Archive(folder, keep=2)
-    archive.store.files = DyingLocal()
-    archive.store.files.death = death
-    return archive
-
-
 REPEATED = Save(8, (7,))
 STORY = [
     Save(2), Save(4), SaveExpert(0, 7), Save(6, (7,), edge=True), REPEATED, Save(8, (7,)),
@@ -314,7 +306,7 @@ def test_a_kill_at_any_operation_leaves_the_last_whole_checkpoint_or_the_one_bef
     while True:
         last += 1
         folder, log = tmp_path / str(last), tmp_path / f"{last}.log"
-        died, done = killed_at(partial(local, str(folder)), STORY, last, log)
+        died, done = killed_at(partial(dying_here, str(folder)), STORY, last, log)
         if not died:
             break
         before = next((step for step in reversed(STORY[:done]) if isinstance(step, Save)), None)
@@ -344,23 +336,6 @@ def comes_to(step: Save, found: Found) -> bool:
         return step.is_there(found)
     except AssertionError:
         return False
-
-
-class InPlace(Store):
-    """The negative control: what a store without care does, writing one checkpoint over the last."""
-
-    def write(self, path: str, content: Any) -> tuple[str, int]:
-        whole = b"".join(content)
-        target = f"{self.root}/{path.replace('step-000006', 'step-000004')}"
-        with self.files.open_output_stream(target) as stream:
-            stream.write(whole)
-        return hashlib.sha256(whole).hexdigest(), len(whole)
-
-
-def careless(folder: str, death: Death) -> Archive:
-    archive = local(folder, death)
-    archive.store.__class__ = InPlace
-    return archive
 
 
 def test_an_archive_that_writes_over_its_last_checkpoint_does_lose_it(tmp_path: Path) -> None:
