@@ -1,9 +1,11 @@
 """What manifests cost: in a run's iterations, and in seconds to write and read them back.
 
     share_of_iteration      what manifests as the digits recipe has them (batch 256) add to the mean iteration, over the
-                            iteration without any; share_every_iteration: with one after every iteration
+                            iteration without any
+    share_every_iteration   the same with a manifest after every iteration; over the recipe's distance between manifests
+                            it is the steadier estimate of share_of_iteration (_over_every)
     bytes                   of the digits' states in one manifest
-    restore_seconds         to read them back, every byte checked
+    restore_seconds         to read them back from the system's cache of files, every byte checked
     large                   the same for a state made up of random numbers, 1 GB unless --gb says otherwise
 
 The shares are medians over rounds in which a run without manifests and runs with them take turns.
@@ -84,8 +86,9 @@ def main() -> None:
 
     seconds: dict[str, list[float]] = {}
     manifests: dict[str, int] = {}
-    for _ in range(options.rounds):
-        for key, every in (("without", NEVER), ("usual", usual), ("every_iteration", 1)):
+    kinds = [("without", NEVER), ("usual", usual), ("every_iteration", 1)]
+    for turn in range(options.rounds):
+        for key, every in kinds if turn % 2 == 0 else reversed(kinds):  # so that a drift of the machine cancels
             recipe = load_recipe("digits", [*settings, f"checkpoint.every={every}"])
             mean, manifests[key] = on_ray(recipe, folder, skip)
             seconds.setdefault(key, []).append(mean)
@@ -93,6 +96,7 @@ def main() -> None:
         shares = [with_them / without - 1 for with_them, without in zip(seconds[key], seconds["without"], strict=True)]
         figures[name] = statistics.median(shares)
         figures[f"{name}_range"] = [min(shares), max(shares)]
+    figures["share_every_iteration_over_every"] = figures["share_every_iteration"] / usual
     for key, values in seconds.items():
         figures[f"ms_{key}"] = 1e3 * statistics.median(values)
     figures["manifests"] = manifests  # those at the phases' ends, which a run without any has too, among them

@@ -205,6 +205,16 @@ def test_a_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch)
             Archive(at(silent.getsockname()[1], "run")).newest()
 
 
+def test_googles_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "ATTEMPTS", 1)
+    monkeypatch.setattr(storage, "SILENCE", 1.0)
+    archive = Archive(f"gs://anonymous@bucket/run?endpoint_override=127.0.0.1:{free_port()}&scheme=http")
+    for call, what in ((archive.newest, "read"), (partial(archive.write_text, "x", ""), "written")):
+        with pytest.raises(UserError, match=rf"^checkpoint\.path: gs://bucket/run cannot be {what}: ") as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
 def test_a_bucket_that_is_not_there(server: int) -> None:
     missing = at(server, "run").replace("s3://bucket/", "s3://nobodys/")
     with pytest.raises(UserError, match=r"^checkpoint\.path: s3://nobodys/run cannot be written: "):
