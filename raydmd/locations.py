@@ -45,12 +45,13 @@ def parse_location(uri: str) -> Location:
     scheme, colon, rest = uri.partition(":")
     if not uri.strip():
         raise UserError(f"{KEY}: it is empty")
-    if not colon or not (rest.startswith("//") or scheme.lower() in ("s3", "gs", "gcs", "file")):
+    if not colon or not ("://" in uri or scheme.lower() in ("s3", "gs", "gcs", "file")):
         return Location("file", uri, {})
     scheme = {"gcs": "gs"}.get(scheme.lower(), scheme.lower())
     if scheme not in OPTIONS:
-        said = f"unknown scheme '{scheme}'" if re.fullmatch(r"[a-z][a-z0-9+.-]{0,15}", scheme) else "not a URI"
-        raise UserError(f"{KEY}: {said}{nearest(scheme, OPTIONS)}")
+        if not rest.startswith("//") or not re.fullmatch(r"[a-z][a-z0-9+.-]{0,15}", scheme):
+            raise UserError(f"{KEY}: neither a path nor a URI, which begins file://, s3:// or gs://")
+        raise UserError(f"{KEY}: unknown scheme '{scheme}'{nearest(scheme, OPTIONS)}")
     if not rest.startswith("//"):
         raise UserError(f"{KEY}: a URI begins {scheme}://")
     if re.search(r"[\s\x00-\x1f#]", uri):

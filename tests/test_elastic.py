@@ -1,15 +1,10 @@
 """Workers of every role come and go while a run goes on, and it ends with the bits of one that nothing happened to."""
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
-from disturbed import Story, add_node, assert_bits_of_the_reference, kill_node, several_nodes
-
-from raydmd.config import Recipe
+from disturbed import Story, assert_bits_of_the_reference, several_nodes
 
 BOTH = {"generator": 1, "fake": 1, "teacher": 1}
 LONG = ["iterations=[6, 100000]", "checkpoint.every=10"]

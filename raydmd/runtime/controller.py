@@ -56,7 +56,7 @@ class Controller:
         self.next = self.committed = self.experts = self._fake_updates = 0
         self._announced = -1  # the phase of the last event
         self._began, self._stood = time.perf_counter(), False
-        self.finished = self.stopping = self._paired = self._previewed = self._owes_checkpoint = False
+        self.finished = self.stopping = self._paired = self._previewed = False
         self.elastic = Elastic(self.recipe, self.cluster, self.recorder, lambda: self.stopping)
         self._background: set[asyncio.Task[None]] = set()
         self._receipts: dict[int, list[ObjectRef]] = {}
@@ -74,11 +74,13 @@ class Controller:
         try:
             await asyncio.wait((watch, main), return_when=asyncio.FIRST_COMPLETED)
             await (watch if watch.done() else main)
+        except Stopped:
+            pass
         finally:
             for task in (watch, main):
                 task.cancel()
             await asyncio.gather(watch, main, return_exceptions=True)
-            if self._background and not main.cancelled() and main.exception() is None:
+            if self._background and main.done() and not main.cancelled() and main.exception() is None:
                 await asyncio.wait(self._background)
 
     async def _run(self) -> None:
@@ -136,7 +138,7 @@ class Controller:
             while self.next < end and not self._halted():
                 await self._change_workers(phase)
                 await self._iterate(phase, self.next)
-                if self.next < end and (self.next % self.recipe.checkpoint.every == 0 or self._owes_checkpoint):
+                if self.next < end and (self.next % self.recipe.checkpoint.every == 0 or self.elastic.owes_checkpoint):
                     self._checkpoint(phase.index)
             if self.next < end:  # stopped
                 self._checkpoint(phase.index)
@@ -161,7 +163,7 @@ class Controller:
         proposal = self._note(n, generators.produce("propose", n, inputs=self._draw(n, last - first)))
         generated = self._note(n, fakes.produce("score", last, inputs=proposal.results))
         self._prepare(phase, n + 1)
-        await asyncio.wait([asyncio.wrap_future(receipt.future()) for receipt in proposal.receipts])
+        await asyncio.gather(*proposal.receipts)
         real = self._note(n, await scorers.map("score", [(result,) for result in proposal.results]))
         self._note(n, generators.consume("update", n, inputs=[real.results, generated.results]))
         self._commits.put_nowait((phase.index, n))
@@ -251,14 +253,14 @@ class Controller:
         groups = {} if n in self.ends else self.cluster.groups
         at = {"generator": n, "fake": n * updates}
         states = [group.one("state", at[role]) for role, group in groups.items()]
-        self._owes_checkpoint = False
+        self.elastic.owes_checkpoint = False
 
         async def written() -> None:
             try:
                 whole, seconds = await self.cluster.archivist.save.remote(manifest, list(groups), *states)
             except RayError as error:
                 if own_fault(error) is None:  # somebody whose state it needed was lost
-                    self._owes_checkpoint = True
+                    self.elastic.owes_checkpoint = True
                     return
                 self.recorder.say(f"a checkpoint was not written: {cause_of(error)}")
                 self.recorder.event("checkpoint-failed", iteration=n, why=str(cause_of(error))[:300])

@@ -96,10 +96,13 @@ class Elastic:
     iteration_seconds: float = 0.0
     failures: int = 0
     rounds: int = 0
+    standing: bool = False  # all were of one state once
+    owes_checkpoint: bool = False
     _losses: list[dict[str, Any]] = field(default_factory=list)
     _since: float = 0.0
     _steps_lost: int = 0
     _how: str = ""
+    _leaving: set[str] = field(default_factory=set)
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -196,8 +199,11 @@ class Elastic:
         if self._agree(generator, fake):
             await self._rejoin(positions, best)
             self._how = self._how or "the survivors went on"
-            return Standing(generator.updates, fake.updates, None, True, False)
-        return await self._rewind()
+            standing = Standing(generator.updates, fake.updates, None, True, False)
+        else:
+            standing = await self._rewind()
+        self.standing = True
+        return standing
 
     async def _drop_steps(self) -> None:
         """Free everyone who waits for a peer, and have calls of the old formation refused."""
@@ -351,15 +357,19 @@ class Elastic:
         left = float("inf") if member.leaving is None else member.leaving - time.time()
         return left < PAUSE + 3 * self.iteration_seconds
 
+    def let_scorers_in(self) -> None:
+        """Let scorers that have arrived take part at once: they have no state."""
+        if self.standing:
+            self._let_in(self.cluster.crews["teacher"])
+
     def _let_in(self, crew: Crew) -> list[Member]:
         """Let those who have arrived be members."""
-        began = bool(crew.members)
         newcomers = crew.enlist()
         if newcomers:
             if crew.role == "teacher":
                 for member in newcomers:
                     self.cluster.scorers.add(member)
-            if began or self._losses:
+            if self.standing:
                 self._resized(crew, joined=newcomers)
         return newcomers
 
@@ -395,6 +405,14 @@ class Elastic:
         Args:
             draining: node id to time.time() of its end; infinity: no date was given.
         """
+        here = ray.get_runtime_context().get_node_id()
+        if here in draining and here not in self._leaving:
+            self._leaving.add(here)
+            self.owes_checkpoint = True
+            self.recorder.say(
+                "the driver's own node goes away; a checkpoint is written, from which the same command goes on"
+            )
+            self.recorder.event("notice", role="driver", node=here, iteration=self.committed)
         for role, crew in self.cluster.crews.items():
             for member in [*crew.members, *crew.arrived]:
                 end = draining.get(member.identity.node)

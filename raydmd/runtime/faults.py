@@ -41,7 +41,8 @@ def in_words(error: BaseException) -> str:
     for line in text.splitlines():
         line = line.strip()
         if "exit detail" in line or "Worker exit type" in line:
-            return line.partition(" Worker exit detail: ")[2].partition(". Some common")[0] or line
+            detail = line.partition(" Worker exit detail: ")[2].partition(". Some common")[0] or line
+            return "its process was killed or crashed" if "connection error code 2" in detail else detail
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         return type(cause).__name__

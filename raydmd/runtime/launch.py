@@ -16,6 +16,7 @@ from raydmd.data.embedded import EMBEDDED
 from raydmd.data.prompts import PromptTable, ensure_embedded_prompts
 from raydmd.errors import RunError, UserError
 from raydmd.folders import own_teacher
+from raydmd.locations import absolute_location
 from raydmd.methods.plan import plan_iterations, plan_phases
 from raydmd.runs import recipe_family, with_teacher
 from raydmd.runtime.cluster import checkpoints, connect, launch
@@ -110,6 +111,9 @@ def absolute(recipe: Recipe) -> Recipe:
         section = getattr(recipe, name)
         if section.path is not None and Path(section.path).exists():
             changes[name] = section.model_copy(update={"path": str(Path(section.path).resolve())})
+    if recipe.checkpoint.path is not None:
+        place = absolute_location(recipe.checkpoint.path)
+        changes["checkpoint"] = recipe.checkpoint.model_copy(update={"path": place})
     return recipe.model_copy(update=changes)
 
 
@@ -160,6 +164,10 @@ def prepare(recipe: Recipe, folder: Path, resume: str) -> int:
 
 
 def _same_recipe(kept: Recipe, given: Recipe, where: str) -> None:
+    if kept.checkpoint.path != given.checkpoint.path:
+        raise UserError(
+            f"{where}: its checkpoints are in {kept.checkpoint.path or 'its folder'}: set checkpoint.path so"
+        )
     ours, theirs = given.model_dump(mode="json"), kept.model_dump(mode="json")
     for key in ours:
         if key not in FREE and ours[key] != theirs[key]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import ray
 from ray._private.state import state
 
+from raydmd.errors import RunError
 from raydmd.runtime.crew import Crew, Member
-from raydmd.runtime.elastic import Elastic
+from raydmd.runtime.elastic import Elastic, Stopped
 from raydmd.runtime.workers import Pulse
 
 EVERY = 1.0
@@ -22,11 +23,14 @@ class Watch:
     elastic: Elastic
     _heard: dict[Member, float] = field(default_factory=dict)
     _said: dict[str, int] = field(default_factory=dict)
+    _without: float = 0.0
 
     async def run(self) -> None:
         """Look until cancelled.
 
         Raises:
+            Stopped: the run is to stop while it has no scorer.
+            RunError: no scorer came in time.
             ray.exceptions.RayError: a role's workers fail whenever they are started.
         """
         while True:
@@ -36,10 +40,19 @@ class Watch:
                     raise crew.failure
                 self._say_who_waits(crew)
             self.elastic.leave_nodes(await asyncio.to_thread(draining_nodes))
-            teachers = self.elastic.cluster.crews["teacher"]
-            if teachers.arrived and teachers.members:
-                self.elastic._let_in(teachers)
+            self.elastic.let_scorers_in()
+            self._give_up_waiting()
             await self._feel_pulses()
+
+    def _give_up_waiting(self) -> None:
+        """End a run that has waited for a scorer for too long, or is to stop meanwhile."""
+        teachers, runtime = self.elastic.cluster.crews["teacher"], self.elastic.recipe.runtime
+        if teachers.members or not self.elastic.standing:
+            self._without = time.monotonic()
+        elif self.elastic.stopping():
+            raise Stopped
+        elif time.monotonic() - self._without > runtime.placement_timeout:
+            raise RunError(f"no teacher came within {runtime.placement_timeout:g} s: it waits for {teachers.asks}")
 
     async def _feel_pulses(self) -> None:
         """Treat as dead who has not answered, or been in one call, for too long."""
