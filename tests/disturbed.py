@@ -14,6 +14,7 @@ import psutil
 import ray
 import torch
 from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
 from rich.console import Console
 
 import raydmd.runtime  # before Ray  # noqa: F401
@@ -39,6 +40,7 @@ def several_nodes(*nodes: dict[str, float]) -> Iterator[Cluster]:
     """Start a head and a node for each set of resources, all on loopback, and join them."""
     cluster = Cluster(
         initialize_head=True,
+        shutdown_at_exit=False,  # its hooks can be set in the main thread only, and nodes are added in others
         head_node_args={
             "num_cpus": 2, "object_store_memory": STORE, "include_dashboard": False,
             "_system_config": QUICK_HEALTH_CHECKS,
@@ -67,6 +69,22 @@ def kill_node(node: Any) -> None:
             process.kill()
         except psutil.NoSuchProcess:
             pass
+
+
+def drain(cluster: Cluster, node: Any, seconds: int) -> None:
+    """Tell Ray that a node will go away, as `ray drain-node` does."""
+    accepted, why = ray._raylet.GcsClient(address=cluster.address).drain_node(
+        node.node_id, autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "spot",
+        int((time.time() + seconds) * 1000),
+    )  # fmt: skip
+    assert accepted, why
+
+
+def on_node(node: Any) -> list[str]:
+    """The run's workers on a node that are there or on their way."""
+    actors = ray._private.state.actors().values()
+    there = [a["ActorClassName"] for a in actors if a["Address"]["NodeID"] == node.node_id and a["State"] != "DEAD"]
+    return [name for name in there if name in CLASSES.values()]
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 90.0, pause: float = 0.01) -> Any:
@@ -139,17 +157,21 @@ class Story:
         wait_until(is_complete)
         self.go_on(3)
 
-    def pids(self, role: str) -> list[int]:
-        """Processes of a role's workers that are up, oldest first."""
+    def processes(self, actor_class: str) -> list[psutil.Process]:
+        """The processes of an actor class that are up, oldest first."""
         found = []
         for process in psutil.Process().children(recursive=True):
             try:
                 title = (process.cmdline() or [""])[0]
-                if title.startswith(f"ray::{CLASSES[role]}") and "__init__" not in title:
-                    found.append((process.create_time(), process.pid))
+                if title.startswith(f"ray::{actor_class}") and "__init__" not in title:
+                    found.append(process)
             except psutil.Error:
                 continue
-        return [pid for _, pid in sorted(found)]
+        return sorted(found, key=lambda process: (process.create_time(), process.pid))
+
+    def pids(self, role: str) -> list[int]:
+        """The processes of a role's workers that are up, oldest first."""
+        return [process.pid for process in self.processes(CLASSES[role])]
 
     def kill(self, role: str, *which: int) -> None:
         """SIGKILL workers of a role, by age (0 the oldest)."""

@@ -1,26 +1,32 @@
 """Workers of every role come and go while a run goes on, and it ends with the bits of one that nothing happened to."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from disturbed import Story, assert_bits_of_the_reference, several_nodes
+from disturbed import Story, add_node, assert_bits_of_the_reference, drain, kill_node, on_node, several_nodes
 
-BOTH = {"generator": 1, "fake": 1, "teacher": 1}
+BOTH = {"generator", "fake", "teacher"}
 LONG = ["iterations=[6, 100000]", "checkpoint.every=10"]
 
 
-def workers(count: int) -> list[str]:
-    """Recipe settings: up to ``count`` workers a role, one a node."""
-    return [
-        f"runtime.{role}={{max_workers: {count}, cpus: 0, resources: {{{role}: 1}}}}"
-        for role in ("generator", "fake", "teacher")
-    ]
+def workers(count: int, *more: str, kind: str = "") -> list[str]:
+    """Recipe settings: up to ``count`` workers a role, one a node of this kind."""
+    roles = ("generator", "fake", "teacher")
+    settings = [f"runtime.{r}={{max_workers: {count}, cpus: 0, resources: {{{r}{kind}: 1}}}}" for r in roles]
+    return [*LONG, *settings, *more]
+
+
+def room(kind: str = "") -> dict[str, float]:
+    """The resources of a node for one worker of each role."""
+    return {f"{role}{kind}": 1 for role in BOTH}
 
 
 @pytest.fixture(scope="module")
 def nodes():
-    with several_nodes(BOTH, BOTH) as cluster:
+    with several_nodes(room(), room()) as cluster:
         yield cluster
 
 
@@ -55,8 +61,97 @@ def test_every_role_is_killed_at_any_moment(nodes: Any, quick: Any, prompts: Any
         assert story.lost_and_recovered(11)[-1]["steps_lost"] == 0
         story.complete()
 
-    story = Story(quick("ring", *LONG, *workers(2)), tmp_path / "run", plot).run()
+    story = Story(quick("ring", *workers(2)), tmp_path / "run", plot).run()
     assert story.finished is False
     assert_bits_of_the_reference(story, prompts)
     for event in story.events("worker-lost"):
         assert event["why"] and event["node"] and event["left"] in (0, 1)
+
+
+def test_helpers_are_killed(nodes: Any, quick: Any, prompts: Any, tmp_path: Path) -> None:
+    """The prompt stream, the archivist and the warden come back by themselves, and what they were asked is done."""
+
+    def plot(story: Story) -> None:
+        story.go_on(8)
+        for name in ("PromptStream", "Archivist", "Warden"):
+            (process,) = story.processes(name)
+            process.kill()
+            story.until(lambda name=name, old=process: [p for p in story.processes(name) if p.pid != old.pid])
+            story.go_on(15)  # over a checkpoint
+        story.kill("fake")  # and the warden is needed for this
+        story.lost_and_recovered(1)
+
+    story = Story(quick("ring", *workers(2)), tmp_path / "run", plot).run()
+    assert_bits_of_the_reference(story, prompts)
+    saved = [event["iteration"] for event in story.events("checkpoint")]
+    assert len(saved) == len(set(saved)) >= 4
+
+
+def test_a_stopped_process_is_treated_as_dead(nodes: Any, quick: Any, prompts: Any, tmp_path: Path) -> None:
+    """SIGSTOP: no connection closes, nobody is told; a scorer, then a trainer, for whom its peer waits."""
+
+    def plot(story: Story) -> None:
+        story.go_on(8)
+        for count, role in enumerate(("teacher", "fake", "generator"), start=1):
+            pid = story.pids(role)[0]
+            os.kill(pid, signal.SIGSTOP)
+            (recovered,) = story.lost_and_recovered(count)[-1:]
+            assert recovered["roles"] == [role] and recovered["steps_lost"] == 0
+            assert "did not answer for over 3 s" in story.events("worker-lost")[-1]["why"]
+            story.complete()
+
+    story = Story(quick("ring", *workers(2, "runtime.dead_after=3")), tmp_path / "run", plot).run()
+    assert_bits_of_the_reference(story, prompts)
+
+
+def test_nodes_vanish_and_appear(nodes: Any, quick: Any, prompts: Any, tmp_path: Path) -> None:
+    """A run begins with a worker a role, grows onto a node, loses a node with all roles at once, and grows again."""
+    add_node(nodes, room("-v"))
+
+    def plot(story: Story) -> None:
+        story.go_on(4)
+        assert {line["roles"][role]["workers"] for line in story.lines() for role in BOTH} == {1}
+        second = add_node(nodes, room("-v"))
+        story.complete()
+        assert {event["role"] for event in story.events("resized")} == BOTH
+        kill_node(second)
+        recoveries = story.lost_and_recovered(3)
+        assert {role for event in recoveries for role in event["roles"]} == BOTH
+        assert [event["steps_lost"] for event in recoveries] == [0] * len(recoveries)
+        story.go_on(5)
+        assert all(figures["workers"] == 1 for figures in story.lines()[-1]["roles"].values())
+        story.until(lambda: len(story.events("waiting")) >= 3)
+        add_node(nodes, room("-v"))
+        story.complete()
+
+    story = Story(quick("ring", *workers(2, kind="-v")), tmp_path / "run", plot).run()
+    assert story.events("started")[0]["workers"] == {"teacher": 1, "fake": 1, "generator": 1}
+    assert_bits_of_the_reference(story, prompts)
+
+
+def test_work_leaves_a_draining_node(nodes: Any, quick: Any, prompts: Any, tmp_path: Path) -> None:
+    """A notice for a node of each role's second worker; then for the only node, with nowhere to go until one comes."""
+    first, second = add_node(nodes, room("-d")), add_node(nodes, room("-d"))
+
+    def plot(story: Story) -> None:
+        story.go_on(8)
+        drain(nodes, second, seconds=600)
+        story.until(lambda: len(story.events("notice")) >= 3)
+        story.until(lambda: all(f["workers"] == 1 for f in story.lines()[-1]["roles"].values()))
+        story.until(lambda: not on_node(second))
+        kill_node(second)  # nobody minds
+        story.go_on(5)
+        assert story.events("worker-lost") == [] and story.events("recovered") == []
+        left = [event for event in story.events("resized") if event["left"]]
+        assert {event["role"] for event in left} == BOTH
+        # the last node: its trainers stay until the date is near, then the run waits, at no loss
+        drain(nodes, first, seconds=8)
+        story.until(lambda: len(story.events("worker-lost")) >= 2)
+        kill_node(first)
+        add_node(nodes, room("-d"))
+        story.until(lambda: story.events("recovered"))
+        assert [event["steps_lost"] for event in story.events("recovered")] == [0]
+        story.go_on(5)
+
+    story = Story(quick("ring", *workers(2, kind="-d")), tmp_path / "run", plot).run()
+    assert_bits_of_the_reference(story, prompts)

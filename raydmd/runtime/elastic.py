@@ -409,9 +409,7 @@ class Elastic:
         if here in draining and here not in self._leaving:
             self._leaving.add(here)
             self.owes_checkpoint = True
-            self.recorder.say(
-                "the driver's own node goes away; a checkpoint is written, from which the same command goes on"
-            )
+            self.recorder.say("the driver's own node goes away: a checkpoint is written, and the same command goes on")
             self.recorder.event("notice", role="driver", node=here, iteration=self.committed)
         for role, crew in self.cluster.crews.items():
             for member in [*crew.members, *crew.arrived]:
@@ -431,11 +429,11 @@ class Elastic:
                 self._leave_pool(crew)
 
     def _leave_pool(self, crew: Crew) -> None:
-        """Let scorers on leaving nodes go, but the last one only when it must or another is there."""
+        """Let scorers on leaving nodes go, but the last one only when another is there: it has nothing to lose."""
         leavers = [member for member in crew.members if member.leaving is not None]
         stay = len(crew.members) - len(leavers)
         for member in leavers:
-            if stay or self._must_go(member):
+            if stay:
                 self.cluster.scorers.remove(member)
                 crew.members.remove(member)
                 self._retire(crew, member, [])

@@ -165,9 +165,8 @@ def prepare(recipe: Recipe, folder: Path, resume: str) -> int:
 
 def _same_recipe(kept: Recipe, given: Recipe, where: str) -> None:
     if kept.checkpoint.path != given.checkpoint.path:
-        raise UserError(
-            f"{where}: its checkpoints are in {kept.checkpoint.path or 'its folder'}: set checkpoint.path so"
-        )
+        place = kept.checkpoint.path or "its folder"
+        raise UserError(f"{where}: its checkpoints are in {place}, and checkpoint.path says otherwise")
     ours, theirs = given.model_dump(mode="json"), kept.model_dump(mode="json")
     for key in ours:
         if key not in FREE and ours[key] != theirs[key]:

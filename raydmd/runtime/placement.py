@@ -92,4 +92,4 @@ async def wait_for_workers(crews: "Mapping[str, Crew]", timeout: float, say: Cal
 def _any_placed(actors: list[Any]) -> bool:
     """Whether Ray has found a node for one of these."""
     tables = (state.actor_table(actor._actor_id.hex(), None, None) for actor in actors)
-    return any(table.get("Address", {}).get("NodeID") for table in tables)
+    return any(table.get("Pid") for table in tables)

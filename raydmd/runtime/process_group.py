@@ -15,6 +15,10 @@ CONNECT = timedelta(seconds=60)
 LONGEST = timedelta(minutes=30)  # an all-reduce that was given up ends by this at the latest
 
 
+# What was given up is kept: gloo's destructor would wait for it, for as long as a stopped peer's connection is open.
+LEFT_BEHIND: list[Any] = []
+
+
 class StepDropped(Exception):
     """The call belongs to a step that was given up: a peer was lost, or the group is being formed anew."""
 
@@ -111,6 +115,7 @@ class ProcessGroup:
             result = begin(self._wake.set)
             self._wake.wait()
             if self._dropped:
+                LEFT_BEHIND.append((self._group, result))
                 raise StepDropped("the step was given up while its group reduced")
             return result()
         except RuntimeError as error:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import ray
 from ray._private.state import state
@@ -33,6 +34,14 @@ class Watch:
             RunError: no scorer came in time.
             ray.exceptions.RayError: a role's workers fail whenever they are started.
         """
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._every_second())
+                tasks.create_task(self._feel_pulses())
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+
+    async def _every_second(self) -> None:
         while True:
             await asyncio.sleep(EVERY)
             for crew in self.elastic.cluster.crews.values():
@@ -42,7 +51,6 @@ class Watch:
             self.elastic.leave_nodes(await asyncio.to_thread(draining_nodes))
             self.elastic.let_scorers_in()
             self._give_up_waiting()
-            await self._feel_pulses()
 
     def _give_up_waiting(self) -> None:
         """End a run that has waited for a scorer for too long, or is to stop meanwhile."""
@@ -57,23 +65,27 @@ class Watch:
     async def _feel_pulses(self) -> None:
         """Treat as dead who has not answered, or been in one call, for too long."""
         limit = self.elastic.recipe.runtime.dead_after
-        crews = self.elastic.cluster.crews.values()
-        members = [member for crew in crews for member in (*crew.members, *crew.arrived)]
-        try:
-            pulses = await self.elastic.cluster.warden.ask.remote(
-                [member.actor for member in members], "pulse", (), EVERY
-            )
-        except ray.exceptions.RayError:
-            return  # the warden itself was lost, and comes back
+        while True:
+            await asyncio.sleep(EVERY)
+            crews = self.elastic.cluster.crews.values()
+            members = [member for crew in crews for member in (*crew.members, *crew.arrived)]
+            actors = [member.actor for member in members]
+            try:
+                pulses = await self.elastic.cluster.warden.ask.remote(actors, "pulse", (), EVERY)
+            except ray.exceptions.RayError:
+                continue  # the warden itself was lost, and comes back
+            for member, pulse in zip(members, pulses, strict=True):
+                self._judge(member, pulse, limit)
+            self._heard = {member: when for member, when in self._heard.items() if member in members}
+
+    def _judge(self, member: Member, pulse: Any, limit: float) -> None:
         now = time.monotonic()
-        for member, pulse in zip(members, pulses, strict=True):
-            if isinstance(pulse, Pulse):
-                self._heard[member] = now
-                if pulse.seconds > limit and not pulse.waiting:
-                    self.elastic.lost(member, f"in one call ({pulse.method}) for over {limit:g} s")
-            elif now - self._heard.setdefault(member, now) > limit:
-                self.elastic.lost(member, f"did not answer for over {limit:g} s")
-        self._heard = {member: when for member, when in self._heard.items() if member in members}
+        if isinstance(pulse, Pulse):
+            self._heard[member] = now
+            if pulse.seconds > limit and not pulse.waiting:
+                self.elastic.lost(member, f"in one call ({pulse.method}) for over {limit:g} s")
+        elif now - self._heard.setdefault(member, now) > limit:
+            self.elastic.lost(member, f"did not answer for over {limit:g} s")
 
     def _say_who_waits(self, crew: Crew) -> None:
         """Tell which role waits for what, once for each number of workers."""
