@@ -115,7 +115,6 @@ def test_a_run_distils_on_nodes_that_come_for_it(
     quick, prompts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The head has room for the trainers alone; each teacher asks for a spot node that is not there yet."""
-    monkeypatch.setenv("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")  # else Ray Data starts 32 processes for one file
     recipe = quick(
         "digits", "runtime.generator.cpus=0.5", "runtime.fake.cpus=0.5",
         f"runtime.teacher={{max_workers: 2, cpus: 3, labels: {{{MARKET}: spot}}}}",

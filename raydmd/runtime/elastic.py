@@ -102,6 +102,7 @@ class Elastic:
     _since: float = 0.0
     _steps_lost: int = 0
     _how: str = ""
+    _last: str = ""
     _leaving: set[str] = field(default_factory=set)
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
@@ -126,7 +127,8 @@ class Elastic:
             self.cluster.scorers.remove(member)
             self._how = self._how or "others took its micro-batches"
         crew.strike(member)
-        self.recorder.say(f"lost {member.name}: {why}")
+        self._last = f"{member.name}: {why}"
+        self.recorder.say(f"lost {self._last}")
         self.recorder.event(
             "worker-lost", role=member.role, worker=member.number, node=member.identity.node, why=why,
             left=len(crew.members), iteration=self.committed,
@@ -162,8 +164,11 @@ class Elastic:
                 "failed", why=str(cause_of(fault)).strip()[:300], tries=self.failures, iteration=self.committed
             )
         most = self.recipe.runtime.max_failures
-        if self.failures >= most or self.rounds >= LOSSES_PER_FAILURE * most:
-            raise fault or errors[0]
+        if self.failures >= most:
+            assert fault is not None
+            raise fault
+        if self.rounds >= LOSSES_PER_FAILURE * most:
+            raise RunError(f"workers were lost {self.rounds} times without a step between, the last time {self._last}")
 
     def measure(self, receipts: list[Receipt]) -> None:
         """Learn trainers' speeds from an iteration's receipts, for their shares of the batch."""

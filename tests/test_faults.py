@@ -1,0 +1,147 @@
+"""A worker's own fault ends the run after some tries, with the error; the cluster's fault does not."""
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from disturbed import Story, assert_bits_of_the_reference
+from rich.console import Console
+
+import raydmd.runtime  # before Ray  # noqa: F401
+from raydmd.errors import RunError
+from raydmd.folders import read_lines
+from raydmd.methods.fake import Fake
+from raydmd.methods.generator import Generator
+from raydmd.methods.scorer import Scorer
+from raydmd.runtime.faults import cause_of, own_fault
+from raydmd.runtime.launch import distill
+from raydmd.runtime.workers import PARTS, make_part
+
+
+@pytest.fixture(scope="module")
+def here():
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not have this file
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    yield
+    ray.shutdown()
+
+
+class Faulty:
+    """A role's part that misbehaves at one method from its n-th call on, counted over all workers in a file."""
+
+    def __init__(self, part: Any, method: str, at: int, what: str, folder: str, times: int) -> None:
+        self.part, self.method, self.at, self.what, self.times = part, method, at, what, times
+        self.file = Path(folder) / "calls"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.part, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "what" in self.__dict__ and name in vars(self.part):
+            setattr(self.part, name, value)
+        else:
+            object.__setattr__(self, name, value)
+
+    def call(self, *arguments: Any) -> Any:
+        with self.file.open("a") as file:
+            file.write(".")
+        calls = self.file.stat().st_size
+        if self.at <= calls < self.at + self.times:
+            if self.what == "memory":
+                raise MemoryError("tried to allocate 80 GiB")
+            if self.what == "exit":
+                os._exit(1)
+            raise KeyError("no such layer: blocks.7")
+        return getattr(self.part, self.method)(*arguments)
+
+
+def make_faulty(
+    kind: type, method: str, at: int, what: str, folder: str, times: int, recipe: Any, device: str
+) -> Faulty:
+    faulty = Faulty(make_part(kind, recipe, device), method, at, what, folder, times)
+    object.__setattr__(faulty, method, faulty.call)
+    return faulty
+
+
+def fail_to_start(recipe: Any, device: str) -> Any:
+    raise RuntimeError("cannot load weights: shape mismatch")
+
+
+@pytest.mark.parametrize(
+    ("role", "kind", "method", "what", "words"),
+    [
+        ("generator", Generator, "propose", "memory", "tried to allocate 80 GiB"),
+        ("teacher", Scorer, "score", "error", "no such layer: blocks.7"),
+    ],
+)
+def test_an_error_that_comes_again_ends_the_run_with_it(
+    here: None, quick: Any, tmp_path: Path, role: str, kind: type, method: str, what: str, words: str
+) -> None:
+    recipe = quick("ring", "iterations=[6, 6]", "runtime.fake.max_workers=2")
+    parts = {**PARTS, role: partial(make_faulty, kind, method, 12, what, str(tmp_path), 10**6)}
+    with pytest.raises(RunError) as caught:
+        distill(recipe, tmp_path / "run", console=Console(quiet=True), parts=parts)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert words in (tmp_path / "run/error.txt").read_text()
+    calls = len((tmp_path / "calls").read_text())
+    assert 12 + 2 <= calls <= 12 + 3 * 8  # as often as it may be tried: not once, and not for ever
+    events = read_lines(tmp_path / "run/events.jsonl")
+    if role != "teacher":
+        assert [event["tries"] for event in events if event["event"] == "failed"] == [1, 2, 3]
+    assert read_lines(tmp_path / "run/metrics.jsonl")  # steps before it were made
+
+
+def test_an_error_that_passes_is_borne(here: None, quick: Any, prompts: Any, tmp_path: Path) -> None:
+    """Twice in a row, then never again: the steps are made anew, with the same bits."""
+    recipe = quick("ring", "iterations=[6, 100000]", "runtime.fake.max_workers=2")
+    parts = {**PARTS, "fake": partial(make_faulty, Fake, "update", 14, "error", str(tmp_path), 2)}
+    story = Story(recipe, tmp_path / "run", lambda story: story.go_on(15), parts=parts).run()
+    assert [event["tries"] for event in story.events("failed")] in ([1], [1, 2])
+    assert all(event["steps_lost"] == 0 for event in story.events("recovered"))
+    assert_bits_of_the_reference(story, prompts)
+
+
+def test_a_worker_that_always_dies_ends_the_run(here: None, quick: Any, tmp_path: Path) -> None:
+    recipe = quick("ring", "iterations=[6, 6]", "runtime.max_failures=1")
+    parts = {**PARTS, "generator": partial(make_faulty, Generator, "propose", 3, "exit", str(tmp_path), 10**6)}
+    with pytest.raises(RunError, match="lost 4 times without a step between, the last time generator 3: its process was"):
+        distill(recipe, tmp_path / "run", console=Console(quiet=True), parts=parts)
+    lost = [e for e in read_lines(tmp_path / "run/events.jsonl") if e["event"] == "worker-lost"]
+    assert len(lost) == 4 and all(event["role"] == "generator" for event in lost)
+
+
+def test_a_worker_that_cannot_start_ends_the_run(here: None, quick: Any, tmp_path: Path) -> None:
+    recipe = quick("ring", "runtime.max_failures=2")
+    with pytest.raises(RunError, match="cannot load weights: shape mismatch"):
+        distill(recipe, tmp_path / "run", console=Console(quiet=True), parts={**PARTS, "teacher": fail_to_start})
+
+
+def test_whose_fault_an_error_is(here: None) -> None:
+    class Actor:
+        def fail(self) -> None:
+            raise KeyError("mine")
+
+        def take(self, value: Any) -> Any:
+            return value
+
+        def die(self) -> None:
+            os._exit(1)
+
+    first, second = ray.remote(Actor).remote(), ray.remote(Actor).remote()
+
+    def error(reference: Any) -> Exception:
+        with pytest.raises(ray.exceptions.RayError) as caught:
+            ray.get(reference)
+        return caught.value
+
+    mine = error(first.fail.remote())
+    assert isinstance(own_fault(mine), KeyError) and isinstance(cause_of(mine), KeyError)
+    dead = error(second.die.remote())
+    assert own_fault(dead) is None
+    through = error(first.take.remote(second.take.remote(1)))  # an innocent who was to take a dead one's result
+    assert own_fault(through) is None
+    ray.kill(first)
