@@ -1,6 +1,5 @@
 """Joining a Ray cluster, or starting one on this machine, and bringing a run's actors up on it."""
 
-import asyncio
 import logging
 import os
 import socket
@@ -13,10 +12,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydmd.config import Recipe
 from raydmd.errors import UserError
+from raydmd.runtime.actors import Cluster
 from raydmd.runtime.archivist import Archivist
 from raydmd.runtime.controller import micro_batches
 from raydmd.runtime.crew import Crew
-from raydmd.runtime.elastic import Cluster
 from raydmd.runtime.groups import TrainerGroup
 from raydmd.runtime.placement import wait_for_helpers, wait_for_workers
 from raydmd.runtime.pool import ScorerPool

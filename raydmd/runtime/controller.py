@@ -12,7 +12,8 @@ from ray.exceptions import RayError
 
 from raydmd.config import Recipe
 from raydmd.methods.phase import Phase
-from raydmd.runtime.elastic import Cluster, Elastic, Stopped
+from raydmd.runtime.actors import Cluster
+from raydmd.runtime.elastic import Elastic, Stopped
 from raydmd.runtime.faults import cause_of, own_fault
 from raydmd.runtime.groups import Call
 from raydmd.runtime.manifest import Manifest
@@ -138,7 +139,9 @@ class Controller:
             while self.next < end and not self._halted():
                 await self._change_workers(phase)
                 await self._iterate(phase, self.next)
-                if self.next < end and (self.next % self.recipe.checkpoint.every == 0 or self.elastic.owes_checkpoint):
+                if self.next < end and (
+                    self.next % self.recipe.checkpoint.every == 0 or self.elastic.progress.owes_checkpoint
+                ):
                     self._checkpoint(phase.index)
             if self.next < end:  # stopped
                 self._checkpoint(phase.index)
@@ -233,8 +236,8 @@ class Controller:
             "generator": Position(phase.index, self.next),
             "fake": Position(phase.index, self._fake_updates),
         }
-        self._expect(self.elastic.edge(at))
-        if self.elastic.must_pause():
+        self._expect(self.elastic.resizing.edge(at))
+        if self.elastic.resizing.must_pause():
             await self._checkpoint(phase.index)
             raise StepDropped("the last worker of a role has to leave its node")
 
@@ -253,14 +256,14 @@ class Controller:
         groups = {} if n in self.ends else self.cluster.groups
         at = {"generator": n, "fake": n * updates}
         states = [group.one("state", at[role]) for role, group in groups.items()]
-        self.elastic.owes_checkpoint = False
+        self.elastic.progress.owes_checkpoint = False
 
         async def written() -> None:
             try:
                 whole, seconds = await self.cluster.archivist.save.remote(manifest, list(groups), *states)
             except RayError as error:
                 if own_fault(error) is None:  # somebody whose state it needed was lost
-                    self.elastic.owes_checkpoint = True
+                    self.elastic.progress.owes_checkpoint = True
                     return
                 self.recorder.say(f"a checkpoint was not written: {cause_of(error)}")
                 self.recorder.event("checkpoint-failed", iteration=n, why=str(cause_of(error))[:300])

@@ -48,14 +48,14 @@ class Watch:
                 if crew.failure is not None:
                     raise crew.failure
                 self._say_who_waits(crew)
-            self.elastic.leave_nodes(await asyncio.to_thread(draining_nodes))
-            self.elastic.let_scorers_in()
+            self.elastic.resizing.leave_nodes(await asyncio.to_thread(draining_nodes))
+            self.elastic.resizing.let_scorers_in()
             self._give_up_waiting()
 
     def _give_up_waiting(self) -> None:
         """End a run that has waited for a scorer for too long, or is to stop meanwhile."""
         teachers, runtime = self.elastic.cluster.crews["teacher"], self.elastic.recipe.runtime
-        if teachers.members or not self.elastic.standing:
+        if teachers.members or not self.elastic.progress.standing:
             self._without = time.monotonic()
         elif self.elastic.stopping():
             raise Stopped
