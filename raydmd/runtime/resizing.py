@@ -86,6 +86,7 @@ class Resizing:
         return False
 
     def must_go(self, member: Member) -> bool:
+        """Whether the time of a worker's node is nearly over."""
         left = float("inf") if member.leaving is None else member.leaving - time.time()
         return left < PAUSE + 3 * self.progress.iteration_seconds
 
