@@ -5,6 +5,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from heapq import heapify, heapreplace
+from itertools import accumulate
 from typing import Any
 
 from ray import ObjectRef
@@ -15,6 +17,9 @@ from raydmd.runtime.groups import Call
 
 DEPTH = 2  # micro-batches that a worker holds at once, so that it need not wait for the next to arrive
 MEMORY = 0.5  # weight of the newest measurement in a worker's seconds a micro-batch
+LATE = 3.0  # an idle worker does again what its holder needs more than this many times as long for...
+GRACE = 0.1  # ...and this many seconds: messages may be late, too
+RESTED = 20  # batches without work after which a worker's speed is measured anew, on something that another does, too
 
 
 @dataclass(eq=False)
@@ -23,29 +28,27 @@ class _Job:
     arguments: tuple[Any, ...]
     answer: asyncio.Future[tuple[ObjectRef, ObjectRef]]
     failures: int = 0
+    again: bool = False  # a second worker was given it
 
 
 @dataclass(eq=False)
 class _Seat:
-    """A worker's place: what it holds, oldest first, and how long it takes for one."""
+    """A worker's place: what it holds, oldest first, since when it has the oldest, and how long each method takes."""
 
     member: Member
     held: list[_Job] = field(default_factory=list)
-    seconds: float | None = None
     begun: float = 0.0
-
-    def next_done(self, now: float, guess: float) -> float:
-        """Return in how many seconds one more micro-batch would be done here."""
-        each = guess if self.seconds is None else self.seconds
-        first = max(0.0, each - (now - self.begun)) if self.held else 0.0
-        return first + each * max(len(self.held) - 1, 0) + each
+    seconds: dict[str, float] = field(default_factory=dict)
+    rested: int = 0  # batches since it was given anything
+    leaving: bool = False
 
 
 class ScorerPool:
     """Hands each micro-batch to the worker that will be done with it first.
 
     A fast worker so takes more, and at the end of a batch a slow one is not given what a fast one would finish
-    sooner. A lost worker's micro-batches go to the others; its late answers are dropped.
+    sooner. A lost worker's micro-batches go to the others, and what one is very late with is done again by an idle
+    one; the first answer counts, for all would be the same.
 
     Args:
         tries: failures of a micro-batch by workers' own fault after which the error is raised.
@@ -57,11 +60,12 @@ class ScorerPool:
         self._seats: list[_Seat] = []
         self._queue: deque[_Job] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._look_again: asyncio.TimerHandle | None = None
 
     @property
     def members(self) -> list[Member]:
         """Who takes work."""
-        return [seat.member for seat in self._seats]
+        return [seat.member for seat in self._open()]
 
     @property
     def depth(self) -> int:
@@ -70,7 +74,7 @@ class ScorerPool:
 
     def holds(self, member: Member) -> bool:
         """Whether a worker, in the pool or leaving it, still works on something."""
-        return any(task.get_name() == member.name for task in self._tasks)
+        return any(seat.held for seat in self._seats if seat.member is member)
 
     def add(self, member: Member) -> None:
         """Let a worker take part from now on."""
@@ -79,7 +83,8 @@ class ScorerPool:
 
     def remove(self, member: Member) -> None:
         """Give a worker nothing more; what it holds, it may finish."""
-        self._seats = [seat for seat in self._seats if seat.member is not member]
+        for seat in self._seats:
+            seat.leaving |= seat.member is member
         self._hand_out()
 
     async def map(self, method: str, inputs: list[tuple[Any, ...]]) -> Call:
@@ -99,56 +104,113 @@ class ScorerPool:
                 job.answer.cancel()
             self._queue = deque(job for job in self._queue if job not in jobs)
             raise
+        for seat in self._seats:
+            seat.rested += 1
         return Call([result for result, _ in answers], [receipt for _, receipt in answers])
 
+    # who takes what
+
+    def _open(self) -> list[_Seat]:
+        return [seat for seat in self._seats if not seat.leaving]
+
     def _hand_out(self) -> None:
-        while self._queue and (seat := self._taker()) is not None:
-            job = self._queue.popleft()
-            if not seat.held:
-                seat.begun = time.monotonic()
-            seat.held.append(job)
-            call = getattr(seat.member.actor, job.method).options(num_returns=2)
-            result, receipt = call.remote(*job.arguments)
-            task = asyncio.create_task(self._finish(seat, job, result, receipt), name=seat.member.name)
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        self._seats = [seat for seat in self._seats if seat.held or not seat.leaving]
+        while self._queue and (seat := self._taker(self._queue[0].method)) is not None:
+            self._give(seat, self._queue.popleft())
+        self._do_again()
 
-    def _taker(self) -> _Seat | None:
-        """Return who would be done first with one more; None if that worker's hands are full."""
-        if not self._seats:
-            return None
-        now = time.monotonic()
-        known = [seat.seconds for seat in self._seats if seat.seconds is not None]
-        guess = sum(known) / len(known) if known else 1.0
-        best = min(self._seats, key=lambda seat: (seat.next_done(now, guess), len(seat.held)))
-        return best if len(best.held) < DEPTH else None
+    def _give(self, seat: _Seat, job: _Job) -> None:
+        if not seat.held:
+            seat.begun = time.monotonic()
+        seat.held.append(job)
+        seat.rested = 0
+        task = asyncio.create_task(self._work(seat, job))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    async def _finish(self, seat: _Seat, job: _Job, result: ObjectRef, receipt: ObjectRef) -> None:
+    def _known(self, method: str) -> list[float]:
+        return [seat.seconds[method] for seat in self._seats if method in seat.seconds]
+
+    def _each(self, seat: _Seat, method: str) -> float:
+        """Return a worker's seconds for one call: its own as measured, else the mean of those measured."""
+        known = self._known(method) or [1.0]
+        return seat.seconds.get(method, sum(known) / len(known))
+
+    def _due(self, seat: _Seat) -> list[float]:
+        """Return in how many seconds each thing that a worker holds will be done; what is overdue, ever later."""
+        costs = [self._each(seat, job.method) for job in seat.held]
+        if costs:
+            costs[0] = abs(costs[0] - (time.monotonic() - seat.begun))
+        return list(accumulate(costs))
+
+    def _taker(self, method: str) -> _Seat | None:
+        """Go through the queue, each micro-batch to who is done first; return the first who can have one at once.
+
+        None: all would be done sooner by those whose hands are full.
+        """
+        seats = self._open()
+        each = [self._each(seat, method) for seat in seats]
+        done = [(sum(self._due(seat)[-1:]) + cost, n) for n, (seat, cost) in enumerate(zip(seats, each, strict=True))]
+        heapify(done)
+        for _ in self._queue if seats else ():
+            when, n = done[0]
+            if len(seats[n].held) < DEPTH:
+                return seats[n]
+            heapreplace(done, (when + each[n], n))
+        return None
+
+    def _do_again(self) -> None:
+        """Give idle workers, once, what others are late with; look again while anybody might become late."""
+        if self._look_again is not None:
+            self._look_again.cancel()
+        held = [(due, job) for seat in self._seats for due, job in zip(self._due(seat), seat.held, strict=True)]
+        once = [(due, job) for due, job in held if not (job.again or job.answer.done()) and self._known(job.method)]
+        once.sort(key=lambda entry: entry[0])
+        idle = [seat for seat in self._open() if not seat.held]
+        if idle and (once or self._queue):
+            self._look_again = asyncio.get_running_loop().call_later(GRACE, self._hand_out)
+        for seat in idle if not self._queue else ():
+            if once and (seat.rested >= RESTED or once[-1][0] > GRACE + LATE * self._each(seat, once[-1][1].method)):
+                job = once.pop()[1]
+                job.again = True
+                if seat.rested >= RESTED:
+                    seat.seconds.pop(job.method, None)
+                self._give(seat, job)
+
+    # what comes back
+
+    async def _work(self, seat: _Seat, job: _Job) -> None:
         try:
+            result, receipt = getattr(seat.member.actor, job.method).options(num_returns=2).remote(*job.arguments)
             cost = await receipt
         except Exception as error:
-            seat.held.remove(job)
+            self._let_go(seat, job)
             self._failed(seat, job, error)
         else:
-            seat.held.remove(job)
-            newest = cost.busy_seconds
-            seat.seconds = newest if seat.seconds is None else MEMORY * newest + (1 - MEMORY) * seat.seconds
-            seat.member.speed = 1 / max(seat.seconds, 1e-9)
-            seat.begun = time.monotonic()
+            newest = max(cost.busy_seconds, self._let_go(seat, job))
+            seat.seconds[job.method] = MEMORY * newest + (1 - MEMORY) * seat.seconds.get(job.method, newest)
+            seat.member.speed = 1 / max(seat.seconds[job.method], 1e-9)
             if not job.answer.done():
                 job.answer.set_result((result, receipt))
         self._hand_out()
 
+    @staticmethod
+    def _let_go(seat: _Seat, job: _Job) -> float:
+        """Take back what a worker held; return its seconds for it, messages' included."""
+        seat.held.remove(job)
+        took, seat.begun = time.monotonic() - seat.begun, time.monotonic()
+        return took
+
     def _failed(self, seat: _Seat, job: _Job, error: Exception) -> None:
-        gone = is_gone(error)
-        if gone and seat in self._seats:
+        gone, fault = is_gone(error), own_fault(error) is not None
+        if gone and not seat.leaving:
             self.remove(seat.member)
             self.lost(seat.member, error)
         if job.answer.done():
             return
-        if own_fault(error) is not None:
-            job.failures += 1
-        if job.failures >= self.tries or not (gone or own_fault(error) is not None):
+        job.failures += fault
+        if job.failures >= self.tries or not (gone or fault):
             job.answer.set_exception(error)  # for ever its own fault, or what it was to score is lost
-        else:
+        elif not any(job in other.held for other in self._seats):
+            job.again = False
             self._queue.appendleft(job)

@@ -1,0 +1,165 @@
+"""How well the scorer pool keeps workers of unequal speed busy: work done a second over the sum of their speeds.
+
+Real actors whose scoring sleeps for a calibrated time; messages of the digits recipe's shapes at a batch of 4096 cut
+into 64 micro-batches. The pool does not know the speeds when it starts.
+
+    efficiency_uneven       workers of speed 1, 1 and 3: median over batches of 64 micro-batches after the first
+    efficiency_even_cut     the same with a third of each batch for every worker: what the pool is compared with
+    efficiency_by_workers   1 to 8 workers of equal speed, 8 micro-batches each
+    uneven                  efficiency by micro-batches a batch: the first batch, and the median of the others
+
+    python benchmarks/scoring_balance.py --json scoring_balance.json
+"""
+
+import asyncio
+import statistics
+import time
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import ray
+import torch
+from common import arguments, finish
+
+from raydmd.config import Recipe, load_recipe
+from raydmd.methods.batch import Noised, Score, Stamp
+from raydmd.runtime.crew import Member
+from raydmd.runtime.pool import ScorerPool
+from raydmd.runtime.wire import to_wire
+from raydmd.runtime.workers import BESIDE, TeacherWorker
+
+SAMPLES = 64  # a micro-batch
+UNEVEN = (1.0, 1.0, 3.0)
+Inputs = list[tuple[Any, ...]]
+
+
+class Sleeper:
+    """A teacher's part whose scoring sleeps for some seconds."""
+
+    def __init__(self, recipe: Recipe, device: str, seconds: float) -> None:
+        self.seconds = seconds
+
+    def score(self, proposal: Noised) -> Score:
+        time.sleep(self.seconds)
+        return Score(proposal.stamp, proposal.x_t)
+
+
+def start(recipe: Recipe, seconds: list[float]) -> list[Member]:
+    """Start a worker for each of these seconds a micro-batch."""
+    remote: Any = ray.remote
+    kind = remote(concurrency_groups={BESIDE: 1}, num_cpus=0)(TeacherWorker)
+    actors = [kind.remote(recipe, n, 1, "cpu", partial(Sleeper, seconds=each)) for n, each in enumerate(seconds)]
+    identities = ray.get([actor.ready.remote() for actor in actors])
+    return [Member("teacher", n, actor, found) for n, (actor, found) in enumerate(zip(actors, identities, strict=True))]
+
+
+def stop(members: list[Member]) -> None:
+    """End workers."""
+    for member in members:
+        ray.kill(member.actor)
+
+
+def proposals(count: int) -> Inputs:
+    """Return references to micro-batches of digits, as the generator gives them."""
+    generator = torch.Generator().manual_seed(0)
+    inputs: Inputs = []
+    for n in range(count):
+        x_t = torch.randn(SAMPLES, 1, 8, 8, generator=generator)
+        t = torch.full((SAMPLES,), 0.7, dtype=torch.float64)
+        labels = {"label": torch.randint(0, 10, (SAMPLES,), generator=generator)}
+        inputs.append((ray.put(to_wire(Noised(Stamp(0, 0, n * SAMPLES, 0), x_t, t, labels))),))
+    return inputs
+
+
+async def by_pool(pool: ScorerPool, inputs: Inputs) -> Counter[int]:
+    """Score a batch with the pool; return who made how many."""
+    call = await pool.map("score", inputs)
+    return Counter(receipt.worker for receipt in await asyncio.gather(*call.receipts))
+
+
+async def by_even_cut(members: list[Member], inputs: Inputs) -> Counter[int]:
+    """Score a batch of which every worker gets an equal part at once."""
+    receipts = []
+    for n, each in enumerate(inputs):
+        member = members[n % len(members)]
+        _, receipt = member.actor.score.options(num_returns=2).remote(*each)
+        receipts.append(receipt)
+    return Counter(receipt.worker for receipt in await asyncio.gather(*receipts))
+
+
+async def efficiencies(score: Any, speed: float, count: int, batches: int) -> tuple[list[float], Counter[int]]:
+    """Return each batch's efficiency, for workers that make ``speed`` micro-batches a second, and the last shares."""
+    found = []
+    for _ in range(batches):
+        inputs = proposals(count)
+        since = time.perf_counter()
+        shares = await score(inputs)
+        found.append(count / (time.perf_counter() - since) / speed)
+        await asyncio.sleep(0.3)  # what somebody may still hold of the last batch is not this one's
+    return found, shares
+
+
+async def uneven(recipe: Recipe, options: Any) -> dict[str, Any]:
+    """Measure workers of speeds 1, 1 and 3, for each size of batch with a pool that knows nothing yet."""
+    seconds = [options.seconds / speed for speed in UNEVEN]
+    speed = sum(1 / each for each in seconds)
+    members = start(recipe, seconds)
+    figures: dict[str, Any] = {"uneven": {}}
+    for count in (16, 32, 64):
+        pool = ScorerPool(3)
+        for member in members:
+            pool.add(member)
+        made, shares = await efficiencies(partial(by_pool, pool), speed, count, options.batches)
+        figures["uneven"][str(count)] = {
+            "first": made[0], "median": statistics.median(made[1:]), "range": [min(made[1:]), max(made[1:])],
+            "shares": [shares[n] for n in range(len(members))],
+        }  # fmt: skip
+        figures[f"efficiency_uneven_{count}"] = figures["uneven"][str(count)]["median"]
+    figures["efficiency_uneven"] = figures["efficiency_uneven_64"]
+    made, _ = await efficiencies(partial(by_even_cut, members), speed, 64, 3)
+    figures["efficiency_even_cut"] = statistics.median(made)
+    stop(members)
+    return figures
+
+
+async def by_workers(recipe: Recipe, options: Any) -> dict[str, float]:
+    """Measure 1 to 8 workers of equal speed."""
+    members = start(recipe, [options.seconds] * 8)
+    figures = {}
+    for workers in range(1, 9):
+        pool = ScorerPool(3)
+        for member in members[:workers]:
+            pool.add(member)
+        speed = workers / options.seconds
+        made, _ = await efficiencies(partial(by_pool, pool), speed, 8 * workers, options.batches)
+        figures[str(workers)] = statistics.median(made[1:])
+    stop(members)
+    return figures
+
+
+async def measure(recipe: Recipe, options: Any) -> dict[str, Any]:
+    """Measure all."""
+    figures = await uneven(recipe, options)
+    return {**figures, "efficiency_by_workers": await by_workers(recipe, options)}
+
+
+def main() -> None:
+    """Measure all, print, write."""
+    parser = arguments(__doc__)
+    parser.add_argument("--batches", type=int, default=6, help="batches of each kind (default %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=0.06, help="a slow worker's for a micro-batch (default %(default)s)"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    ray.init("local", include_dashboard=False, log_to_driver=False, configure_logging=False)
+    figures = asyncio.run(measure(load_recipe("digits"), options))
+    ray.shutdown()
+    settings = {"batches": options.batches, "ms_a_micro_batch": [1e3 * options.seconds / speed for speed in UNEVEN]}
+    figures["efficiency_equal_least"] = min(figures["efficiency_by_workers"].values())
+    finish("Scoring balance", {**settings, **figures}, options.json)
+
+
+if __name__ == "__main__":
+    main()
