@@ -156,7 +156,7 @@ class Watched:
         self.command = [sys.executable, "-c", program, "distill", "digits", *arguments, "--out", str(folder)]
         self.lines: list[tuple[float, dict[str, Any]]] = []
         self.events: list[dict[str, Any]] = []
-        self.at_work = dict.fromkeys(ROLES, 0)
+        self.at_work, self._since = dict.fromkeys(ROLES, 0), dict.fromkeys(ROLES, 0)
         self._metrics, self._told = Lines(folder / "metrics.jsonl"), Lines(folder / "events.jsonl")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.unlink(missing_ok=True)
@@ -178,15 +178,21 @@ class Watched:
     def _count(self, event: dict[str, Any]) -> None:
         if event["event"] == "started":
             self.at_work.update(event["workers"])
+            self._since = dict.fromkeys(ROLES, len(self.lines))
         elif event["event"] == "resized":
             self.at_work[event["role"]] = event["workers"]
+            self._since[event["role"]] = len(self.lines)
         elif event["event"] == "worker-lost":
             self.at_work[event["role"]] = event["left"]
 
     def whole(self, role: str | None = None) -> bool:
-        """Whether a role, or every role, has all its workers, by its own account and by the processes there are."""
+        """Whether a role, or every role, has all its workers, by its own account and by the processes there are.
+
+        Who joins takes its state from another only then: the first step that is committed after may have been under
+        way already, the second one had the newcomer in it.
+        """
         roles = ROLES if role is None else (role,)
-        if any(self.at_work[name] < REPLICAS for name in roles):
+        if any(self.at_work[name] < REPLICAS or len(self.lines) < self._since[name] + 2 for name in roles):
             return False
         return all(len(self.machines.workers(name)) == REPLICAS for name in roles)
 
