@@ -160,16 +160,17 @@ def test_a_gradient_that_is_not_finite_leaves_all_as_it_was(value: float, count:
 GROUP = """
 import sys, torch
 from raydmd.methods.collective import exact_sum
-from raydmd.runtime.process_group import ProcessGroup, listen
+from raydmd.runtime.process_group import ProcessGroup, Rendezvous
 rank, file = int(sys.argv[1]), sys.argv[2]
 parts, bad = torch.load(file)
 if rank == 0:
-    listener = listen("127.0.0.1")
-    print(listener.getsockname()[1], flush=True)
-    port = listener.getsockname()[1]
+    rendezvous = Rendezvous("127.0.0.1")
+    address = rendezvous.address
+    print(address[1], flush=True)
 else:
-    listener, port = None, int(sys.stdin.readline())
-group = ProcessGroup(("127.0.0.1", port), listener, rank, 2, False)
+    address = "127.0.0.1", int(sys.stdin.readline())
+group = ProcessGroup(gpu=False)
+group.join(address, "fake/1", rank, 2)
 mine = parts[:2] if rank == 0 else parts[2:]
 total = exact_sum(mine, torch.zeros_like(parts[0]), len(parts), group)
 one = exact_sum(parts[:1] if rank == 1 else [], torch.zeros_like(parts[0]), 1, group)
@@ -185,7 +186,8 @@ for broken in bad:  # one replica has it, and both must refuse
         except FloatingPointError:
             refused.append(True)
 torch.save((total, one, refused), f"{file}.{rank}")
-group.close()
+if rank == 0:
+    sys.stdin.readline()  # the rendezvous stays until the other is done
 """
 
 
@@ -203,7 +205,7 @@ def test_two_processes_over_gloo_agree_with_one(tmp_path: Path) -> None:
     try:
         assert processes[0].stdout is not None
         processes[1].communicate(processes[0].stdout.readline(), timeout=60)
-        processes[0].communicate(timeout=60)
+        processes[0].communicate("done\n", timeout=60)
     finally:
         for process in processes:
             process.kill()

@@ -122,19 +122,18 @@ def half_written(checkpoints: Path) -> bool:
 
 def damage_newest(checkpoints: Path) -> tuple[int, int]:
     """Spoil the newest manifest's state; return its iteration, and that of the one before."""
-    found = Archive(str(checkpoints)).newest()
-    assert found is not None
-    newest = found[0]
-    if newest.files:
+    newest = Archive(str(checkpoints)).newest().manifest
+    assert newest is not None
+    if "fake" in newest.files:
         shard = checkpoints / newest.files["fake"]["path"]
         content = bytearray(shard.read_bytes())
         content[len(content) // 2] ^= 0x10
         shard.write_bytes(content)
     else:
         (checkpoints / f"step-{newest.iteration:06d}.json").write_text("{")
-    found = Archive(str(checkpoints)).newest()
+    found = Archive(str(checkpoints)).newest().manifest
     assert found is not None
-    return newest.iteration, found[0].iteration
+    return newest.iteration, found.iteration
 
 
 @pytest.fixture(scope="module")
@@ -204,9 +203,9 @@ def story(teachers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         ended(fourth)
         told.seen["outlived the second Ctrl-C"] = outlived(family)
         told.seen["lines at Ctrl-C"] = lines()
-        found = Archive(str(checkpoints)).newest()
+        found = Archive(str(checkpoints)).newest().manifest
         assert found is not None
-        told.seen["manifest at Ctrl-C"] = found[0].iteration
+        told.seen["manifest at Ctrl-C"] = found.iteration
 
         ended(start())  # and to the end
         yield told

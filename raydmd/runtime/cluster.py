@@ -18,7 +18,7 @@ from raydmd.runtime.controller import micro_batches
 from raydmd.runtime.crew import Crew
 from raydmd.runtime.elastic import Cluster
 from raydmd.runtime.groups import TrainerGroup
-from raydmd.runtime.placement import wait_for_workers
+from raydmd.runtime.placement import wait_for_helpers, wait_for_workers
 from raydmd.runtime.pool import ScorerPool
 from raydmd.runtime.process_group import Rendezvous
 from raydmd.runtime.prompts import PromptStream
@@ -111,7 +111,8 @@ async def launch(
         for crew in crews.values():
             crew.fill()
         await wait_for_workers(crews, recipe.runtime.placement_timeout, recorder.say)
-        await asyncio.gather(cluster.prompts.ready.remote(), cluster.archivist.ready.remote())
+        helpers = {f"the rows of {prompts}": cluster.prompts, "the place of checkpoints": cluster.archivist}
+        await wait_for_helpers(helpers, recipe.runtime.placement_timeout, recorder.say)
     except BaseException:
         cluster.close()
         raise

@@ -89,6 +89,27 @@ async def wait_for_workers(crews: "Mapping[str, Crew]", timeout: float, say: Cal
         await asyncio.sleep(LOOK_EVERY)
 
 
+async def wait_for_helpers(helpers: Mapping[str, Any], timeout: float, say: Callable[[str], None]) -> None:
+    """Wait until the run's helpers are up, by what each is for.
+
+    Raises:
+        UserError: one was not up in time.
+        ray.exceptions.RayError: one failed.
+    """
+    for purpose, helper in helpers.items():
+        answer, begin = asyncio.ensure_future(_ready(helper)), time.monotonic()
+        while not (await asyncio.wait((answer,), timeout=SAY_EVERY))[0]:
+            if time.monotonic() - begin > timeout:
+                answer.cancel()
+                raise UserError(f"{purpose}: not there within {timeout:g} s")
+            say(f"waiting: {purpose}")
+        answer.result()
+
+
+async def _ready(helper: Any) -> Any:
+    return await helper.ready.remote()
+
+
 def _any_placed(actors: list[Any]) -> bool:
     """Whether Ray has found a node for one of these."""
     tables = (state.actor_table(actor._actor_id.hex(), None, None) for actor in actors)

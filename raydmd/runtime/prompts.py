@@ -34,12 +34,14 @@ class PromptStream:
     """
 
     def __init__(self, recipe: Recipe, path: str) -> None:
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        ray.data.DataContext.get_current().execution_options.preserve_order = True
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = True
+        context.use_datasource_v2 = False  # it would start dozens of actors anywhere to read one file's footer
         self.recipe, self.family = recipe, recipe_family(recipe)
         self.micro = recipe.batch.micro or recipe.batch.size
         columns = list(self.family.condition_columns)
-        dataset = ray.data.read_parquet(path, columns=columns or None)
+        dataset = ray.data.read_parquet(path, columns=columns or None, num_cpus=0.1)
         self.total = dataset.count()
         self.cache: dict[str, np.ndarray] | None = {} if not columns else None
         self._fits = not columns
