@@ -98,7 +98,7 @@ def test_a_stopped_process_is_treated_as_dead(nodes: Any, quick: Any, prompts: A
             (recovered,) = story.lost_and_recovered(count)[-1:]
             assert recovered["roles"] == [role] and recovered["steps_lost"] == 0
             assert "did not answer for over 3 s" in story.events("worker-lost")[-1]["why"]
-            story.complete()
+            story.go_on(3)
 
     story = Story(quick("ring", *workers(2, "runtime.dead_after=3")), tmp_path / "run", plot).run()
     assert_bits_of_the_reference(story, prompts)

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -43,6 +43,7 @@ class Controller:
         cluster: the actors.
         recorder: where figures go.
         until: stop once this many iterations are committed.
+        began: time.perf_counter() when the run began.
     """
 
     recipe: Recipe
@@ -51,12 +52,13 @@ class Controller:
     cluster: Cluster
     recorder: Recorder
     until: int | None = None
+    began: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
         self.ends = list(accumulate(self.lengths))
         self.next = self.committed = self.experts = self._fake_updates = 0
         self._announced = -1  # the phase of the last event
-        self._began, self._stood = time.perf_counter(), False
+        self._stood = False
         self.finished = self.stopping = self._paired = self._previewed = False
         self.elastic = Elastic(self.recipe, self.cluster, self.recorder, lambda: self.stopping)
         self._background: set[asyncio.Task[None]] = set()
@@ -123,7 +125,7 @@ class Controller:
         if not self._stood:
             self._stood = True
             facts = {"resumed": self.next} if self.next else {}
-            seconds = round(time.perf_counter() - self._began, 3)
+            seconds = round(time.perf_counter() - self.began, 3)
             self.recorder.event("started", workers=self.cluster.sizes, seconds=seconds, **facts)
             self.recorder.begin()
 

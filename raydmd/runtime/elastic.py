@@ -158,8 +158,7 @@ class Elastic:
         await self._drop_steps()
         positions = await self._positions()
         await self._staff()
-        for crew in self.cluster.crews.values():
-            self.resizing.let_in(crew)
+        joined = {crew.role: self.resizing.let_in(crew) for crew in self.cluster.crews.values()}
         best = {}
         for role in TRAINERS:
             members = self.cluster.crews[role].members
@@ -171,6 +170,9 @@ class Elastic:
             standing = Standing(generator.updates, fake.updates, None, True, False)
         else:
             standing = await self._rewind()
+        for role, newcomers in joined.items():
+            if newcomers and self.progress.standing:
+                self.resizing.resized(self.cluster.crews[role], joined=newcomers)
         self.progress.standing = True
         return standing
 

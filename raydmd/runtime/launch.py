@@ -73,7 +73,7 @@ def distill(
             since = time.perf_counter()
             cluster = await launch(recipe, folder, prompts, recorder, parts)
             try:
-                controller = Controller(recipe, phases, lengths, cluster, recorder, until)
+                controller = Controller(recipe, phases, lengths, cluster, recorder, until, since)
                 with _Interrupts(asyncio.get_running_loop(), controller, recorder):
                     await controller.run()
             finally:

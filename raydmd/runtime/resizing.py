@@ -67,14 +67,13 @@ class Resizing:
                 group.share_out()
                 continue
             donor = (stay or group.members)[0]
-            newcomers = self.let_in(crew)
+            newcomers = crew.enlist()
             waits += hand_over(donor, newcomers, at[role])
             waits += group.form([member for member in crew.members if member not in leavers])
             for member in leavers:
                 crew.members.remove(member)
                 self._retire(crew, member, list(waits))
-            if leavers:
-                self._resized(crew, left=leavers)
+            self._task(self._tell(crew, newcomers, leavers, list(waits)))
         return waits
 
     def must_pause(self) -> bool:
@@ -92,21 +91,28 @@ class Resizing:
 
     def let_scorers_in(self) -> None:
         """Let scorers that have arrived take part at once: they have no state."""
-        if self.progress.standing:
-            self.let_in(self.cluster.crews["teacher"])
+        crew = self.cluster.crews["teacher"]
+        if self.progress.standing and crew.arrived:
+            self.resized(crew, joined=self.let_in(crew))
 
     def let_in(self, crew: Crew) -> list[Member]:
-        """Let those who have arrived be members."""
+        """Let those who have arrived be members; return them."""
         newcomers = crew.enlist()
-        if newcomers:
-            if crew.role == "teacher":
-                for member in newcomers:
-                    self.cluster.scorers.add(member)
-            if self.progress.standing:
-                self._resized(crew, joined=newcomers)
+        if crew.role == "teacher":
+            for member in newcomers:
+                self.cluster.scorers.add(member)
         return newcomers
 
-    def _resized(self, crew: Crew, joined: list[Member] | None = None, left: list[Member] | None = None) -> None:
+    async def _tell(self, crew: Crew, joined: list[Member], left: list[Member], after: list[ObjectRef]) -> None:
+        """Write a change down once newcomers have their state."""
+        try:
+            await asyncio.gather(*after)
+        except ray.exceptions.RayError:
+            joined = [member for member in joined if member in crew.members]
+        self.resized(crew, joined, left)
+
+    def resized(self, crew: Crew, joined: list[Member] | None = None, left: list[Member] | None = None) -> None:
+        """Write down that a role has other workers than before."""
         facts = {"joined": [member.number for member in joined or []], "left": [member.number for member in left or []]}
         self.recorder.event(
             "resized", role=crew.role, workers=len(crew.members), **facts, iteration=self.progress.committed
@@ -172,7 +178,7 @@ class Resizing:
                 self.cluster.scorers.remove(member)
                 crew.members.remove(member)
                 self._retire(crew, member, [])
-                self._resized(crew, left=[member])
+                self.resized(crew, left=[member])
 
 
 def hand_over(donor: Member, to: list[Member], at: Position) -> list[ObjectRef]:

@@ -7,10 +7,12 @@ from typing import Any
 
 import ray
 from ray._private.state import state
+from ray.exceptions import ActorUnavailableError
 
 from raydmd.errors import RunError
 from raydmd.runtime.crew import Crew, Member
 from raydmd.runtime.elastic import Elastic, Stopped
+from raydmd.runtime.faults import is_gone
 from raydmd.runtime.workers import Pulse
 
 EVERY = 1.0
@@ -84,6 +86,8 @@ class Watch:
             self._heard[member] = now
             if pulse.seconds > limit and not pulse.waiting:
                 self.elastic.lost(member, f"in one call ({pulse.method}) for over {limit:g} s")
+        elif is_gone(pulse) and not isinstance(pulse, ActorUnavailableError):
+            self.elastic.lost(member, pulse)
         elif now - self._heard.setdefault(member, now) > limit:
             self.elastic.lost(member, f"did not answer for over {limit:g} s")
 
