@@ -8,16 +8,24 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from mortal import Save, SaveExpert, at, dying_there, expert, is_of, killed_at, manifest, same, shards
 from pyarrow import fs
+from rich.console import Console
+from safetensors.torch import load_file
 
 from raydmd.config import load_recipe
 from raydmd.errors import RunError, UserError
+from raydmd.folders import expert_file, read_lines
 from raydmd.locations import absolute_location, parse_location
+from raydmd.methods.reference import train
+from raydmd.runs import recipe_family
 from raydmd.runtime import storage
+from raydmd.runtime.launch import distill
 from raydmd.runtime.manifest import Archive, Found
 from raydmd.runtime.shards import PIECE
 
@@ -274,3 +282,24 @@ def test_a_good_uri() -> None:
         assert absolute_location(uri) == uri
     assert absolute_location("runs/a:b") == f"{os.getcwd()}/runs/a:b"
     assert absolute_location("~/x") == str(Path.home() / "x")
+
+
+def test_a_new_head_goes_on_from_the_store(uri: str, quick: Any, prompts: Any, tmp_path: Path) -> None:
+    """Stopped in the second phase; the same command with an empty folder ends with the bits of an undisturbed run."""
+    quiet, recipe = Console(quiet=True), quick("ring", "iterations=[5, 4]", "checkpoint.every=2")
+    recipe = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"path": uri})})
+    assert distill(recipe, tmp_path / "first", console=quiet, until=7) is False
+    assert not (tmp_path / "first/checkpoints").exists()
+    with pytest.raises(UserError, match="checkpoint.path: it holds a run of another recipe .seed: 0 there, 1 here"):
+        distill(recipe.model_copy(update={"seed": 1}), tmp_path / "other", console=quiet)
+    with pytest.raises(UserError, match="checkpoint.path: it already holds a run"):
+        distill(recipe, tmp_path / "other", resume="never", console=quiet)
+    assert distill(recipe, tmp_path / "second", console=quiet) is True
+    family = recipe_family(recipe)
+    expected = train(recipe, family, family.load_teacher(), prompts("ring")).experts
+    for index, weights in enumerate(expected):
+        found = load_file(expert_file(tmp_path / "second", index))
+        assert all(torch.equal(found[name], weights[name]) for name in weights)
+    assert [e["resumed"] for e in read_lines(tmp_path / "second/events.jsonl") if "resumed" in e] == [7]
+    kept = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert kept and not any(SECRET.encode() in content for content in kept)

@@ -94,6 +94,7 @@ class Watch:
     def _say_who_waits(self, crew: Crew) -> None:
         """Tell which role waits for what, once for each number of workers."""
         since, count = crew.waiting_since(), len(crew.coming)
+        self.elastic.recorder.exported.waiting(crew.role, count)
         if since is None or time.monotonic() - since < SAY_AFTER or not crew.members:
             self._said.pop(crew.role, None) if since is None else None
             return
