@@ -105,10 +105,10 @@ def critical_path(recipe: Recipe, costs: Costs) -> float:
     return generator
 
 
-class _Flat:
-    """No weights: what a sleeping role has to save."""
+class _Weightless:
+    """What a sleeping role has to save."""
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self, index: int = 0) -> dict[str, torch.Tensor]:
         return {"weight": torch.zeros(1)}
 
 
@@ -116,7 +116,7 @@ class Sleeper:
     """A role whose work is to sleep; its messages have the real shapes."""
 
     def __init__(self, recipe: Recipe, device: str, costs: Costs) -> None:
-        self.recipe, self.costs, self.phases, self.flat = recipe, costs, plan_phases(recipe), _Flat()
+        self.recipe, self.costs, self.phases, self.experts = recipe, costs, plan_phases(recipe), _Weightless()
         self.draws = recipe.method.fake_updates + 1
         self.x = torch.zeros(recipe.batch.size, 1, 8, 8)
         self.updates = 0
@@ -126,7 +126,10 @@ class Sleeper:
         self.phase = self.phases[index]
 
     def end_phase(self) -> dict[str, torch.Tensor]:
-        return {"weight": torch.zeros(1)}
+        return self.experts.state()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return self.experts.state()
 
     def prepare(self, iteration: int, update: int, start: int, count: int, conditions: Any) -> None:
         self.prepared.add(iteration * self.draws + update)

@@ -11,6 +11,7 @@ from ray import ObjectRef
 
 from raydmd.config import Recipe
 from raydmd.errors import RunError, UserError
+from raydmd.methods.plan import plan_phases
 from raydmd.runtime.actors import TRAINERS, Cluster
 from raydmd.runtime.crew import Crew, Member
 from raydmd.runtime.faults import cause_of, first_own_fault, in_words, is_gone
@@ -19,6 +20,7 @@ from raydmd.runtime.recorder import Recorder
 from raydmd.runtime.resizing import Progress, Resizing, hand_over
 from raydmd.runtime.workers import Position, Receipt
 
+ANSWER = 2.0  # seconds within which a living worker answers beside its work
 LOSSES_PER_FAILURE = 4  # rounds of losses without a step that are borne, for each failure that is
 
 
@@ -143,6 +145,8 @@ class Elastic:
                 if micros:
                     newest = micros / max(busy, 1e-9)
                     member.speed = newest if member.speed is None else member.speed + 0.2 * (newest - member.speed)
+                elif member.speed is not None:
+                    member.speed *= 1.01  # without a share it cannot show that it is faster now: it is tried again
 
     # from where to go on
 
@@ -182,7 +186,7 @@ class Elastic:
             group, members = self.cluster.groups[role], self.cluster.crews[role].members
             if members and group.formation:
                 actors = [member.actor for member in members]
-                await self.cluster.warden.ask.remote(actors, "drop", (group.formation,), 5.0)
+                await self.cluster.warden.ask.remote(actors, "drop", (group.formation,), ANSWER)
 
     async def _positions(self) -> dict[Member, Position]:
         """Ask every trainer where it stands, behind all calls that it still has; strike those who do not know."""
@@ -259,7 +263,7 @@ class Elastic:
         waits: list[ObjectRef] = []
         for role, updates, more in (("generator", iteration, [None, *kept]), ("fake", fakes, [])):
             members = self.cluster.crews[role].members
-            if phase < self._phases():
+            if phase < len(plan_phases(self.recipe)):
                 waits += [m.actor.take_over.remote(phase, updates, shards.get(role), *more) for m in members]
             waits += self.cluster.groups[role].form(members)
         await asyncio.gather(*waits)
@@ -269,8 +273,3 @@ class Elastic:
             self._how = "all went back to the last manifest"
         self.progress.committed = iteration
         return Standing(iteration, fakes, experts, False, True)
-
-    def _phases(self) -> int:
-        from raydmd.methods.plan import plan_phases
-
-        return len(plan_phases(self.recipe))
