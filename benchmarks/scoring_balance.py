@@ -4,7 +4,8 @@ Real actors whose scoring sleeps for a calibrated time; messages of the digits r
 into 64 micro-batches. The pool does not know the speeds when it starts.
 
     efficiency_uneven       workers of speed 1, 1 and 3: median over batches of 64 micro-batches after the first
-    efficiency_even_cut     the same with a third of each batch for every worker: what the pool is compared with
+    efficiency_even_cut     the same with a third of each batch for every worker
+    efficiency_known_cut    the same with the best parts for the true speeds: what Ray's own calls leave to be had
     efficiency_by_workers   1 to 8 workers of equal speed, 8 micro-batches each
     uneven                  efficiency by micro-batches a batch: the first batch, and the median of the others
 
@@ -26,6 +27,7 @@ from raydmd.config import Recipe, load_recipe
 from raydmd.methods.batch import Noised, Score, Stamp
 from raydmd.runtime.crew import Member
 from raydmd.runtime.pool import ScorerPool
+from raydmd.runtime.shares import counts_by_speed, even_counts
 from raydmd.runtime.wire import to_wire
 from raydmd.runtime.workers import BESIDE, TeacherWorker
 
@@ -78,12 +80,12 @@ async def by_pool(pool: ScorerPool, inputs: Inputs) -> Counter[int]:
     return Counter(receipt.worker for receipt in await asyncio.gather(*call.receipts))
 
 
-async def by_even_cut(members: list[Member], inputs: Inputs) -> Counter[int]:
-    """Score a batch of which every worker gets an equal part at once."""
+async def by_cut(members: list[Member], counts: list[int], inputs: Inputs) -> Counter[int]:
+    """Score a batch of which every worker gets a fixed part at once."""
+    order = sorted((piece / count, n) for n, count in enumerate(counts) for piece in range(count))
     receipts = []
-    for n, each in enumerate(inputs):
-        member = members[n % len(members)]
-        _, receipt = member.actor.score.options(num_returns=2).remote(*each)
+    for (_, n), each in zip(order, inputs, strict=True):
+        _, receipt = members[n].actor.score.options(num_returns=2).remote(*each)
         receipts.append(receipt)
     return Counter(receipt.worker for receipt in await asyncio.gather(*receipts))
 
@@ -117,8 +119,10 @@ async def uneven(recipe: Recipe, options: Any) -> dict[str, Any]:
         }  # fmt: skip
         figures[f"efficiency_uneven_{count}"] = figures["uneven"][str(count)]["median"]
     figures["efficiency_uneven"] = figures["efficiency_uneven_64"]
-    made, _ = await efficiencies(partial(by_even_cut, members), speed, 64, 3)
-    figures["efficiency_even_cut"] = statistics.median(made)
+    cuts = {"even": even_counts(64, len(members)), "known": counts_by_speed(64, UNEVEN)}
+    for name, counts in cuts.items():
+        made, _ = await efficiencies(partial(by_cut, members, counts), speed, 64, options.batches)
+        figures[f"efficiency_{name}_cut"] = statistics.median(made)
     stop(members)
     return figures
 
