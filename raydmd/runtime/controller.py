@@ -121,7 +121,7 @@ class Controller:
         self.next = self.committed = standing.iteration
         self._fake_updates = standing.fake_updates
         self.experts = self.experts if standing.experts is None else standing.experts
-        self._paired = standing.pairs
+        self._paired = self._paired and not standing.rewound  # newcomers have the survivors' pairs
         if not self._stood:
             self._stood = True
             facts = {"resumed": self.next} if self.next else {}

@@ -36,14 +36,12 @@ class Standing:
         iteration: the next one.
         fake_updates: optimizer steps of the fake score that are made.
         experts: experts that are fixed and kept; None: as many as before.
-        pairs: whether the generators have the regression's pairs.
         rewound: whether it is a manifest's state, and not the workers' own.
     """
 
     iteration: int
     fake_updates: int
     experts: int | None
-    pairs: bool
     rewound: bool
 
 
@@ -171,7 +169,7 @@ class Elastic:
         if self._agree(generator, fake):
             await self._rejoin(positions, best)
             self._how = self._how or "the survivors went on"
-            standing = Standing(generator.updates, fake.updates, None, True, False)
+            standing = Standing(generator.updates, fake.updates, None, False)
         else:
             standing = await self._rewind()
         for role, newcomers in joined.items():
@@ -272,4 +270,4 @@ class Elastic:
             self._steps_lost += lost
             self._how = "all went back to the last manifest"
         self.progress.committed = iteration
-        return Standing(iteration, fakes, experts, False, True)
+        return Standing(iteration, fakes, experts, True)
