@@ -107,7 +107,7 @@ def test_manifests(name: str) -> None:
         if spot:
             assert f"python /opt/raydmd/{BRIDGE} now --deadline 30" in hook, group["groupName"]
         if hook:
-            (pause,) = re.findall(r"sleep (\d+)", hook)
+            (pause,) = re.findall(r"--deadline (\d+) --wait$", hook.strip())
             assert int(pause) < pod["terminationGracePeriodSeconds"], "the hook must end before the pod is killed"
     for group in (head, *groups):
         pod = group["template"]["spec"]

@@ -28,7 +28,7 @@ from raydmd.runs import recipe_family
 from raydmd.runtime.manifest import Archive
 
 ROOT = Path(__file__).parents[1]
-ITERATIONS = 60
+ITERATIONS = 120
 DEADLINE = 240.0
 RECIPE = [
     f"iterations={ITERATIONS}", "batch.size=16", "batch.micro=4", "method.fake_updates=3", "checkpoint.every=4",
@@ -196,9 +196,11 @@ def story(teachers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         # the newest checkpoint is damaged; more workers than before; Ctrl-C
         told.seen["damaged"], told.seen["whole"] = damage_newest(checkpoints)
         fourth = start("--set", "runtime.fake.max_workers=2", "--set", "runtime.generator.max_workers=2")
+        events = folder / "events.jsonl"
+        fourth.until(lambda: [e for e in read_lines(events) if e.get("resumed") == told.seen["whole"]])
+        told.seen["listening"] = listeners(fourth.family())
         fourth.until(lambda: lines() >= ITERATIONS // 2 + 5)
         family = fourth.family()
-        told.seen["listening"] = listeners(family)
         os.killpg(fourth.pid, signal.SIGINT)
         ended(fourth)
         told.seen["outlived the second Ctrl-C"] = outlived(family)
