@@ -29,7 +29,6 @@ node's registration and its end when idle, is what a real cluster does. What mak
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -42,6 +41,7 @@ from typing import Any
 
 import psutil
 import ray
+from ports import free_ports
 from ray._private.utils import set_kill_on_parent_death_linux
 from ray._raylet import AuthenticationMode, get_authentication_mode
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
@@ -152,15 +152,6 @@ def environment(metrics_port: int) -> dict[str, str]:
         "AUTOSCALER_METRIC_PORT": str(metrics_port),
         "RAY_AUTH_MODE": "token" if get_authentication_mode() == AuthenticationMode.TOKEN else "disabled",
     }
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports of loopback that nobody listens at now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def _wait_started(head: subprocess.Popen, folder: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import train_teacher
+from ports import free_ports
 from safetensors.torch import load_file
 
 from raydmd.config import load_recipe
@@ -49,14 +50,6 @@ def clean() -> dict[str, str]:
     """The environment without what this process's own Ray has put there, and with this Python first."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTHON"))}
     return {**kept, "PATH": f"{BIN}:{kept['PATH']}", "OMP_NUM_THREADS": "1"}
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from mortal import Save, SaveExpert, at, dying_there, expert, is_of, killed_at, manifest, same, shards
+from ports import free_ports
 from pyarrow import fs
 from rich.console import Console
 from safetensors.torch import load_file
@@ -32,12 +33,6 @@ from raydmd.runtime.shards import PIECE
 SECRET = "wJalrXUtnFEMI/K7MDENG"
 
 
-def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
-
-
 def environment() -> dict[str, str]:
     given = {"AWS_ACCESS_KEY_ID": "who", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_EC2_METADATA_DISABLED": "true"}
     return given | {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
@@ -46,7 +41,7 @@ def environment() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """A server that speaks S3 on loopback: its port."""
-    port, log = free_port(), tmp_path_factory.mktemp("moto") / "log"
+    (port,), log = free_ports(1), tmp_path_factory.mktemp("moto") / "log"
     with pytest.MonkeyPatch.context() as patch, log.open("wb") as output:
         for name, value in environment().items():
             patch.setenv(name, value)
@@ -187,7 +182,7 @@ def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """No server: one line that names the place and not the options, and never an empty archive."""
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
-    port = free_port()
+    (port,) = free_ports(1)
     with pytest.raises(UserError, match=r"^checkpoint\.path: s3://bucket/run cannot be read: "):
         Archive(at(port, "run")).newest()
     monkeypatch.setattr(storage, "ATTEMPTS", 1)
@@ -216,7 +211,7 @@ def test_a_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch)
 def test_googles_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "ATTEMPTS", 1)
     monkeypatch.setattr(storage, "SILENCE", 1.0)
-    archive = Archive(f"gs://anonymous@bucket/run?endpoint_override=127.0.0.1:{free_port()}&scheme=http")
+    archive = Archive(f"gs://anonymous@bucket/run?endpoint_override=127.0.0.1:{free_ports(1)[0]}&scheme=http")
     for call, what in ((archive.newest, "read"), (partial(archive.write_text, "x", ""), "written")):
         with pytest.raises(UserError, match=rf"^checkpoint\.path: gs://bucket/run cannot be {what}: ") as error:
             call()

@@ -114,14 +114,13 @@ class Controller:
         standing = await self.elastic.mend()
         self._forget_the_dropped()
         await self._write_down_committed(standing.iteration)
-        if standing.rewound:
+        if standing.experts is not None:  # a manifest's state, and not the workers' own
+            self.experts, self._paired = standing.experts, False
             self._receipts.clear()
             self._announced = -1
             self.recorder.rewind(standing.iteration)
         self.next = self.committed = standing.iteration
         self._fake_updates = standing.fake_updates
-        self.experts = self.experts if standing.experts is None else standing.experts
-        self._paired = self._paired and not standing.rewound  # newcomers have the survivors' pairs
         if not self._stood:
             self._stood = True
             facts = {"resumed": self.next} if self.next else {}

@@ -116,7 +116,7 @@ class Crew:
         for actor in (*self._coming, *(member.actor for member in (*self.members, *self.arrived))):
             ray.kill(actor)
 
-    def _ask(self, delay: float = 0.0) -> None:
+    def _ask(self) -> None:
         number, self._numbers = self._numbers, self._numbers + 1
         settings, runtime = self.settings, self.recipe.runtime
         device, part = worker_device(settings, runtime.device), self.part or PARTS[self.role]

@@ -35,14 +35,12 @@ class Standing:
     Attributes:
         iteration: the next one.
         fake_updates: optimizer steps of the fake score that are made.
-        experts: experts that are fixed and kept; None: as many as before.
-        rewound: whether it is a manifest's state, and not the workers' own.
+        experts: experts that are fixed and kept, when all went back to a manifest; None: the workers' own state holds.
     """
 
     iteration: int
     fake_updates: int
     experts: int | None
-    rewound: bool
 
 
 @dataclass
@@ -94,7 +92,8 @@ class Elastic:
         self._last = f"{member.name}: {why}"
         self.recorder.say(f"lost {self._last}")
         self.recorder.event(
-            "worker-lost", role=member.role, worker=member.number, node=member.identity.node, why=why,
+            "worker-lost", role=member.role, worker=member.number, node=member.identity.node,
+            pid=member.identity.pid, why=why,
             left=len(crew.members), iteration=self.progress.committed,
         )  # fmt: skip
 
@@ -169,7 +168,7 @@ class Elastic:
         if self._agree(generator, fake):
             await self._rejoin(positions, best)
             self._how = self._how or "the survivors went on"
-            standing = Standing(generator.updates, fake.updates, None, False)
+            standing = Standing(generator.updates, fake.updates, None)
         else:
             standing = await self._rewind()
         for role, newcomers in joined.items():
@@ -270,4 +269,4 @@ class Elastic:
             self._steps_lost += lost
             self._how = "all went back to the last manifest"
         self.progress.committed = iteration
-        return Standing(iteration, fakes, experts, True)
+        return Standing(iteration, fakes, experts)

@@ -67,12 +67,10 @@ class Identity:
     Attributes:
         node: Ray's id of its node.
         pid: its process.
-        device: torch device.
     """
 
     node: str
     pid: int
-    device: str
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ class Worker:
 
     def ready(self) -> Identity:
         """Say where it is, once the worker is up."""
-        return Identity(ray.get_runtime_context().get_node_id(), os.getpid(), self.device)
+        return Identity(ray.get_runtime_context().get_node_id(), os.getpid())
 
     @ray.method(concurrency_group=BESIDE)
     def pulse(self) -> Pulse:
