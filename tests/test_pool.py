@@ -321,7 +321,7 @@ def test_a_scorer_that_was_slow_is_measured_anew(
             await settle(pool)
         assert bool(slow.calls) == (rested == 3)
         if slow.calls:
-            assert (await taken(await pool.map("score", inputs(40))))[0] >= 8
+            assert (await taken(await pool.map("score", inputs(40))))[0] >= 4
 
     run(test)
 
@@ -330,12 +330,12 @@ def test_what_other_calls_take_says_nothing_of_scores(hands: list[Hand]) -> None
     async def test() -> None:
         one, two = hands[:2]
         for hand in (one, two):
-            hand.takes(FAST)
+            hand.takes(SLOW / 10)
         pool = await measured(pool_of(one, two))
         await pool.map("pairs", [(0, 1, {})])
         await settle(pool)
-        shares = await taken(await pool.map("score", inputs(40)))
-        assert min(shares[0], shares[1]) >= 8
+        shares = await taken(await pool.map("score", inputs(4)))
+        assert shares[0] and shares[1]  # one that seemed five times as slow would be given none of four
 
     run(test)
 
