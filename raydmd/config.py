@@ -289,7 +289,7 @@ def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{source}: {_explain(error)}") from None
+        raise UserError(f"{source}: {explain(error, Recipe)}") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -317,8 +317,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
 UNION = ("constrained-int", "list[constrained-int]")  # pydantic's names for the two sides of `iterations`
 
 
-def _explain(error: ValidationError) -> str:
-    """Reduce pydantic's report to one line: the key's path, what is wrong, the nearest right key."""
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """Reduce pydantic's report on a tree of ``root`` to one line: the key's path, what is wrong, the nearest key."""
     errors = error.errors()
     first = errors[0]
     if first["loc"][-1:] == UNION[:1]:  # of the two sides, the one that the value goes further into
@@ -326,14 +326,14 @@ def _explain(error: ValidationError) -> str:
     where = ".".join(str(part) for part in first["loc"] if part not in UNION)
     if first["type"] == "extra_forbidden":
         *parents, key = [str(part) for part in first["loc"]]
-        return f"unknown key '{where}'{nearest(key, _keys(parents))}"
+        return f"unknown key '{where}'{nearest(key, _keys(root, parents))}"
     message = first["msg"].removeprefix("Value error, ")
     value = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
     return message if not where or message.startswith(f"{where}.") else f"{where}: {message}{value}"
 
 
-def _keys(parents: list[str]) -> list[str]:
-    section: Any = Recipe
+def _keys(root: type[BaseModel], parents: list[str]) -> list[str]:
+    section: Any = root
     for parent in parents:
         field = section.model_fields.get(parent)
         if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):

@@ -1,5 +1,6 @@
 """A run's folder: what is where, and loading a finished or unfinished run from it."""
 
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,12 @@ class Run:
             experts.start(phase.index)
             experts.load_state(phase.index, load_file(self.expert_file(phase.index)))
         return experts.requires_grad_(False)
+
+    def revision(self) -> str:
+        """Return a name of the experts' weights that changes whenever their files do."""
+        marks = [(phase.index, (stat := self.expert_file(phase.index).stat()).st_size, stat.st_mtime_ns)
+                 for phase in self.trained_phases()]  # fmt: skip
+        return blake2b(repr((str(self.folder.resolve()), marks)).encode(), digest_size=6).hexdigest()
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl."""

@@ -25,7 +25,7 @@ def in_turn(recipe: Recipe, family: Family, count: int) -> Conditions:
     return family.conditions(_table(recipe, family).rows(0, count))
 
 
-def from_text(recipe: Recipe, family: Family, prompt: str, count: int) -> Conditions:
+def from_text(recipe: Recipe, family: Family, prompt: str, count: int, given: str = "--prompt") -> Conditions:
     """Return conditions of ``count`` samples of one prompt.
 
     Digits take ``0`` .. ``9``; the ring takes anything. Other families are conditioned on embeddings made beforehand:
@@ -37,14 +37,14 @@ def from_text(recipe: Recipe, family: Family, prompt: str, count: int) -> Condit
     if family.name == "digits":
         word = prompt.strip().lower()
         if word in WORDS:
-            raise UserError(f"--prompt {prompt}: digits are asked for by figure: {WORDS.index(word)}")
-        if not (word.isascii() and word.isdigit() and int(word) < CLASSES):
-            raise UserError(f"--prompt {prompt}: a run on digits takes 0, 1, .. or {CLASSES - 1}")
+            raise UserError(f"{given} {prompt}: digits are asked for by figure: {WORDS.index(word)}")
+        if not (word.isascii() and word.isdigit() and len(word) == 1):
+            raise UserError(f"{given} {prompt}: a run on digits takes 0, 1, .. or {CLASSES - 1}")
         return family.conditions({"label": np.full(count, int(word))})
     if not family.condition_columns:
         return family.conditions({})
     table = _table(recipe, family)
-    row = _row(recipe, table, prompt)
+    row = _row(table, prompt, given)
     rows = table.rows(row, 1)
     return family.conditions({name: np.repeat(values, count, axis=0) for name, values in rows.items()})
 
@@ -55,11 +55,11 @@ def _table(recipe: Recipe, family: Family) -> PromptTable:
     return PromptTable(recipe.prompts.path, family.condition_columns)
 
 
-def _row(recipe: Recipe, table: PromptTable, prompt: str) -> int:
+def _row(table: PromptTable, prompt: str, given: str) -> int:
     if prompt.isascii() and prompt.isdigit():
-        if int(prompt) < len(table):
+        if len(prompt) <= 18 and int(prompt) < len(table):
             return int(prompt)
-        raise UserError(f"--prompt {prompt}: '{table.path}' has rows 0..{len(table) - 1}")
+        raise UserError(f"{given} {prompt}: '{table.path}' has rows 0..{len(table) - 1}")
     everything = PromptTable(table.path)
     for name in TEXT_COLUMNS:
         if name in everything.columns:
@@ -67,6 +67,6 @@ def _row(recipe: Recipe, table: PromptTable, prompt: str) -> int:
             if prompt in texts:
                 return texts.index(prompt)
             hint = nearest(prompt, texts if len(texts) <= 10 else texts[:1000])
-            raise UserError(f"--prompt {prompt}: no such text in column '{name}' of '{table.path}'{hint[:200]}")
+            raise UserError(f"{given} {prompt}: no such text in column '{name}' of '{table.path}'{hint[:200]}")
     rows = f"0..{len(table) - 1}"
-    raise UserError(f"--prompt {prompt}: '{table.path}' has no column of texts; give a row's number, {rows}")
+    raise UserError(f"{given} {prompt}: '{table.path}' has no column of texts; give a row's number, {rows}")

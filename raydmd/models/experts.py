@@ -186,6 +186,31 @@ class Experts(nn.Module):
             raise ValueError(f"expert {index} of 0..{self.count - 1} has not been started")
 
 
+@torch.no_grad()
+def fuse_lora(network: Denoiser, state: Mapping[str, Tensor], rank: int, alpha: float) -> Denoiser:
+    """Add an adapter's effect, alpha / rank B A, to the weights of ``network`` itself, and return it.
+
+    Args:
+        network: the teacher that the adapter was trained on.
+        state: the adapter's weights by name, as `Experts.state` has them.
+        rank: the adapter's.
+        alpha: the adapter's.
+
+    Raises:
+        UserError: the adapter is of another network.
+    """
+    modules = dict(network.named_modules())
+    for name, down in state.items():
+        layer, part, _ = name.rpartition(".lora_A.")
+        if not part:
+            continue
+        up, weight = state.get(f"{layer}.lora_B.weight"), getattr(modules.get(layer), "weight", None)
+        if up is None or weight is None or weight.shape != (up.shape[0], down.shape[1]) or down.shape[0] != rank:
+            raise UserError(f"expert: its adapter of layer '{layer}' does not fit the teacher's network")
+        weight += (alpha / rank * (up.float() @ down.float())).to(weight)
+    return network
+
+
 def _adapter(index: int) -> str:
     return f"expert_{index}"
 

@@ -15,6 +15,8 @@ from raydmd.models.protocol import Conditions, Denoiser, Family, no_folder, one_
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB = "hf://"
+SPATIAL, TEMPORAL = 8, 4  # pixels along a latent's side, and frames to a latent's, of the VAEs of Qwen-Image and Wan
+PATCH = 2  # latents along the side of a token
 
 
 class PretrainedDenoiser(Denoiser):
@@ -101,13 +103,18 @@ class PretrainedFamily(Family):
 
         Without a VAE, the latents' first three channels are shown, each sample scaled to [0, 1].
         """
+        frames = self.decode_video(latents)
+        return frames[:, frames.shape[1] // 2]
+
+    def decode_video(self, latents: Tensor) -> Tensor:
+        """Return frames [B, F, 3, H, W] in [0, 1], by the VAE; without one, the latents' first three channels."""
         if latents.ndim == 4:
             latents = latents[:, :, None]
         vae = self._load_vae()
         if vae is None:
-            frame = latents[:, :3, latents.shape[2] // 2].float()
-            low, high = frame.amin((1, 2, 3), keepdim=True), frame.amax((1, 2, 3), keepdim=True)
-            return ((frame - low) / (high - low).clamp(min=1e-6)).expand(-1, 3, -1, -1)
+            shown = latents[:, :3].float()
+            low, high = shown.amin((1, 2, 3, 4), keepdim=True), shown.amax((1, 2, 3, 4), keepdim=True)
+            return ((shown - low) / (high - low).clamp(min=1e-6)).expand(-1, 3, -1, -1, -1).transpose(1, 2)
         vae.to(latents.device)
         mean, std = (
             torch.tensor(numbers, device=latents.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
@@ -115,7 +122,28 @@ class PretrainedFamily(Family):
         )
         with torch.no_grad():
             frames = vae.decode(latents.to(vae.dtype) * std + mean, return_dict=False)[0]
-        return (frames[:, :, frames.shape[2] // 2].float() / 2 + 0.5).clamp(0, 1)
+        return (frames.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+
+    @property
+    def frames(self) -> int:
+        """Frames of a sample: 1 + 4 (latent frames - 1), the VAE's compression in time."""
+        return 1 + TEMPORAL * (self.latent_shape[1] - 1) if len(self.latent_shape) == 4 else 1
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Width and height of a picture of ``latent_shape``, in pixels: 8 a latent's."""
+        return SPATIAL * self.latent_shape[-1], SPATIAL * self.latent_shape[-2]
+
+    def shape_for(self, width: int, height: int) -> tuple[int, ...]:
+        """Return the shape of the latents of a picture of another size.
+
+        Raises:
+            UserError: a side that the VAE or the network's patches do not divide.
+        """
+        step = SPATIAL * PATCH
+        if width % step or height % step:
+            raise UserError(f"sizes: {width}x{height} is not of sides that {step} divides")
+        return (*self.latent_shape[:-2], height // SPATIAL, width // SPATIAL)
 
     def _embeddings(self, rows: Mapping[str, np.ndarray], name: str) -> Tensor:
         """Return one column as a tensor: masks [B, L] bool, all else float32."""

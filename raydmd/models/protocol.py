@@ -91,6 +91,31 @@ class Family(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Turn latents [B, *latent_shape] into pictures [B, 1 or 3, H, W] in [0, 1]; points stay as they are."""
 
+    @property
+    def frames(self) -> int:
+        """Frames of a sample: 1 for a picture."""
+        return 1
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Width and height of a picture of ``latent_shape``, in pixels."""
+        return self.latent_shape[-1], self.latent_shape[-2]
+
+    def shape_for(self, width: int, height: int) -> tuple[int, ...]:
+        """Return the shape of the latents of a picture of another size.
+
+        Raises:
+            UserError: the network makes none of that size.
+        """
+        if (width, height) != self.picture_size:
+            own = "x".join(str(side) for side in self.picture_size)
+            raise UserError(f"sizes: family '{self.name}' makes pictures of {own} pixels, not {width}x{height}")
+        return self.latent_shape
+
+    def decode_video(self, latents: Tensor) -> Tensor:
+        """Turn latents [B, *latent_shape] into frames [B, F, 1 or 3, H, W] in [0, 1]."""
+        return self.decode(latents)[:, None]
+
 
 class EmbeddedFamily(Family):
     """A family whose small network is the project's own: built from ``options``, kept as two files.
@@ -108,6 +133,15 @@ class EmbeddedFamily(Family):
     @abstractmethod
     def new_network(self, seed: int = 0) -> Denoiser:
         """Build the untrained network of ``options``; the same seed gives the same weights."""
+
+    def shape_for(self, width: int, height: int) -> tuple[int, ...]:
+        """Return the latents' shape: a picture may be asked for enlarged by a whole factor, without smoothing."""
+        own_width, own_height = self.picture_size
+        factor = width // own_width
+        if factor < 1 or (width, height) != (factor * own_width, factor * own_height):
+            raise UserError(f"sizes: family '{self.name}' makes pictures of {own_width}x{own_height} pixels, or "
+                            f"enlarged by a whole factor, not {width}x{height}")  # fmt: skip
+        return self.latent_shape
 
     def load_teacher(self) -> Denoiser:
         """Load the frozen teacher from ``path``.

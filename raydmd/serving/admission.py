@@ -1,0 +1,54 @@
+"""Who is let in: no more than can be made in the time that people will wait."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from raydmd.serving.contract import Busy
+
+REMEMBERED = 256  # completions from which the rate is measured
+ENOUGH = 8  # completions, before which it is not known
+FORGET = 0.99  # at each completion: a light load shows less than can be made, so the best rate of late counts
+
+
+class Admission:
+    """Counts samples on their way and measures how fast they are made.
+
+    Args:
+        samples: that may be on their way at once.
+        seconds: that a newcomer may have to wait.
+    """
+
+    def __init__(self, samples: int, seconds: float) -> None:
+        self.samples, self.seconds = samples, seconds
+        self.inside = 0
+        self._done: deque[tuple[float, int]] = deque(maxlen=REMEMBERED)  # since it was last idle
+        self._rate: float | None = None
+
+    @contextmanager
+    def admitted(self, count: int) -> Iterator[None]:
+        """Let ``count`` samples in for the time of the block.
+
+        Raises:
+            Busy: they would wait too long. A request that finds nobody inside is always let in.
+        """
+        wait = self.inside / self._rate if self._rate else 0.0
+        if self.inside and (self.inside + count > self.samples or wait > self.seconds):
+            raise Busy(max(1.0, math.ceil(wait - self.seconds / 2)))
+        if not self.inside:
+            self._done.clear()
+        self.inside += count
+        try:
+            yield
+            self._finished(count)
+        finally:
+            self.inside -= count
+
+    def _finished(self, count: int) -> None:
+        self._done.append((time.monotonic(), count))
+        (first, at_first), (last, _) = self._done[0], self._done[-1]
+        if len(self._done) >= ENOUGH and last > first:
+            rate = (sum(number for _, number in self._done) - at_first) / (last - first)
+            self._rate = max(rate, FORGET * (self._rate or 0.0))

@@ -1,0 +1,177 @@
+"""What the HTTP side and the machinery behind it know of each other: a request goes in, steps and pictures come out."""
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+Maker = Literal["student", "teacher"]
+Format = Literal["png", "jpeg", "webp", "mp4"]
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request for pictures. Picture i of a seed is the same whatever ``n``, the batch or the layout is.
+
+    Attributes:
+        prompt: what to make.
+        n: how many.
+        seed: of the initial noise.
+        maker: the few-step student, or its many-step teacher.
+        size: of a picture; None for the model's own.
+        output_format: ``mp4`` for videos alone.
+        previews: say each step as it is made, with a picture of what it promises.
+    """
+
+    prompt: str
+    n: int = 1
+    seed: int = 0
+    maker: Maker = "student"
+    size: Size | None = None
+    output_format: Format = "png"
+    previews: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step on the way from noise to the pictures, just made.
+
+    Attributes:
+        number: from 1.
+        of: how many there are.
+        made_by: ``expert-1`` .. ``expert-K``, or ``teacher``.
+        t: the noise level at which it began, in the schedule's time (1 is noise, 0 is data).
+        t_next: where it ended.
+        seconds: what the network took for the batch that it was made in.
+        pictures: a PNG for each sample: the network's prediction of the clean picture.
+    """
+
+    number: int
+    of: int
+    made_by: str
+    t: float
+    t_next: float
+    seconds: float
+    pictures: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was asked for.
+
+    Attributes:
+        pictures: files of the asked format, one a sample (one a video).
+        seconds: by stage, as ``encode``, ``expert-1``, ``decode``: its work on the batch; ``queue``: all the waiting.
+        batches: by stage: how many samples were in the batch.
+        revision: of the weights.
+    """
+
+    pictures: tuple[bytes, ...]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    batches: Mapping[str, int] = field(default_factory=dict)
+    revision: str = ""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A step that every picture takes: who makes it, from which noise level to which."""
+
+    made_by: str
+    t: float
+    t_next: float
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is served.
+
+    Attributes:
+        name: the model's id in the API; its teacher's is ``NAME-teacher``.
+        kind: what it makes.
+        family: the network's family.
+        sizes: of pictures, the model's own first.
+        prompts: the only prompts that it knows, or None if it takes any text.
+        steps: of the student.
+        teacher_steps: of the teacher; None if it is not loaded.
+        guidance_scale: of the teacher.
+        frames: of a video; 1 for pictures.
+        fps: of a video.
+        layout: ``colocated``, ``pipelined`` or ``in-process``.
+        revision: of the weights.
+        created: when they were written, in seconds since 1970.
+    """
+
+    name: str
+    kind: Literal["image", "video"]
+    family: str
+    sizes: tuple[Size, ...]
+    prompts: tuple[str, ...] | None
+    steps: tuple[StepPlan, ...]
+    teacher_steps: int | None
+    guidance_scale: float
+    frames: int
+    fps: int
+    layout: str
+    revision: str
+    created: int
+
+
+class Busy(Exception):
+    """More is asked for than can be made soon; nothing was begun.
+
+    Attributes:
+        retry_after: seconds after which to ask again.
+    """
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__(f"too many requests wait already; try again in {retry_after:.0f} s")
+        self.retry_after = retry_after
+
+
+class Unavailable(Exception):
+    """There is nobody to do it: replicas start, or died again and again."""
+
+
+class BadAsk(Exception):
+    """A request that this model cannot do.
+
+    Attributes:
+        param: the field to blame.
+    """
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class Backend(Protocol):
+    """Makes pictures: in this process, or by Ray Serve's replicas.
+
+    A call that is cancelled leaves its work undone as soon as it can; its neighbours in a batch do not notice.
+    """
+
+    def card(self) -> Card:
+        """Say what is served now."""
+
+    async def make(self, ask: Ask) -> Made:
+        """Make pictures.
+
+        Raises:
+            BadAsk: a prompt or size that the model does not know, a teacher that is not loaded.
+            Busy: the queue is full.
+            Unavailable: there is no replica.
+        """
+
+    def watch(self, ask: Ask) -> AsyncIterator[Step | Made]:
+        """Make pictures and say each step; the last is what `make` returns. It raises as `make` does."""
+
+    async def ready(self) -> None:
+        """Return if a request could be served now.
+
+        Raises:
+            Unavailable: it could not.
+        """
+
+    def queued(self) -> int:
+        """Return how many samples are asked for and not made yet."""

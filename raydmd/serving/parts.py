@@ -1,0 +1,213 @@
+"""The parts of a picture's way: text to conditions, each expert's steps, the teacher's, latents to files."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from raydmd.config import Recipe
+from raydmd.diffusion.random import Key, normal
+from raydmd.diffusion.solvers import euler_step, renoise_step
+from raydmd.diffusion.times import step_grid
+from raydmd.errors import UserError
+from raydmd.evaluation.pictures import to_image
+from raydmd.evaluation.prompts import from_text
+from raydmd.methods.phase import Phase
+from raydmd.methods.scorer import Scorer
+from raydmd.models.experts import Expert, fuse_lora
+from raydmd.models.protocol import Conditions, Family
+from raydmd.runs import Run
+from raydmd.serving.contract import BadAsk, Format, Size
+
+STREAM = "sample"
+ENCODED = 1024  # prompts whose conditions are kept
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Where a sample's random numbers come from: sample ``index`` of ``seed``."""
+
+    seed: int
+    index: int
+
+    def draw(self, shape: tuple[int, ...], again: int = 0) -> Tensor:
+        """Return normal numbers [*shape]: the initial ones, or those that renoise step ``again`` adds."""
+        stream = f"{STREAM}/renoise-{again}" if again else STREAM
+        return normal(Key(self.seed, 0, stream, 0), self.index, 1, shape)[0]
+
+
+def initial(family: Family, noises: list[Noise], shape: tuple[int, ...]) -> Tensor:
+    """Return the latents [B, *shape] from which samples begin, as `methods.sampling.initial_noise` has them."""
+    return torch.stack([noise.draw(shape) for noise in noises]) * float(family.schedule.sigma(family.schedule.t_max))
+
+
+@dataclass(frozen=True)
+class Move:
+    """A step that was made: its number on the whole way (from 1), latents after it, and the predicted x_0."""
+
+    number: int
+    t: float
+    t_next: float
+    latents: Tensor
+    clean: Tensor
+
+
+class Encoder:
+    """Prompts to conditions."""
+
+    def __init__(self, recipe: Recipe, family: Family) -> None:
+        self.encode = lru_cache(ENCODED)(lambda prompt: self._encode(recipe, family, prompt))
+
+    @staticmethod
+    def _encode(recipe: Recipe, family: Family, prompt: str) -> Conditions:
+        """Return a prompt's conditions, one row each; to be left as they are.
+
+        Raises:
+            BadAsk: the model does not know it.
+        """
+        try:
+            return from_text(recipe, family, prompt, 1, "prompt")
+        except UserError as error:
+            raise BadAsk(str(error), "prompt") from None
+
+
+class Steps:
+    """An expert's steps: its network on its phase's grid.
+
+    Args:
+        family: the network's.
+        phase: the expert's.
+        first: number of its first step on the whole way, from 1.
+        network: the expert's.
+        solver: ``euler`` or ``renoise``.
+        device: where the network is.
+    """
+
+    def __init__(
+        self, family: Family, phase: Phase, first: int, network: Expert, solver: str, device: torch.device
+    ) -> None:
+        self.family, self.phase, self.first, self.network = family, phase, first, network
+        self.solver, self.device = solver, device
+
+    def walk(self, x: Tensor, conditions: Conditions, noises: list[Noise]) -> Iterator[Move]:
+        """Make the steps from ``x`` [B, ...] one by one."""
+        schedule, source = self.family.schedule, self.family.prediction
+        x, conditions = x.to(self.device), {name: value.to(self.device) for name, value in conditions.items()}
+        for number, (t, t_next) in enumerate(pairwise(self.phase.times), start=self.first):
+            at = torch.full((len(x),), t, dtype=torch.float64, device=self.device)
+            prediction = self.network(x, at, conditions)
+            clean, _ = schedule.denoised_pair(prediction, x, t, source)
+            if self.solver == "euler":
+                x = euler_step(schedule, prediction, x, t, t_next, source)
+            else:
+                again = torch.stack([noise.draw(tuple(x.shape[1:]), number) for noise in noises]).to(self.device)
+                x = renoise_step(schedule, prediction, x, t, t_next, source, again)
+            yield Move(number, t, t_next, x, clean)
+
+
+class TeacherSteps:
+    """The teacher's many Euler steps with guidance: twice the network's work a step."""
+
+    def __init__(self, scorer: Scorer, steps: int) -> None:
+        self.scorer, self.family = scorer, scorer.family
+        self.times = step_grid(steps, t_max=self.family.schedule.t_max)
+
+    def walk(self, x: Tensor, conditions: Conditions, noises: list[Noise]) -> Iterator[Move]:
+        """Make the steps from ``x`` [B, ...] one by one."""
+        schedule, source = self.family.schedule, self.family.prediction
+        x = x.to(self.scorer.device)
+        for number, (t, t_next) in enumerate(pairwise(self.times), start=1):
+            prediction = self.scorer.predict(x, torch.full((len(x),), t, dtype=torch.float64), conditions)
+            clean, _ = schedule.denoised_pair(prediction, x, t, source)
+            x = euler_step(schedule, prediction, x, t, t_next, source)
+            yield Move(number, t, t_next, x, clean)
+
+
+def expert_networks(run: Run, indices: list[int], weights: str, device: torch.device) -> dict[int, Expert]:
+    """Load experts: each its own network (LoRA merged into it), or adapters switched on one backbone.
+
+    Raises:
+        UserError: an expert or the teacher is missing or does not fit.
+    """
+    kind = run.recipe.method.experts
+    if kind.kind == "lora" and weights == "switched":
+        experts = run.experts(run.teacher().to(device)).to(device)
+        return {index: experts.expert(index) for index in indices}
+    networks: dict[int, Expert] = {}
+    for index in indices:
+        network, state = run.teacher(), load_file(run.expert_file(index))
+        if kind.kind == "lora":
+            fuse_lora(network, state, kind.rank, kind.alpha)
+        else:
+            try:
+                network.load_state_dict(state)
+            except RuntimeError as error:
+                raise UserError(f"{run.expert_file(index)} does not fit the teacher's network: {error}") from None
+        networks[index] = network.to(device).requires_grad_(False).eval()
+    return networks
+
+
+class Decoder:
+    """Latents to pictures, and pictures to files."""
+
+    def __init__(self, family: Family, device: torch.device, fps: int) -> None:
+        self.family, self.device, self.fps = family, device, fps
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Return frames [B, F, 1 or 3, H, W], uint8; what is not finite is black."""
+        values = self.family.decode_video(latents.to(self.device)).float().nan_to_num(0.0).clamp(0, 1)
+        return (values * 255).round().to(torch.uint8).cpu().numpy()
+
+    def preview(self, latents: Tensor) -> np.ndarray:
+        """Return a picture [B, 1, 1 or 3, H, W] of latents on their way: a video's middle frame."""
+        values = self.family.decode(latents.to(self.device)).float().nan_to_num(0.0).clamp(0, 1)
+        return (values * 255).round().to(torch.uint8).cpu().numpy()[:, None]
+
+    def file(self, frames: np.ndarray, size: Size | None, output_format: Format) -> bytes:
+        """Return frames [F, 1 or 3, H, W], uint8, as a file; enlarged without smoothing where they are smaller."""
+        images = [to_image(frame.astype(np.float64) / 255) for frame in frames]
+        if size is not None and images[0].size != size:
+            images = [image.resize(size, Image.Resampling.NEAREST) for image in images]
+        return video(images, self.fps) if output_format == "mp4" else picture(images[0], output_format)
+
+
+def picture(image: Image.Image, output_format: Format) -> bytes:
+    """Return an image as a file's bytes."""
+    buffer = io.BytesIO()
+    options = {"png": {"compress_level": 4}, "jpeg": {"quality": 95}, "webp": {"quality": 95}}
+    image.save(buffer, format=output_format.upper(), **options[output_format])
+    return buffer.getvalue()
+
+
+def video(images: list[Image.Image], fps: int) -> bytes:
+    """Return frames as an MP4 file (H.264); sides that are odd are cut by a pixel."""
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("h264", rate=Fraction(fps))
+        stream.width, stream.height = (side - side % 2 for side in images[0].size)
+        stream.pix_fmt = "yuv420p"
+        for image in images:
+            frame = av.VideoFrame.from_image(image.convert("RGB").crop((0, 0, stream.width, stream.height)))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def teacher_steps(run: Run, steps: int | None, device: torch.device) -> TeacherSteps:
+    """Load the teacher.
+
+    Raises:
+        UserError: it is missing.
+    """
+    scorer = Scorer(run.recipe, run.family, run.teacher(), device)
+    return TeacherSteps(scorer, steps or run.recipe.teacher.steps)

@@ -1,0 +1,281 @@
+"""A request's way through the stages: in parcels, again from the start when a replica is lost on the way."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from raydmd.errors import UserError
+from raydmd.models.protocol import Family
+from raydmd.runs import Run
+from raydmd.serving.admission import Admission
+from raydmd.serving.contract import Ask, BadAsk, Card, Made, Size, Step, StepPlan, Unavailable
+from raydmd.serving.settings import Serving
+from raydmd.serving.stage import Glimpse, NoRevision, Parcel, Piece
+
+T = TypeVar("T")
+
+TRIES = 8
+PAUSE = 0.1  # seconds before a second try; each next one waits twice as long, up to a second
+
+
+class Lost(Exception):
+    """A stage's replica died, or what it held did: the samples can be made anew."""
+
+
+class Link(Protocol):
+    """A stage, wherever it is. A call raises `Lost` where another replica might answer."""
+
+    async def run(self, parcel: Parcel) -> Piece:
+        """Do as `Stage.run`."""
+
+    def watch(self, parcel: Parcel) -> AsyncIterator[Glimpse | Piece]:
+        """Do as `Stage.watch`."""
+
+    async def preview(self, revision: str, latents: np.ndarray) -> tuple[bytes, ...]:
+        """Do as `Stage.preview`."""
+
+
+def stages_of(serving: Serving, experts: int) -> dict[str, tuple[str, ...]]:
+    """Return the student's stages in order, by name, and the parts of each."""
+    parts = [f"expert-{k + 1}" for k in range(experts)]
+    before = ("encode",) if serving.encoder == "inline" else ()
+    after = ("decode",) if serving.decoder == "inline" else ()
+    stages: dict[str, tuple[str, ...]] = {}
+    if serving.encoder == "own":
+        stages["encoder"] = ("encode",)
+    if serving.layout == "colocated":
+        stages["experts"] = (*before, *parts, *after)
+    else:
+        for part in parts:
+            stages[part] = (part,)
+        stages[parts[0]] = (*before, *stages[parts[0]])
+        stages[parts[-1]] = (*stages[parts[-1]], *after)
+    if serving.decoder == "own":
+        stages["decoder"] = ("decode",)
+    return stages
+
+
+TEACHER_PARTS = ("encode", "teacher", "decode")
+
+
+def read_card(serving: Serving) -> Card:
+    """Return what a run's folder has to offer.
+
+    Raises:
+        UserError: no run, one that is not trained to its end, or one that makes no pictures.
+    """
+    run = Run(serving.run)
+    phases = run.trained_phases()
+    if len(phases) < len(run.phases):
+        raise UserError(f"run '{run.folder}' has experts for {len(phases)} of {len(run.phases)} phases: "
+                        f"train it to its end")  # fmt: skip
+    family = run.family
+    if len(family.latent_shape) < 3:
+        raise UserError(f"run '{run.folder}' makes points in the plane, not pictures: there is nothing to serve")
+    sizes = (family.picture_size, *(size for size in serving.sizes if size != family.picture_size))
+    for size in sizes:
+        family.shape_for(*size)
+    return Card(
+        name=serving.name or run.name,
+        kind="video" if family.frames > 1 else "image",
+        family=family.name,
+        sizes=sizes,
+        prompts=tuple(str(digit) for digit in range(10)) if family.name == "digits" else None,
+        steps=tuple(
+            StepPlan(f"expert-{phase.index + 1}", phase.times[i], phase.times[i + 1])
+            for phase in phases
+            for i in range(phase.steps)
+        ),
+        teacher_steps=(serving.teacher_steps or run.recipe.teacher.steps) if serving.teacher else None,
+        guidance_scale=run.recipe.teacher.guidance_scale,
+        frames=family.frames,
+        fps=serving.fps,
+        layout=serving.layout,
+        revision=run.revision(),
+        created=int(run.expert_file(0).stat().st_mtime),
+    )
+
+
+class Pipeline:
+    """The `contract.Backend` over stages.
+
+    Args:
+        serving: the settings.
+        links: the stages by name, as `stages_of` names them, and ``teacher`` if it is served.
+    """
+
+    def __init__(self, serving: Serving, links: Mapping[str, Link]) -> None:
+        self.links = links
+        self.admission = Admission(serving.queue_samples, serving.queue_seconds)
+        self.use(serving)
+
+    def use(self, serving: Serving) -> None:
+        """Serve a newer run: new requests ask for its weights, and for the old ones where those are not there yet."""
+        card, before = read_card(serving), getattr(self, "_card", None)
+        self._revisions = [card.revision]
+        if before is not None and before.revision != card.revision:
+            self._revisions.append(before.revision)
+        self.serving, self._card = serving, card
+        self._family: Family = Run(serving.run).family
+        self._chain = list(stages_of(serving, len({step.made_by for step in card.steps})))
+
+    def card(self) -> Card:
+        """Say what is served now."""
+        return self._card
+
+    def queued(self) -> int:
+        """Return how many samples are asked for and not made yet."""
+        return self.admission.inside
+
+    async def ready(self) -> None:
+        """Return: requests wait for replicas that are still starting."""
+
+    async def make(self, ask: Ask) -> Made:
+        """Make pictures; see `contract.Backend.make`."""
+        parcels = self._parcels(ask)
+        with self.admission.admitted(ask.n):
+            return _joined(await _all([self._travel(self._names(ask), parcel) for parcel in parcels]))
+
+    async def watch(self, ask: Ask) -> AsyncIterator[Step | Made]:
+        """Make pictures and say each step; see `contract.Backend.watch`."""
+        parcels = self._parcels(ask)
+        gathered: dict[int, dict[int, Step]] = {}
+        seen: asyncio.Queue[Step | None] = asyncio.Queue()
+
+        def say(number: int, step: Step) -> None:
+            """Say a step once all parcels have made it."""
+            rows = gathered.setdefault(step.number, {})
+            rows[number] = step
+            if len(rows) == len(parcels):
+                pictures = tuple(picture for i in sorted(rows) for picture in rows[i].pictures)
+                seen.put_nowait(replace(step, pictures=pictures, seconds=max(s.seconds for s in rows.values())))
+
+        async def all_of_them() -> Made:
+            try:
+                return _joined(
+                    await _all([self._travel(self._names(ask), p, partial(say, i)) for i, p in enumerate(parcels)])
+                )
+            finally:
+                seen.put_nowait(None)
+
+        with self.admission.admitted(ask.n):
+            whole = asyncio.create_task(all_of_them())
+            try:
+                while (step := await seen.get()) is not None:
+                    yield step
+                yield await whole
+            finally:
+                whole.cancel()
+
+    def _names(self, ask: Ask) -> list[str]:
+        return ["teacher"] if ask.maker == "teacher" else self._chain
+
+    def _parcels(self, ask: Ask) -> list[Parcel]:
+        """Cut a request into parcels that fit in a batch.
+
+        Raises:
+            BadAsk: a size that is not served, a teacher that is not loaded.
+        """
+        card = self._card
+        if ask.maker == "teacher" and card.teacher_steps is None:
+            raise BadAsk("the teacher is not served here (start the server with --teacher)", "model")
+        size: Size = ask.size or card.sizes[0]
+        if size not in card.sizes:
+            allowed = ", ".join(f"{width}x{height}" for width, height in card.sizes)
+            raise BadAsk(f"size {size[0]}x{size[1]} is not served here (one of: {allowed})", "size")
+        if (ask.output_format == "mp4") != (card.kind == "video"):
+            raise BadAsk(f"'{card.name}' makes {card.kind}s: {ask.output_format} is no format of theirs",
+                         "output_format")  # fmt: skip
+        shape, most = self._family.shape_for(*size), self.serving.max_batch
+        return [
+            Parcel(
+                self._revisions[0], ask.prompt, ask.seed, start, min(most, ask.n - start), shape, size,
+                ask.output_format,
+            )
+            for start in range(0, ask.n, most)
+        ]  # fmt: skip
+
+    async def _travel(
+        self, names: list[str], parcel: Parcel, say: Callable[[Step], None] | None = None
+    ) -> tuple[Piece, float]:
+        """Take a parcel through the stages; return the last one's piece, with all seconds, and the seconds in all.
+
+        Raises:
+            Unavailable: replicas were lost again and again.
+        """
+        began, said = time.perf_counter(), 0
+        revisions = list(self._revisions)
+
+        def once(step: Step) -> None:
+            """Say a step that was not said before the replica was lost."""
+            nonlocal said
+            if say is not None and step.number > said:
+                said = step.number
+                say(step)
+
+        for attempt in range(TRIES):
+            if attempt:
+                await asyncio.sleep(min(1.0, PAUSE * 2 ** (attempt - 1)))
+            revision = revisions[attempt % len(revisions)]
+            try:
+                piece = await self._pass(names, replace(parcel, revision=revision), once if say else None)
+                return piece, time.perf_counter() - began
+            except NoRevision:
+                revisions = list(dict.fromkeys([*revisions, *self._revisions]))
+            except Lost:
+                continue
+        raise Unavailable("the replicas that make pictures were lost again and again; try again later")
+
+    async def _pass(self, names: list[str], parcel: Parcel, say: Callable[[Step], None] | None) -> Piece:
+        """Go through the stages once."""
+        seconds: dict[str, float] = {}
+        batches: dict[str, int] = {}
+        piece = Piece(parcel)
+        for name in names:
+            if say is None or name in ("encoder", "decoder"):
+                piece = await self.links[name].run(piece.parcel)
+            else:
+                piece = await self._watched(name, names[-1], piece.parcel, say)
+            for part, took in piece.seconds.items():
+                seconds[part] = seconds.get(part, 0.0) + took
+            batches |= piece.batches
+        return replace(piece, seconds=seconds, batches=batches)
+
+    async def _watched(self, name: str, last: str, parcel: Parcel, say: Callable[[Step], None]) -> Piece:
+        async with aclosing(self.links[name].watch(parcel)) as events:  # type: ignore[type-var]
+            async for event in events:
+                if isinstance(event, Piece):
+                    return event
+                step = event.step
+                if event.latents is not None:
+                    pictures = await self.links[last].preview(parcel.revision, event.latents)
+                    step = replace(step, pictures=pictures)
+                say(step)
+        raise Lost(name)
+
+
+async def _all(ways: list[Coroutine[Any, Any, T]]) -> list[T]:
+    """Await all; the first error ends the others and is raised."""
+    if len(ways) == 1:
+        return [await ways[0]]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(way) for way in ways]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+def _joined(results: list[tuple[Piece, float]]) -> Made:
+    """Put the parcels' pieces together: seconds of the slowest, the largest batch."""
+    files = tuple(file for piece, _ in results for file in piece.files)
+    seconds = {part: max(piece.seconds[part] for piece, _ in results) for part in results[0][0].seconds}
+    seconds["total"] = max(took for _, took in results)
+    batches = {part: max(piece.batches[part] for piece, _ in results) for part in results[0][0].batches}
+    return Made(files, seconds, batches, results[0][0].parcel.revision)

@@ -1,0 +1,120 @@
+"""How a run is served: one typed tree, read from YAML or from the command's options."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from raydmd.config import Section, explain
+from raydmd.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0)]
+Place = Literal["inline", "own"]
+
+
+class Replicas(Section):
+    """How many replicas a stage has, and what each of them needs."""
+
+    min: Positive = 1
+    max: Positive = Field(1, description="above min: Ray Serve scales by the queue")
+    cpus: float | None = Field(None, ge=0, description="of a replica; null: as the run's generator workers")
+    gpus: float | None = Field(None, ge=0, description="of a replica; null: as the run's generator workers")
+    resources: dict[str, float] = Field(default_factory=dict, description="custom Ray resources, each replica")
+    labels: dict[str, str] = Field(default_factory=dict, description="Ray label selector")
+    threads: Positive = Field(1, description="torch threads of a replica")
+
+    @model_validator(mode="after")
+    def _range(self) -> Self:
+        if self.max < self.min:
+            raise ValueError(f"max ({self.max}) is below min ({self.min})")
+        return self
+
+
+class Light(Replicas):
+    """A stage without a network."""
+
+    cpus: float | None = Field(0.1, ge=0)
+    gpus: float | None = Field(0.0, ge=0)
+
+
+class Stages(Section):
+    """The stages, each of which scales by itself."""
+
+    api: Light = Light()
+    encoder: Light = Light()
+    expert: Replicas = Field(Replicas(), description="of each expert if pipelined, of all of them if colocated")
+    decoder: Replicas = Replicas()
+    teacher: Replicas = Replicas()
+
+
+class Limits(Section):
+    """What one request may ask for."""
+
+    n: Positive = Field(16, description="pictures")
+    prompt_characters: Positive = 4000
+    body_bytes: Positive = Field(64 * 1024, description="of a request")
+    jobs: Positive = Field(64, description="video jobs kept, waiting or done")
+    stored_bytes: Positive = Field(
+        256 * 2**20, description="of pictures and videos kept for response_format url and jobs"
+    )
+    stored_seconds: Seconds = Field(3600.0, description="for which they are kept")
+
+
+class Serving(Section):
+    """All that a deployment needs to know."""
+
+    run: str = Field(description="the run's folder, readable on every node")
+    name: str | None = Field(None, description="the model's id; null: the folder's name")
+    layout: Literal["colocated", "pipelined"] = Field(
+        "colocated", description="all experts in one replica, or each in replicas of its own"
+    )
+    weights: Literal["fused", "switched"] = Field(
+        "fused", description="LoRA experts: merged into a copy of the backbone each, or switched on one backbone"
+    )
+    encoder: Place = Field("inline", description="the text encoder: in the first expert's replicas, or its own")
+    decoder: Place = Field("inline", description="the decoder: in the last expert's replicas, or its own")
+    teacher: bool = Field(False, description="serve the many-step teacher, too, to compare with")
+    teacher_steps: Positive | None = Field(None, description="Euler steps of the teacher; null: the recipe's")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    sizes: list[tuple[Positive, Positive]] = Field(
+        default_factory=list, description="width and height of further pictures that may be asked for"
+    )
+    fps: Positive = Field(16, description="of videos")
+    max_batch: Positive = Field(16, description="samples that a network takes at once")
+    queue_samples: Positive = Field(256, description="samples that may wait in all; more are refused with 429")
+    queue_seconds: Seconds = Field(30.0, description="a request that would wait longer is refused with 429")
+    timeout_seconds: Seconds = Field(300.0, description="a request that takes longer ends with 408")
+    api_keys_file: str | None = Field(None, description="a file with one API key a line; null: none is asked for")
+    limits: Limits = Limits()
+    stages: Stages = Stages()
+
+
+def parse_serving(tree: dict[str, Any], source: str) -> Serving:
+    """Validate a tree of plain values; ``source`` names it in errors.
+
+    Raises:
+        UserError: one line that names the first wrong key and the nearest right one.
+    """
+    try:
+        return Serving.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{source}: {explain(error, Serving)}") from None
+
+
+def read_keys(serving: Serving) -> frozenset[str]:
+    """Return the API keys that are let in; empty: everybody is.
+
+    Raises:
+        UserError: the file is missing or has no key in it.
+    """
+    if serving.api_keys_file is None:
+        return frozenset()
+    path = Path(serving.api_keys_file)
+    if not path.is_file():
+        raise UserError(f"api_keys_file: no file '{path}'")
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    keys = frozenset(line for line in lines if line and not line.startswith("#"))
+    if not keys:
+        raise UserError(f"api_keys_file: '{path}' has no key in it")
+    return keys

@@ -1,0 +1,296 @@
+"""A stage: some parts of the way in one place, and the batches that they work on."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raydmd.runs import Run
+from raydmd.serving.contract import Format, Size, Step
+from raydmd.serving.parts import Decoder, Encoder, Noise, Steps, TeacherSteps, expert_networks, initial, teacher_steps
+from raydmd.serving.settings import Serving
+
+KEPT = 2  # revisions: requests that began with the one before are finished with it
+
+
+class NoRevision(Exception):
+    """A request is for weights that this replica does not have."""
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What goes from stage to stage: some samples of one request. Arrays are [count, ...]."""
+
+    revision: str
+    prompt: str
+    seed: int
+    start: int
+    count: int
+    shape: tuple[int, ...]
+    size: Size | None
+    output_format: Format
+    conditions: dict[str, np.ndarray] | None = None
+    latents: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a stage made: the parcel for the next stage, or files; seconds and batch sizes by part."""
+
+    parcel: Parcel
+    files: tuple[bytes, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    batches: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Glimpse:
+    """A step and what it promises: as pictures where the stage can decode, else as latents [count, ...]."""
+
+    step: Step
+    latents: np.ndarray | None = None
+
+
+class Engine:
+    """One revision's weights, of the parts that a stage has."""
+
+    def __init__(self, serving: Serving, parts: tuple[str, ...]) -> None:
+        self.run = Run(serving.run)
+        self.revision = self.run.revision()
+        self.device = torch.device("cuda" if serving.device != "cpu" and torch.cuda.is_available() else "cpu")
+        family, recipe, phases = self.run.family, self.run.recipe, self.run.trained_phases()
+        self.family, self.steps = family, sum(phase.steps for phase in phases)
+        self.encoder = Encoder(recipe, family) if "encode" in parts else None
+        self.decoder = Decoder(family, self.device, serving.fps) if "decode" in parts else None
+        indices = [int(part.removeprefix("expert-")) - 1 for part in parts if part.startswith("expert-")]
+        networks = expert_networks(self.run, indices, serving.weights, self.device) if indices else {}
+        self.walks: dict[str, Steps | TeacherSteps] = {}
+        for index, network in networks.items():
+            first = 1 + sum(phase.steps for phase in phases[:index])
+            self.walks[f"expert-{index + 1}"] = Steps(
+                family, phases[index], first, network, recipe.method.solver, self.device
+            )
+        if "teacher" in parts:
+            teacher = teacher_steps(self.run, serving.teacher_steps, self.device)
+            self.walks["teacher"], self.steps = teacher, len(teacher.times) - 1
+
+
+@dataclass(eq=False)
+class _Job:
+    parcel: Parcel
+    answer: asyncio.Future[Piece]
+    glimpse: Callable[[Glimpse], None] | None
+    since: float
+
+    @property
+    def bucket(self) -> tuple[object, ...]:
+        """Jobs of one bucket can share a batch: same weights, and tensors of the same shapes."""
+        shapes = tuple((name, rows.shape[1:]) for name, rows in sorted((self.parcel.conditions or {}).items()))
+        return self.parcel.revision, self.parcel.shape, shapes
+
+    @property
+    def gone(self) -> bool:
+        return self.answer.done()
+
+
+class Stage:
+    """Takes parcels, works on them in batches, and gives them back.
+
+    Batching needs no waiting: while the network works, parcels gather, and the next batch takes of the oldest's bucket
+    what fits. A parcel alone is worked on at once.
+
+    Args:
+        serving: the settings.
+        parts: of ``encode``, ``expert-1`` .. ``expert-K``, ``teacher``, ``decode``, in their order.
+
+    Raises:
+        UserError: the run cannot be loaded.
+    """
+
+    def __init__(self, serving: Serving, parts: tuple[str, ...], threads: int = 1) -> None:
+        self.serving, self.parts, self.threads = serving, parts, threads
+        engine = Engine(serving, parts)
+        self._engines = {engine.revision: engine}
+        self._worker = ThreadPoolExecutor(1, "stage", initializer=torch.set_num_threads, initargs=(threads,))
+        self._queue: deque[_Job] = deque()
+        self._working: asyncio.Task[None] | None = None
+
+    @property
+    def revisions(self) -> list[str]:
+        """The weights that it has, the newest last."""
+        return list(self._engines)
+
+    async def load(self, run: str) -> str:
+        """Load a run's weights beside the present ones, which serve on meanwhile; return their revision.
+
+        Raises:
+            UserError: the run cannot be loaded; the present weights stay.
+        """
+        serving = self.serving.model_copy(update={"run": run})
+        if (newest := Run(Path(run)).revision()) not in self._engines:
+            engine = await asyncio.to_thread(Engine, serving, self.parts)
+            newest = engine.revision
+            self._engines[newest] = engine
+        self._engines[newest] = self._engines.pop(newest)
+        for old in list(self._engines)[:-KEPT]:
+            del self._engines[old]
+        self.serving = serving
+        return newest
+
+    async def run(self, parcel: Parcel, glimpse: Callable[[Glimpse], None] | None = None) -> Piece:
+        """Do the stage's parts for a parcel; cancelled, its samples are left out.
+
+        Args:
+            parcel: the samples.
+            glimpse: called with each step.
+
+        Raises:
+            NoRevision: it is for weights that are not here.
+            BadAsk: a prompt that the model does not know.
+        """
+        engine = self._engine(parcel.revision)
+        if parcel.conditions is None and engine.encoder is not None:
+            began = time.perf_counter()
+            rows = engine.encoder.encode(parcel.prompt)
+            conditions = {name: np.repeat(row.numpy(), parcel.count, axis=0) for name, row in rows.items()}
+            parcel = replace(parcel, conditions=conditions)
+            if self.parts == ("encode",):
+                return Piece(parcel, seconds={"encode": time.perf_counter() - began}, batches={"encode": parcel.count})
+        job = _Job(parcel, asyncio.get_running_loop().create_future(), glimpse, time.perf_counter())
+        self._queue.append(job)
+        if self._working is None or self._working.done():
+            self._working = asyncio.create_task(self._work())
+        return await job.answer
+
+    async def watch(self, parcel: Parcel) -> AsyncIterator[Glimpse | Piece]:
+        """Do as `run`, and yield each step before the piece."""
+        seen: asyncio.Queue[Glimpse | None] = asyncio.Queue()
+        task = asyncio.create_task(self.run(parcel, seen.put_nowait))
+        task.add_done_callback(lambda _: seen.put_nowait(None))
+        try:
+            while (glimpse := await seen.get()) is not None:
+                yield glimpse
+            yield await task
+        finally:
+            task.cancel()
+
+    async def preview(self, revision: str, latents: np.ndarray) -> tuple[bytes, ...]:
+        """Return a PNG of each of some latents [B, ...]."""
+        engine = self._engine(revision)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._worker, _preview, engine, torch.from_numpy(latents))
+
+    def _engine(self, revision: str) -> Engine:
+        if revision not in self._engines:
+            raise NoRevision(revision)
+        return self._engines[revision]
+
+    async def _work(self) -> None:
+        loop = asyncio.get_running_loop()
+        while jobs := self._next():
+            engine = self._engines.get(jobs[0].parcel.revision)
+
+            def say(job: _Job, glimpse: Glimpse) -> None:
+                if job.glimpse is not None:
+                    loop.call_soon_threadsafe(job.glimpse, glimpse)
+
+            try:
+                if engine is None:  # it was replaced twice while they waited
+                    raise NoRevision(jobs[0].parcel.revision)
+                pieces = await loop.run_in_executor(self._worker, _do, engine, self.parts, jobs, say)
+            except Exception as error:
+                for job in jobs:
+                    if not job.gone:
+                        job.answer.set_exception(error)
+            else:
+                for job, piece in zip(jobs, pieces, strict=True):
+                    if not job.gone:
+                        job.answer.set_result(piece)
+
+    def _next(self) -> list[_Job]:
+        """Take the next batch off the queue: of the oldest's bucket, in order, at most ``max_batch`` samples."""
+        waiting = [job for job in self._queue if not job.gone]
+        batch: list[_Job] = []
+        room = self.serving.max_batch
+        for job in waiting:
+            if batch and (job.bucket != batch[0].bucket or job.parcel.count > room):
+                continue
+            batch.append(job)
+            room -= job.parcel.count
+        self._queue = deque(job for job in waiting if job not in batch)
+        return batch
+
+
+@torch.inference_mode()
+def _do(engine: Engine, parts: tuple[str, ...], jobs: list[_Job], say: Callable[[_Job, Glimpse], None]) -> list[Piece]:
+    """Work on a batch, in the stage's thread."""
+    began = time.perf_counter()
+    parcels = [job.parcel for job in jobs]
+    noises = [Noise(p.seed, p.start + i) for p in parcels for i in range(p.count)]
+    conditions: dict[str, Tensor] = {}
+    for name in parcels[0].conditions or {}:
+        conditions[name] = torch.from_numpy(np.concatenate([p.conditions[name] for p in parcels if p.conditions]))
+    if parcels[0].latents is None:
+        x = initial(engine.family, noises, parcels[0].shape)
+    else:
+        x = torch.from_numpy(np.concatenate([p.latents for p in parcels if p.latents is not None]))
+    seconds: dict[str, float] = {}
+    batches: dict[str, int] = {}
+    files: list[tuple[bytes, ...]] | None = None
+    for part in parts:
+        since = time.perf_counter()
+        if part in engine.walks:
+            step_began = since
+            for move in engine.walks[part].walk(x, conditions, noises):
+                if all(job.gone for job in jobs):
+                    return [Piece(parcel) for parcel in parcels]  # nobody waits for them
+                x, took = move.latents, time.perf_counter() - step_began
+                if any(job.glimpse for job in jobs):
+                    step = Step(move.number, engine.steps, part, move.t, move.t_next, took, ())
+                    _show(engine, step, move.clean, jobs, say)
+                step_began = time.perf_counter()
+        elif part == "decode":
+            assert engine.decoder is not None
+            frames, decoder = engine.decoder.decode(x), engine.decoder
+            each = iter(frames)
+            files = [tuple(decoder.file(next(each), p.size, p.output_format) for _ in range(p.count)) for p in parcels]
+        else:
+            continue  # texts are encoded before they wait
+        seconds[part], batches[part] = time.perf_counter() - since, len(x)
+    pieces, at = [], 0
+    for number, (job, parcel) in enumerate(zip(jobs, parcels, strict=True)):
+        spent = {"queue": began - job.since, **seconds}
+        if files is not None:
+            pieces.append(Piece(replace(parcel, conditions=None, latents=None), files[number], spent, batches))
+        else:
+            latents = x[at : at + parcel.count].cpu().numpy()
+            pieces.append(Piece(replace(parcel, latents=latents), (), spent, batches))
+        at += parcel.count
+    return pieces
+
+
+def _show(engine: Engine, step: Step, clean: Tensor, jobs: list[_Job], say: Callable[[_Job, Glimpse], None]) -> None:
+    """Tell those who watch of a step."""
+    at = 0
+    for job in jobs:
+        rows, at = clean[at : at + job.parcel.count], at + job.parcel.count
+        if job.glimpse is None or job.gone:
+            continue
+        if engine.decoder is None:
+            say(job, Glimpse(step, rows.cpu().numpy()))
+        else:
+            say(job, Glimpse(replace(step, pictures=_preview(engine, rows))))
+
+
+@torch.inference_mode()
+def _preview(engine: Engine, latents: Tensor) -> tuple[bytes, ...]:
+    assert engine.decoder is not None
+    decoder = engine.decoder
+    return tuple(decoder.file(frames, None, "png") for frames in decoder.preview(latents))
