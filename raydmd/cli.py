@@ -134,6 +134,46 @@ def generate(run: Path, prompt: str, n: int, seed: int, out: Path) -> None:
         console.print(str(path), highlight=False, soft_wrap=True)
 
 
+@app.command(epilog="Example: raydmd serve runs/digits --port 8000 --layout pipelined --teacher")
+@click.argument("run", metavar="RUN", type=FOLDER)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0: on every interface.")
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
+@click.option(
+    "--layout",
+    type=click.Choice(["colocated", "pipelined"]),
+    help="All experts in one replica (the default), or each in replicas of its own.",
+)
+@click.option("--teacher", is_flag=True, help="Serve the many-step teacher, too, to compare with.")
+@click.option("--fast", is_flag=True, help="HAProxy in front instead of Ray Serve's own proxy.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting, e.g. stages.expert.max=4.")
+@click.option("--config-out", type=FOLDER, metavar="FILE", help="Write the file for `serve deploy`, and do not serve.")
+def serve(
+    run: Path,
+    host: str,
+    port: int,
+    layout: str | None,
+    teacher: bool,
+    fast: bool,
+    overrides: Sequence[str],
+    config_out: Path | None,
+) -> None:
+    """Serve a run's experts: an images API as OpenAI's, and a page to play with at /.
+
+    On this machine, or on the Ray cluster of RAY_ADDRESS. Newer weights in RUN (or a link that is pointed at another
+    run) are taken over without a pause.
+    """
+    from raydmd.serving.launch import absolute, config_of, serve_run
+    from raydmd.serving.settings import load_serving
+
+    serving = absolute(load_serving(str(run), layout, teacher, list(overrides)))
+    if config_out is not None:
+        text = config_of(serving, host, port)
+        config_out.write_text(text, encoding="utf-8")
+        console.print(f"serve deploy {config_out}", highlight=False, soft_wrap=True)
+        return
+    serve_run(serving, host, port, fast, console)
+
+
 @app.command(epilog="Example: raydmd recipes digits")
 @click.argument("name", metavar="[NAME]", required=False)
 def recipes(name: str | None) -> None:

@@ -276,7 +276,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
         raise UserError(f"{path}: a recipe is a mapping of keys, not a {type(tree).__name__}")
     tree.setdefault("name", path.stem)
     for override in overrides or []:
-        _override(tree, override)
+        apply_override(tree, override)
     return parse_recipe(tree, str(path))
 
 
@@ -297,7 +297,12 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one key of a tree by ``key.path=value``.
+
+    Raises:
+        UserError: it is of another form.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"--set {override}: expected key.path=value")

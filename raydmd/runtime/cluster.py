@@ -1,6 +1,7 @@
 """Joining a Ray cluster, or starting one on this machine, and bringing a run's actors up on it."""
 
 import logging
+import math
 import os
 import socket
 from pathlib import Path
@@ -35,6 +36,24 @@ def connect(recipe: Recipe) -> bool:
     Raises:
         UserError: nothing answers at RAY_ADDRESS.
     """
+    roles = (recipe.runtime.teacher, recipe.runtime.fake, recipe.runtime.generator)
+    claimed = sum(role.cpus * role.max_workers for role in roles) + 2  # two more for Ray Data's tasks
+    return join_or_start(claimed, recipe.runtime.object_store_mb)
+
+
+def join_or_start(claimed: float, object_store_mb: int) -> bool:
+    """Join the cluster that RAY_ADDRESS names, else start one here, on loopback.
+
+    Args:
+        claimed: CPUs that are asked for in all; one that is started here has as many, whatever the machine has.
+        object_store_mb: of one that is started here.
+
+    Returns:
+        Whether one was started, which the caller then shuts down.
+
+    Raises:
+        UserError: nothing answers at RAY_ADDRESS.
+    """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")  # of dead workers we tell in our own words
     if ray.is_initialized():
@@ -47,12 +66,10 @@ def connect(recipe: Recipe) -> bool:
         except ConnectionError as error:
             raise UserError(f"RAY_ADDRESS: {' '.join(str(error).split())}") from None
         return False
-    roles = (recipe.runtime.teacher, recipe.runtime.fake, recipe.runtime.generator)
-    claimed = sum(role.cpus * role.max_workers for role in roles)
     ray.init(
         "local",  # never some cluster that happens to run here
-        num_cpus=max(os.cpu_count() or 1, int(claimed) + 2),  # two more for Ray Data's tasks
-        object_store_memory=recipe.runtime.object_store_mb * 2**20,
+        num_cpus=max(os.cpu_count() or 1, math.ceil(claimed)),
+        object_store_memory=object_store_mb * 2**20,
         include_dashboard=False,
         _node_ip_address="127.0.0.1",
         **quiet,

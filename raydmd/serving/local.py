@@ -1,6 +1,6 @@
 """All stages in this process: for tests of the HTTP side, and the yardstick of what serving adds."""
 
-from raydmd.serving.pipeline import TEACHER_PARTS, Pipeline, read_card, stages_of
+from raydmd.serving.pipeline import TEACHER_PARTS, Pipeline, experts_of, read_card, stages_of
 from raydmd.serving.settings import Serving
 from raydmd.serving.stage import Stage
 
@@ -11,8 +11,8 @@ def local_pipeline(serving: Serving, threads: int = 1) -> Pipeline:
     Raises:
         UserError: the run cannot be served.
     """
-    experts = len({step.made_by for step in read_card(serving).steps})
-    stages = {name: Stage(serving, parts, threads) for name, parts in stages_of(serving, experts).items()}
+    names = stages_of(serving, experts_of(read_card(serving)))
+    stages = {name: Stage(serving, parts, threads) for name, parts in names.items()}
     if serving.teacher:
         stages["teacher"] = Stage(serving, TEACHER_PARTS, threads)
     return Pipeline(serving, stages)

@@ -102,6 +102,11 @@ def read_card(serving: Serving) -> Card:
     )
 
 
+def experts_of(card: Card) -> int:
+    """Return how many experts make the pictures."""
+    return len({step.made_by for step in card.steps})
+
+
 class Pipeline:
     """The `contract.Backend` over stages.
 
@@ -113,17 +118,30 @@ class Pipeline:
     def __init__(self, serving: Serving, links: Mapping[str, Link]) -> None:
         self.links = links
         self.admission = Admission(serving.queue_samples, serving.queue_seconds)
-        self.use(serving)
+        self.serving = serving
+        self._use(read_card(serving))
 
-    def use(self, serving: Serving) -> None:
-        """Serve a newer run: new requests ask for its weights, and for the old ones where those are not there yet."""
-        card, before = read_card(serving), getattr(self, "_card", None)
+    def _use(self, card: Card) -> None:
+        self._card = card
+        self._family: Family = Run(self.serving.run).family
+        self._chain = list(stages_of(self.serving, experts_of(card)))
         self._revisions = [card.revision]
-        if before is not None and before.revision != card.revision:
+
+    async def refresh(self) -> str:
+        """Serve what the run's folder holds now: its weights where they are loaded, meanwhile the ones before.
+
+        Raises:
+            UserError: it cannot be served, or has other stages; the present run stays.
+        """
+        card, before = await asyncio.to_thread(read_card, self.serving), self._card
+        if card.revision != before.revision:
+            if experts_of(card) != experts_of(before):
+                now, here = experts_of(card), experts_of(before)
+                raise UserError(f"run '{self.serving.run}' has {now} experts now, and {here} are served here: "
+                                f"start the server anew")  # fmt: skip
+            self._use(card)
             self._revisions.append(before.revision)
-        self.serving, self._card = serving, card
-        self._family: Family = Run(serving.run).family
-        self._chain = list(stages_of(serving, len({step.made_by for step in card.steps})))
+        return card.revision
 
     def card(self) -> Card:
         """Say what is served now."""

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from raydmd.config import Section, explain
+from raydmd.config import Section, apply_override, explain
 from raydmd.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -85,9 +85,30 @@ class Serving(Section):
     queue_samples: Positive = Field(256, description="samples that may wait in all; more are refused with 429")
     queue_seconds: Seconds = Field(30.0, description="a request that would wait longer is refused with 429")
     timeout_seconds: Seconds = Field(300.0, description="a request that takes longer ends with 408")
+    reload_seconds: float = Field(
+        5.0,
+        ge=0,
+        description="between looks at the run's folder; newer weights are taken over without a pause. 0: never",
+    )
     api_keys_file: str | None = Field(None, description="a file with one API key a line; null: none is asked for")
     limits: Limits = Limits()
     stages: Stages = Stages()
+
+
+def load_serving(run: str, layout: str | None, teacher: bool, overrides: list[str]) -> Serving:
+    """Return the settings of a command line.
+
+    Raises:
+        UserError: an unknown key or a value out of range.
+    """
+    tree: dict[str, Any] = {"run": run}
+    for override in overrides:
+        apply_override(tree, override)
+    if layout is not None:
+        tree["layout"] = layout
+    if teacher:
+        tree["teacher"] = True
+    return parse_serving(tree, "--set")
 
 
 def parse_serving(tree: dict[str, Any], source: str) -> Serving:

@@ -6,12 +6,12 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from raydmd.errors import UserError
 from raydmd.runs import Run
 from raydmd.serving.contract import Format, Size, Step
 from raydmd.serving.parts import Decoder, Encoder, Noise, Steps, TeacherSteps, expert_networks, initial, teacher_steps
@@ -70,6 +70,8 @@ class Engine:
         self.encoder = Encoder(recipe, family) if "encode" in parts else None
         self.decoder = Decoder(family, self.device, serving.fps) if "decode" in parts else None
         indices = [int(part.removeprefix("expert-")) - 1 for part in parts if part.startswith("expert-")]
+        if max(indices, default=-1) >= len(phases):
+            raise UserError(f"run '{serving.run}' has {len(phases)} experts; {max(indices) + 1} are served here")
         networks = expert_networks(self.run, indices, serving.weights, self.device) if indices else {}
         self.walks: dict[str, Steps | TeacherSteps] = {}
         for index, network in networks.items():
@@ -80,6 +82,8 @@ class Engine:
         if "teacher" in parts:
             teacher = teacher_steps(self.run, serving.teacher_steps, self.device)
             self.walks["teacher"], self.steps = teacher, len(teacher.times) - 1
+        if self.run.revision() != self.revision:
+            raise UserError(f"run '{serving.run}' changed while it was loaded")
 
 
 @dataclass(eq=False)
@@ -127,22 +131,20 @@ class Stage:
         """The weights that it has, the newest last."""
         return list(self._engines)
 
-    async def load(self, run: str) -> str:
-        """Load a run's weights beside the present ones, which serve on meanwhile; return their revision.
+    async def refresh(self) -> str:
+        """Load what the run's folder holds now, beside the present weights, which serve on; return its revision.
 
         Raises:
-            UserError: the run cannot be loaded; the present weights stay.
+            UserError: it cannot be loaded, or changed meanwhile; the present weights stay.
         """
-        serving = self.serving.model_copy(update={"run": run})
-        if (newest := Run(Path(run)).revision()) not in self._engines:
-            engine = await asyncio.to_thread(Engine, serving, self.parts)
-            newest = engine.revision
-            self._engines[newest] = engine
-        self._engines[newest] = self._engines.pop(newest)
+        newest = await asyncio.to_thread(lambda: Run(self.serving.run).revision())
+        engine = self._engines.pop(newest, None)
+        if engine is None:
+            engine = await asyncio.to_thread(Engine, self.serving, self.parts)
+        self._engines[engine.revision] = engine
         for old in list(self._engines)[:-KEPT]:
             del self._engines[old]
-        self.serving = serving
-        return newest
+        return engine.revision
 
     async def run(self, parcel: Parcel, glimpse: Callable[[Glimpse], None] | None = None) -> Piece:
         """Do the stage's parts for a parcel; cancelled, its samples are left out.

@@ -1,0 +1,216 @@
+"""The deployments on Ray Serve: the API, and the stages behind it; `build` is what a Serve config names."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import ray
+from ray import serve
+from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayTaskError
+from ray.serve.config import AutoscalingConfig
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from raydmd.runs import Run
+from raydmd.serving.contract import Unavailable
+from raydmd.serving.pipeline import TEACHER_PARTS, Lost, Pipeline, experts_of, read_card, stages_of
+from raydmd.serving.reload import follow
+from raydmd.serving.settings import Replicas, Serving, parse_serving, read_keys
+from raydmd.serving.stage import Glimpse, Parcel, Piece, Stage
+
+GONE = (RayActorError, ObjectLostError, OwnerDiedError)
+INLINE = 64 * 1024  # bytes of latents up to which they travel in the message; more go through the object store
+CONNECTIONS = 10_000  # requests that an API replica talks with: who waits too long is refused by it, not by Serve
+
+
+class StageReplica:
+    """A `Stage` on Ray Serve. Large latents are left in the object store: only references pass through the API."""
+
+    def __init__(self, serving: Serving, parts: tuple[str, ...], threads: int) -> None:
+        self.stage = Stage(serving, parts, threads)
+        self._follower: asyncio.Task[None] | None = None
+
+    async def run(self, parcel: Parcel) -> Piece:
+        """Do the stage's parts for a parcel; see `Stage.run`."""
+        self._follow()
+        return _packed(await self.stage.run(await _unpacked(parcel)))
+
+    async def watch(self, parcel: Parcel) -> AsyncGenerator[Glimpse | Piece, None]:
+        """Do as `run`, and yield each step before the piece."""
+        self._follow()
+        events = self.stage.watch(await _unpacked(parcel))
+        async for event in events:
+            yield _packed(event) if isinstance(event, Piece) else event
+
+    async def preview(self, revision: str, latents: np.ndarray) -> tuple[bytes, ...]:
+        """Return a PNG of each of some latents."""
+        return await self.stage.preview(revision, latents)
+
+    def check_health(self) -> None:
+        """Called by Serve from time to time, from the start."""
+        self._follow()
+
+    def _follow(self) -> None:
+        serving = self.stage.serving
+        if self._follower is None and serving.reload_seconds:
+            self._follower = asyncio.create_task(follow(serving, self.stage.revisions[-1], self.stage.refresh))
+
+
+def _packed(piece: Piece) -> Piece:
+    latents = piece.parcel.latents
+    if latents is None or latents.nbytes <= INLINE:
+        return piece
+    kept: Any = ray.put(latents)
+    return replace(piece, parcel=replace(piece.parcel, latents=kept))
+
+
+async def _unpacked(parcel: Parcel) -> Parcel:
+    if isinstance(parcel.latents, ray.ObjectRef):
+        return replace(parcel, latents=await parcel.latents)
+    return parcel
+
+
+class ServeLink:
+    """A stage behind a deployment's handle."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle, self._stream = handle, handle.options(stream=True)
+
+    async def run(self, parcel: Parcel) -> Piece:
+        """Do as `Stage.run`; cancelled, the replica hears of it."""
+        return await self._call("run", parcel)
+
+    async def preview(self, revision: str, latents: np.ndarray) -> tuple[bytes, ...]:
+        """Do as `Stage.preview`."""
+        return await self._call("preview", revision, latents)
+
+    async def watch(self, parcel: Parcel) -> AsyncIterator[Glimpse | Piece]:
+        """Do as `Stage.watch`."""
+        events: Any = self._stream.watch.remote(parcel)
+        try:
+            async for event in events:
+                yield event
+        except Exception as error:
+            raise _translated(error) from None
+        finally:
+            events.cancel()
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        response = getattr(self._handle, method).remote(*arguments)
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except Exception as error:
+            raise _translated(error) from None
+
+
+def _translated(error: Exception) -> Exception:
+    """Return what a failed call means: `Lost` where another replica may do it, else the stage's own error."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, GONE) or isinstance(error, GONE):
+        return Lost(str(cause))
+    if isinstance(cause, DeploymentUnavailableError | BackPressureError):
+        return Unavailable("the replicas that make pictures cannot be reached")
+    if isinstance(cause, RayServeException):
+        return Lost(str(cause))
+    return cause if isinstance(cause, Exception) else error
+
+
+@serve.ingress()
+class Api:
+    """The HTTP side: stateless but for stored pictures and jobs, so that it scales apart from the networks.
+
+    Args:
+        serving: the settings.
+        stages: their deployments by name.
+    """
+
+    def __init__(self, serving: Serving, stages: dict[str, DeploymentHandle]) -> None:
+        self.serving = serving
+        self.pipeline = Pipeline(serving, {name: ServeLink(handle) for name, handle in stages.items()})
+        self._follower: asyncio.Task[None] | None = None
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Return the app: called by Serve after the constructor."""
+        from raydmd.serving.http.app import make_app
+
+        return make_app(self.pipeline, self.serving, read_keys(self.serving))
+
+    async def check_health(self) -> None:
+        """Called by Serve from time to time, from the start."""
+        if self._follower is None and self.serving.reload_seconds:
+            task = follow(self.serving, self.pipeline.card().revision, self.pipeline.refresh)
+            self._follower = asyncio.create_task(task)
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """Build the application: ``args`` is a tree of `settings.Serving`.
+
+    Raises:
+        UserError: a wrong key or value, or a run that cannot be served.
+    """
+    return application(parse_serving(args, "args"))
+
+
+def application(serving: Serving) -> serve.Application:
+    """Build the application of settings.
+
+    Raises:
+        UserError: a run that cannot be served.
+    """
+    card = read_card(serving)
+    read_keys(serving)
+    names = stages_of(serving, experts_of(card))
+    if serving.teacher:
+        names["teacher"] = TEACHER_PARTS
+    stages = {name: _stage(serving, name, parts) for name, parts in names.items()}
+    api = _deployment(Api).options(
+        name="api", max_ongoing_requests=CONNECTIONS, **_scale(serving.stages.api, serving, target=64)
+    )
+    return api.bind(serving, stages)
+
+
+def _stage(serving: Serving, name: str, parts: tuple[str, ...]) -> serve.Application:
+    kind: Replicas = getattr(serving.stages, "expert" if name.startswith("expert") else name)
+    deployment = _deployment(StageReplica).options(
+        name=name,
+        max_ongoing_requests=max(serving.queue_samples, serving.max_batch),
+        **_scale(kind, serving, target=2 * serving.max_batch),
+    )
+    return deployment.bind(serving, parts, kind.threads)
+
+
+def _deployment(kind: type) -> serve.Deployment:
+    made: Any = serve.deployment(kind)
+    return made
+
+
+def _scale(kind: Replicas, serving: Serving, target: int) -> dict[str, Any]:
+    """Return a deployment's options: what a replica needs, and how many there are.
+
+    Args:
+        kind: the stage's settings.
+        serving: names the run, whose generator's workers say what is not said here.
+        target: requests of a replica, waiting or worked on, above which Serve adds one.
+    """
+    generator = Run(serving.run).recipe.runtime.generator
+    actor: dict[str, Any] = {
+        "num_cpus": generator.cpus if kind.cpus is None else kind.cpus,
+        "num_gpus": generator.gpus if kind.gpus is None else kind.gpus,
+        "resources": kind.resources,
+    }
+    if kind.labels:
+        actor["label_selector"] = kind.labels
+    options: dict[str, Any] = {"ray_actor_options": actor}
+    if kind.max > kind.min:
+        options["autoscaling_config"] = AutoscalingConfig(
+            min_replicas=kind.min, max_replicas=kind.max, target_ongoing_requests=target,
+            upscale_delay_s=5.0, downscale_delay_s=60.0,
+        )  # fmt: skip
+    else:
+        options["num_replicas"] = kind.min
+    return options

@@ -1,0 +1,155 @@
+"""`raydmd serve`: a run behind an endpoint, on this machine or on the Ray cluster that one is in."""
+
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from raydmd.errors import RunError, UserError
+from raydmd.runs import Run
+from raydmd.serving.pipeline import experts_of, read_card, stages_of
+from raydmd.serving.settings import Serving
+
+APP = "raydmd"
+FAST = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",  # HAProxy in front instead of Serve's own proxy
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",  # replicas without a thread of their own for user code, less logging
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",  # else the driver's handles do not work
+    # a replica that died before it answered: its request is sent to another (seeds make it the same picture)
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+}
+
+
+def absolute(serving: Serving) -> Serving:
+    """Return the settings with local paths made absolute: replicas have working folders of their own."""
+    changes: dict[str, Any] = {"run": os.path.abspath(serving.run)}  # not resolved: a link may be pointed elsewhere
+    if serving.api_keys_file is not None:
+        changes["api_keys_file"] = str(Path(serving.api_keys_file).resolve())
+    return serving.model_copy(update=changes)
+
+
+def config_of(serving: Serving, host: str, port: int) -> str:
+    """Return the file that `serve run` and `serve deploy` take, as YAML.
+
+    Raises:
+        UserError: the run cannot be served.
+    """
+    read_card(serving)
+    tree = {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": host, "port": port},
+        "applications": [
+            {
+                "name": APP,
+                "route_prefix": "/",
+                "import_path": "raydmd.serving.app:build",
+                "args": serving.model_dump(mode="json", exclude_defaults=True),
+            }
+        ],
+    }
+    return "# serve run FILE, serve deploy FILE, or a RayService's serveConfigV2\n" + yaml.safe_dump(
+        tree, sort_keys=False
+    )
+
+
+def serve_run(
+    serving: Serving, host: str, port: int, fast: bool, console: Console, until: Callable[[], None] | None = None
+) -> None:
+    """Serve until Ctrl-C.
+
+    Args:
+        serving: the settings.
+        host: to listen at.
+        port: to listen at.
+        fast: HAProxy in front; only with a Ray that is started here.
+        console: where progress is shown.
+        until: returns when to stop; default: at Ctrl-C.
+
+    Raises:
+        UserError: a run that cannot be served, or a port that is taken.
+        RunError: the replicas do not start.
+    """
+    read_card(serving)
+    _check_port(host, port)
+    joins = "RAY_ADDRESS" in os.environ
+    if fast and joins:
+        raise UserError("--fast: it is a setting of the cluster's processes: start its nodes with "
+                        "RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1")  # fmt: skip
+    scratch = Path(tempfile.mkdtemp(prefix="raydmd-serve-"))
+    if fast:
+        os.environ |= FAST | _haproxy_places(scratch)
+    try:
+        _serve(serving, host, port, console, until)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _serve(serving: Serving, host: str, port: int, console: Console, until: Callable[[], None] | None) -> None:
+    import ray
+    from ray import serve
+    from ray.serve.config import HTTPOptions, ProxyLocation
+    from ray.serve.schema import LoggingConfig
+
+    from raydmd.runtime.cluster import join_or_start
+    from raydmd.serving.app import application
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    owned = join_or_start(claimed(serving), 512)
+    try:
+        quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
+        serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=host, port=port), logging_config=quiet)
+        with console.status("starting replicas"):
+            serve.run(application(serving), name=APP, route_prefix="/", logging_config=quiet)
+        shown = f"[{host}]" if ":" in host else host
+        console.print(f"serving {serving.run} at http://{shown}:{port} (Ctrl-C stops)", highlight=False, soft_wrap=True)
+        (until or threading.Event().wait)()
+    except RuntimeError as error:
+        raise RunError(f"the replicas do not start: {' '.join(str(error).split())[:500]}") from None
+    finally:
+        if owned:
+            serve.shutdown()
+            ray.shutdown()
+        else:
+            serve.delete(APP)
+
+
+def claimed(serving: Serving) -> float:
+    """Return the CPUs that all replicas may claim together."""
+    names = [*stages_of(serving, experts_of(read_card(serving))), "api"]
+    if serving.teacher:
+        names.append("teacher")
+    default = Run(serving.run).recipe.runtime.generator.cpus
+    total = 0.0
+    for name in names:
+        kind = getattr(serving.stages, "expert" if name.startswith("expert") else name)
+        total += kind.max * (default if kind.cpus is None else kind.cpus)
+    return total
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise UserError(f"--port {port}: cannot listen at {host}:{port} ({error.strerror or error})") from None
+
+
+def _haproxy_places(scratch: Path) -> dict[str, str]:
+    """Return where this HAProxy keeps its files and figures, so that several can run on one machine."""
+    with socket.create_server(("127.0.0.1", 0)) as metrics, socket.create_server(("127.0.0.1", 0)) as stats:
+        ports = {"METRICS": metrics.getsockname()[1], "STATS": stats.getsockname()[1]}
+    return {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(scratch / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(scratch),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(scratch / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports["METRICS"]),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports["STATS"]),
+    }
