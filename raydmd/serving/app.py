@@ -48,7 +48,7 @@ class StageReplica:
         """Return a PNG of each of some latents."""
         return await self.stage.preview(revision, latents)
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Called by Serve from time to time, from the start."""
         self._follow()
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import signal
 import socket
 import tempfile
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+import raydmd.runtime  # before Ray: what it starts here then listens on loopback only  # noqa: F401
 from raydmd.errors import RunError, UserError
 from raydmd.runs import Run
 from raydmd.serving.pipeline import experts_of, read_card, stages_of
@@ -71,7 +73,7 @@ def serve_run(
         port: to listen at.
         fast: HAProxy in front; only with a Ray that is started here.
         console: where progress is shown.
-        until: returns when to stop; default: at Ctrl-C.
+        until: returns when to stop; default: at Ctrl-C or SIGTERM.
 
     Raises:
         UserError: a run that cannot be served, or a port that is taken.
@@ -110,7 +112,7 @@ def _serve(serving: Serving, host: str, port: int, console: Console, until: Call
             serve.run(application(serving), name=APP, route_prefix="/", logging_config=quiet)
         shown = f"[{host}]" if ":" in host else host
         console.print(f"serving {serving.run} at http://{shown}:{port} (Ctrl-C stops)", highlight=False, soft_wrap=True)
-        (until or threading.Event().wait)()
+        (until or _wait_for_signal)()
     except RuntimeError as error:
         raise RunError(f"the replicas do not start: {' '.join(str(error).split())[:500]}") from None
     finally:
@@ -119,6 +121,17 @@ def _serve(serving: Serving, host: str, port: int, console: Console, until: Call
             ray.shutdown()
         else:
             serve.delete(APP)
+
+
+def _wait_for_signal() -> None:
+    """Return at Ctrl-C or SIGTERM."""
+    stopped = threading.Event()
+    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stopped.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def claimed(serving: Serving) -> float:
