@@ -144,7 +144,11 @@ def generate(run: Path, prompt: str, n: int, seed: int, out: Path) -> None:
     help="All experts in one replica (the default), or each in replicas of its own.",
 )
 @click.option("--teacher", is_flag=True, help="Serve the many-step teacher, too, to compare with.")
-@click.option("--fast", is_flag=True, help="HAProxy in front instead of Ray Serve's own proxy.")
+@click.option(
+    "--fast",
+    is_flag=True,
+    help="HAProxy in front instead of Ray Serve's proxy, and the API in the experts' replicas where it can be.",
+)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting, e.g. stages.expert.max=4.")
 @click.option("--config-out", type=FOLDER, metavar="FILE", help="Write the file for `serve deploy`, and do not serve.")
 def serve(
@@ -165,7 +169,7 @@ def serve(
     from raydmd.serving.launch import absolute, config_of, serve_run
     from raydmd.serving.settings import load_serving
 
-    serving = absolute(load_serving(str(run), layout, teacher, list(overrides)))
+    serving = absolute(load_serving(str(run), layout, teacher, fast, list(overrides)))
     if config_out is not None:
         text = config_of(serving, host, port)
         config_out.write_text(text, encoding="utf-8")

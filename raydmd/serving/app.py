@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 
 from raydmd.runs import Run
 from raydmd.serving.contract import Unavailable
-from raydmd.serving.pipeline import TEACHER_PARTS, Lost, Pipeline, experts_of, read_card, stages_of
+from raydmd.serving.pipeline import TEACHER_PARTS, Link, Lost, Pipeline, experts_of, read_card, stages_of
 from raydmd.serving.reload import follow
 from raydmd.serving.settings import Replicas, Serving, parse_serving, read_keys
 from raydmd.serving.stage import Glimpse, Parcel, Piece, Stage
@@ -127,11 +127,16 @@ class Api:
     Args:
         serving: the settings.
         stages: their deployments by name.
+        inline: stages that live in the API's own replicas: their parts by name.
     """
 
-    def __init__(self, serving: Serving, stages: dict[str, DeploymentHandle]) -> None:
-        self.serving = serving
-        self.pipeline = Pipeline(serving, {name: ServeLink(handle) for name, handle in stages.items()})
+    def __init__(
+        self, serving: Serving, stages: dict[str, DeploymentHandle], inline: dict[str, tuple[str, ...]]
+    ) -> None:
+        self.serving, threads = serving, serving.stages.expert.threads
+        self.inline = {name: Stage(serving, parts, threads) for name, parts in inline.items()}
+        links: dict[str, Link] = {name: ServeLink(handle) for name, handle in stages.items()}
+        self.pipeline = Pipeline(serving, links | self.inline)
         self._follower: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -140,10 +145,16 @@ class Api:
 
         return make_app(self.pipeline, self.serving, read_keys(self.serving))
 
+    async def refresh(self) -> str:
+        """Take newer weights over."""
+        for stage in self.inline.values():
+            await stage.refresh()
+        return await self.pipeline.refresh()
+
     async def check_health(self) -> None:
         """Called by Serve from time to time, from the start."""
         if self._follower is None and self.serving.reload_seconds:
-            task = follow(self.serving, self.pipeline.card().revision, self.pipeline.refresh)
+            task = follow(self.serving, self.pipeline.card().revision, self.refresh)
             self._follower = asyncio.create_task(task)
 
 
@@ -162,16 +173,17 @@ def application(serving: Serving) -> serve.Application:
     Raises:
         UserError: a run that cannot be served.
     """
-    card = read_card(serving)
     read_keys(serving)
-    names = stages_of(serving, experts_of(card))
+    names = stages_of(serving, experts_of(read_card(serving)))
+    inline = names if serving.api == "inline" else {}
     if serving.teacher:
-        names["teacher"] = TEACHER_PARTS
-    stages = {name: _stage(serving, name, parts) for name, parts in names.items()}
+        names = names | {"teacher": TEACHER_PARTS}
+    stages = {name: _stage(serving, name, parts) for name, parts in names.items() if name not in inline}
+    place, target = (serving.stages.expert, 2 * serving.max_batch) if inline else (serving.stages.api, 64)
     api = _deployment(Api).options(
-        name="api", max_ongoing_requests=CONNECTIONS, **_scale(serving.stages.api, serving, target=64)
+        name="api", max_ongoing_requests=CONNECTIONS, **_scale(place, serving, target=target)
     )
-    return api.bind(serving, stages)
+    return api.bind(serving, stages, inline)
 
 
 def _stage(serving: Serving, name: str, parts: tuple[str, ...]) -> serve.Application:

@@ -27,6 +27,7 @@ FAST = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",  # else the driver's handles do not work
     # a replica that died before it answered: its request is sent to another (seeds make it the same picture)
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # on one machine HAProxy hears at once who leaves
 }
 
 
@@ -116,11 +117,10 @@ def _serve(serving: Serving, host: str, port: int, console: Console, until: Call
     except RuntimeError as error:
         raise RunError(f"the replicas do not start: {' '.join(str(error).split())[:500]}") from None
     finally:
-        if owned:
-            serve.shutdown()
-            ray.shutdown()
-        else:
+        with console.status("finishing what was begun"):
             serve.delete(APP)
+        if owned:
+            ray.shutdown()
 
 
 def _wait_for_signal() -> None:
@@ -136,7 +136,9 @@ def _wait_for_signal() -> None:
 
 def claimed(serving: Serving) -> float:
     """Return the CPUs that all replicas may claim together."""
-    names = [*stages_of(serving, experts_of(read_card(serving))), "api"]
+    names = list(stages_of(serving, experts_of(read_card(serving))))
+    if serving.api == "own":
+        names.append("api")
     if serving.teacher:
         names.append("teacher")
     default = Run(serving.run).recipe.runtime.generator.cpus

@@ -72,6 +72,9 @@ class Serving(Section):
     weights: Literal["fused", "switched"] = Field(
         "fused", description="LoRA experts: merged into a copy of the backbone each, or switched on one backbone"
     )
+    api: Place = Field(
+        "own", description="the HTTP side: its own replicas, or (one stage only) inline in the experts': a hop less"
+    )
     encoder: Place = Field("inline", description="the text encoder: in the first expert's replicas, or its own")
     decoder: Place = Field("inline", description="the decoder: in the last expert's replicas, or its own")
     teacher: bool = Field(False, description="serve the many-step teacher, too, to compare with")
@@ -94,9 +97,17 @@ class Serving(Section):
     limits: Limits = Limits()
     stages: Stages = Stages()
 
+    @model_validator(mode="after")
+    def _one_stage(self) -> Self:
+        if self.api == "inline":
+            for name, value in (("layout", "colocated"), ("encoder", "inline"), ("decoder", "inline")):
+                if getattr(self, name) != value:
+                    raise ValueError(f"api: inline goes with {name}: {value}, not {getattr(self, name)}")
+        return self
 
-def load_serving(run: str, layout: str | None, teacher: bool, overrides: list[str]) -> Serving:
-    """Return the settings of a command line.
+
+def load_serving(run: str, layout: str | None, teacher: bool, fast: bool, overrides: list[str]) -> Serving:
+    """Return the settings of a command line; ``fast`` puts the API into the experts' replicas where it can be.
 
     Raises:
         UserError: an unknown key or a value out of range.
@@ -108,6 +119,12 @@ def load_serving(run: str, layout: str | None, teacher: bool, overrides: list[st
         tree["layout"] = layout
     if teacher:
         tree["teacher"] = True
+    if (
+        fast
+        and "api" not in tree
+        and {tree.get("encoder"), tree.get("decoder"), layout} <= {None, "inline", "colocated"}
+    ):
+        tree["api"] = "inline"
     return parse_serving(tree, "--set")
 
 
