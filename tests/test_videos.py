@@ -270,6 +270,8 @@ def test_forms(http):
     kind = "multipart/form-data; boundary="
     good = b'--b\r\ncontent-disposition: form-data; name="prompt"\r\n\r\n0\r\n--b--\r\n'
     assert http.post("/v1/videos", content=good, headers={"content-type": f"{kind}b"}).status_code == 200
+    other_site = {"content-type": f"{kind}b", "sec-fetch-site": "cross-site"}
+    refused(http.post("/v1/videos", content=good, headers=other_site), 403)
     nasty = [
         b"", b"--b", b"--b\r\n\r\n", good[:-9], good.replace(b'name="prompt"', b""), good.replace(b"0", b"\xff\xfe"),
         good.replace(b"prompt", b"\xff"), b"\0" * 1000, good.replace(b"form-data;", b""), good * 2,
