@@ -163,7 +163,7 @@ NASTY = {
     "UTF-16": '{"prompt": "3"}'.encode("utf-16"),
     "a mark before": b'\xef\xbb\xbf{"prompt": "3"}',
     "another digit": '{"prompt": "٣"}'.encode(),
-    "many unknown fields": json.dumps({f"f{i}": i for i in range(1500)}).encode(),
+    "many unknown fields": json.dumps({f"f{i}": i for i in range(1000)}).encode(),
     "a long unknown field": json.dumps({"f" * 15000: 1}).encode(),
     "a long size": json.dumps({"prompt": "3", "size": "9" * 9000 + "x1"}).encode(),
     "a size in other digits": json.dumps({"prompt": "3", "size": "٨x٨"}).encode(),
@@ -179,8 +179,7 @@ def test_hand_picked(call, name):
     status = call(NASTY[name])[0]
     assert status in (400, 404)
     if len(NASTY[name]) < 10000:
-        body = NASTY[name].decode("latin-1")
-        assert call(NASTY[name], headers=[(b"content-type", b"text/plain")])[0] == 415, body
+        assert call(NASTY[name], headers=[(b"content-type", b"text/plain")])[0] == 415
 
 
 def test_harmless_oddities_are_let_pass(call):
@@ -198,24 +197,40 @@ def test_harmless_oddities_are_let_pass(call):
 
 def test_over_the_wire(run):
     """What the server's own parser sees, too: each on a connection of its own, while another client is served."""
-    good = request_bytes(GENERATIONS, {"prompt": "3", "seed": 1})
-    heads = [
-        b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"GET /%ff%00 HTTP/1.1\r\nhost: x\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nhost: " + b"a" * 70000 + b"\r\n\r\n", b"POST / HTTP/1.1\r\ncontent-length: -1\r\n\r\n",
-        good.replace(b"host: x", b"host: \xff\xfe"), good.replace(b"host: x", b"host: [::1"),
-        good.replace(b"host: x", b"host: x\r\ntransfer-encoding: chunked"), good.replace(b"application", b"\xff"),
-        b"POST " + GENERATIONS.encode() + b" HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
-    ]  # fmt: skip
+    good = request_bytes(GENERATIONS, {"prompt": "3", "seed": 1}).replace(b"host: x", b"host: x\r\nconnection: close")
+    chunked = b"POST " + GENERATIONS.encode() + b" HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    whole = {
+        good: 200,
+        good.replace(b"host: x", b"host: \xff\xfe"): 200,
+        good.replace(b"host: x", b"host: [::1"): 200,
+        good.replace(b"application", b"\xff"): 415,
+        good.replace(b"host: x", b"host: x\r\ntransfer-encoding: chunked"): 400,  # and a length
+        b"GET /%ff%00 HTTP/1.1\r\nconnection: close\r\n\r\n": 404,
+        b"GET /nowhere HTTP/1.1\r\nhost: <>\r\nconnection: close\r\n\r\n": 404,
+        b"GET\r\n\r\n": 400,
+        b"\x16\x03\x01\x02\x00\r\n\r\n": 400,
+        b"POST / HTTP/1.1\r\ncontent-length: -1\r\n\r\n": 400,
+        chunked + b"zz\r\n": 400,
+    }
+    cut = [chunked, chunked + b"5\r\nab", good[:-3], b"GET /health HTTP/1.1\r\nhost: " + b"a" * 70000]
+
+    def told(url, sent, end):
+        with connect(url) as wire:
+            wire.sendall(sent)
+            if end:
+                wire.shutdown(1)  # what is not whole by now will never be
+            answer = b""
+            while more := wire.recv(65536):
+                answer += more
+            return answer
+
     with api(run) as (url, backend), httpx.Client(base_url=url, timeout=60) as http:
         first = http.post(GENERATIONS, json={"prompt": "3", "seed": 1}).json()["data"]
-        for head in heads:
-            with connect(url) as wire:
-                wire.sendall(head)
-                wire.shutdown(1)  # what is not whole by now will never be
-                answer = b""
-                while more := wire.recv(65536):
-                    answer += more
-                assert b" 500 " not in answer[:20] and (not answer or answer.startswith(b"HTTP/1.1 ")), head[:80]
+        for sent, status in whole.items():
+            assert told(url, sent, end=False).startswith(f"HTTP/1.1 {status} ".encode()), sent[:80]
+            assert http.post(GENERATIONS, json={"prompt": "3", "seed": 1}).json()["data"] == first
+        for sent in cut:
+            assert not told(url, sent, end=True).startswith((b"HTTP/1.1 2", b"HTTP/1.1 5")), sent[:80]
             assert http.post(GENERATIONS, json={"prompt": "3", "seed": 1}).json()["data"] == first
         assert backend.queued() == 0
         assert 'status="500"' not in http.get("/metrics").text and 'status="200"' in http.get("/metrics").text

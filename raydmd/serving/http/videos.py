@@ -38,6 +38,8 @@ class Videos:
         async with within(self.serving.timeout_seconds):
             raw = await read_body(request, self.serving.limits.body_bytes)
         if media_type(request) == FORM:
+            if request.headers.get("sec-fetch-site") == "cross-site":  # a browser sends forms to anybody, unasked
+                raise ApiError(403, "forms from pages of other sites are not taken", code="cross_site")
             body = parsed(VideoBody, dict(await read_form(request, raw)), strict=False)
         else:
             body = parsed(VideoBody, raw)
