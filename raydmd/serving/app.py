@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 
 from raydmd.runs import Run
 from raydmd.serving.contract import Unavailable
+from raydmd.serving.loopback import keep_replica_at_home
 from raydmd.serving.pipeline import TEACHER_PARTS, Link, Lost, Pipeline, experts_of, read_card, stages_of
 from raydmd.serving.reload import follow
 from raydmd.serving.settings import Replicas, Serving, parse_serving, read_keys
@@ -29,6 +30,7 @@ class StageReplica:
     """A `Stage` on Ray Serve. Large latents are left in the object store: only references pass through the API."""
 
     def __init__(self, serving: Serving, parts: tuple[str, ...], threads: int) -> None:
+        keep_replica_at_home()
         self.stage = Stage(serving, parts, threads)
         self._follower: asyncio.Task[None] | None = None
 
@@ -133,6 +135,7 @@ class Api:
     def __init__(
         self, serving: Serving, stages: dict[str, DeploymentHandle], inline: dict[str, tuple[str, ...]]
     ) -> None:
+        keep_replica_at_home()
         self.serving, threads = serving, serving.stages.expert.threads
         self.inline = {name: Stage(serving, parts, threads) for name, parts in inline.items()}
         links: dict[str, Link] = {name: ServeLink(handle) for name, handle in stages.items()}

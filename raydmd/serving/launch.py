@@ -24,6 +24,7 @@ APP = "raydmd"
 FAST = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",  # HAProxy in front instead of Serve's own proxy
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",  # replicas without a thread of their own for user code, less logging
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",  # its servers listen on every interface
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",  # else the driver's handles do not work
     # a replica that died before it answered: its request is sent to another (seeds make it the same picture)
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
@@ -88,7 +89,10 @@ def serve_run(
                         "RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1")  # fmt: skip
     scratch = Path(tempfile.mkdtemp(prefix="raydmd-serve-"))
     if fast:
+        from raydmd.serving.loopback import write_haproxy
+
         os.environ |= FAST | _haproxy_places(scratch)
+        os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(write_haproxy(scratch))
     try:
         _serve(serving, host, port, console, until)
     finally:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -76,7 +77,8 @@ class Encoder:
         try:
             return from_text(recipe, family, prompt, 1, "prompt")
         except UserError as error:
-            raise BadAsk(str(error), "prompt") from None
+            words, place = str(error), recipe.prompts.path
+            raise BadAsk(words.replace(place, Path(place).name) if place else words, "prompt") from None
 
 
 class Steps:

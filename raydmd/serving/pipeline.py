@@ -214,7 +214,7 @@ class Pipeline:
         return [
             Parcel(
                 self._revisions[0], ask.prompt, ask.seed, start, min(most, ask.n - start), shape, size,
-                ask.output_format,
+                ask.output_format, ask.previews,
             )
             for start in range(0, ask.n, most)
         ]  # fmt: skip

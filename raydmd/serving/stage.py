@@ -36,6 +36,7 @@ class Parcel:
     shape: tuple[int, ...]
     size: Size | None
     output_format: Format
+    previews: bool = False
     conditions: dict[str, np.ndarray] | None = None
     latents: np.ndarray | None = None
 
@@ -285,7 +286,9 @@ def _show(engine: Engine, step: Step, clean: Tensor, jobs: list[_Job], say: Call
         rows, at = clean[at : at + job.parcel.count], at + job.parcel.count
         if job.glimpse is None or job.gone:
             continue
-        if engine.decoder is None:
+        if not job.parcel.previews:
+            say(job, Glimpse(step))
+        elif engine.decoder is None:
             say(job, Glimpse(step, rows.cpu().numpy()))
         else:
             say(job, Glimpse(replace(step, pictures=_preview(engine, rows))))
