@@ -1,0 +1,440 @@
+"""Serving in one process: the same pictures however they are made, batches, cancellation, admission, newer weights."""
+
+import asyncio
+import io
+import shutil
+import threading
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from run_folders import make_run
+from safetensors.torch import load_file, save_file
+
+from raydmd.config import Recipe
+from raydmd.errors import UserError
+from raydmd.folders import expert_file
+from raydmd.methods.sampling import sample_student
+from raydmd.models.experts import fuse_lora
+from raydmd.runs import Run
+from raydmd.serving import stage as stage_module
+from raydmd.serving.admission import Admission
+from raydmd.serving.contract import Ask, BadAsk, Busy, Made, Step, Unavailable
+from raydmd.serving.local import local_pipeline
+from raydmd.serving.pipeline import TRIES, Lost, Pipeline, read_card, stages_of
+from raydmd.serving.reload import follow
+from raydmd.serving.settings import Serving, load_serving, parse_serving
+from raydmd.serving.stage import Engine, NoRevision, Parcel, Piece, Stage
+
+
+@pytest.fixture(scope="module")
+def runs(quick: Callable[..., Recipe], prompts: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs on digits: full experts, LoRA experts, and steps with fresh noise."""
+    root = tmp_path_factory.mktemp("runs")
+    more = {
+        "full": [],
+        "lora": ["method.experts.kind=lora", "method.experts.rank=4", "optimizer.generator.lr=0.01"],
+        "renoise": ["method.solver=renoise"],
+    }
+    for name, overrides in more.items():
+        make_run(quick("digits", *overrides), root / name, prompts("digits"))
+    return {name: root / name for name in more}
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    async def within() -> None:
+        await asyncio.wait_for(test(), 120)
+
+    asyncio.run(within())
+
+
+def serving(folder: Path, **settings: Any) -> Serving:
+    return parse_serving({"run": str(folder), **settings}, "test")
+
+
+def pixels(file: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(file))).astype(int)
+
+
+def expected(folder: Path, digit: int, seed: int, count: int) -> np.ndarray:
+    """Return what the run's own sampling makes, [count, 8, 8]."""
+    opened = Run(folder)
+    conditions = opened.family.conditions({"label": np.full(count, digit)})
+    made = sample_student(
+        opened.family, opened.experts(opened.teacher()), opened.trained_phases(), conditions, count,
+        seed=seed, solver=opened.recipe.method.solver,
+    )  # fmt: skip
+    return (opened.family.decode(made.latents)[:, 0] * 255).round().numpy().astype(int)
+
+
+WAYS = [
+    {"layout": "colocated"},
+    {"layout": "colocated", "weights": "switched", "encoder": "own", "decoder": "own"},
+    {"layout": "pipelined"},
+    {"layout": "pipelined", "encoder": "own", "decoder": "own", "max_batch": 2},
+]
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "renoise"])
+def test_a_seed_is_a_picture_alone_in_a_batch_and_in_any_layout(runs: dict[str, Path], name: str) -> None:
+    async def test() -> None:
+        want = expected(runs[name], 3, 11, 5)
+        for way in WAYS:
+            pipeline = local_pipeline(serving(runs[name], **way))
+            others = [pipeline.make(Ask(str(digit), 2, digit)) for digit in range(6)]
+            made, alone, *_ = await asyncio.gather(
+                pipeline.make(Ask("3", 5, 11)), pipeline.make(Ask("3", 1, 11)), *others
+            )
+            assert max(made.batches.values()) == (2 if "max_batch" in way else 16), way
+            for got, right in zip(made.pictures, want, strict=True):
+                assert abs(pixels(got) - right).max() <= 1
+            assert abs(pixels(alone.pictures[0]) - want[0]).max() <= 1
+            other = await pipeline.make(Ask("3", 1, 12))
+            assert abs(pixels(other.pictures[0]) - want[0]).max() > 20
+
+    run(test)
+
+
+def test_fused_weights_are_the_adapters(runs: dict[str, Path]) -> None:
+    opened = Run(runs["lora"])
+    state, kind = load_file(opened.expert_file(1)), opened.recipe.method.experts
+    x, t = torch.randn(4, 1, 8, 8), torch.full((4,), 0.3, dtype=torch.float64)
+    labels = {"label": torch.arange(4)}
+    right = opened.experts(opened.teacher()).expert(1)(x, t, labels)
+    fused = fuse_lora(opened.teacher(), state, kind.rank, kind.alpha)(x, t, labels)
+    assert (fused - right).abs().max() < 1e-5
+    assert (fuse_lora(opened.teacher(), state, kind.rank, 3 * kind.alpha)(x, t, labels) - right).abs().max() > 1e-4
+    assert (opened.teacher()(x, t, labels) - right).abs().max() > 1e-4
+    with pytest.raises(UserError, match="does not fit"):
+        wrong = {"blocks.9.qkv.lora_A.weight": next(iter(state.values()))}
+        fuse_lora(opened.teacher(), wrong, kind.rank, kind.alpha)
+
+
+def test_watching_says_each_step_and_ends_with_the_same(runs: dict[str, Path]) -> None:
+    async def test() -> None:
+        for way in WAYS:
+            pipeline = local_pipeline(serving(runs["full"], teacher=True, **way))
+            *steps, made = [event async for event in pipeline.watch(Ask("4", 3, 1, previews=True))]
+            assert isinstance(made, Made) and made.pictures == (await pipeline.make(Ask("4", 3, 1))).pictures
+            plan = pipeline.card().steps
+            assert [(s.number, s.of, s.made_by, s.t, s.t_next) for s in steps if isinstance(s, Step)] == [
+                (i, 4, each.made_by, each.t, each.t_next) for i, each in enumerate(plan, start=1)
+            ]
+            assert [each.made_by for each in plan] == ["expert-1", "expert-1", "expert-2", "expert-2"]
+            assert all(isinstance(s, Step) and len(s.pictures) == 3 for s in steps)
+            last = steps[-1]  # Euler's last step lands on the prediction itself
+            assert isinstance(last, Step) and last.pictures == made.pictures
+        *steps, made = [event async for event in pipeline.watch(Ask("4", 1, 1, "teacher", previews=False))]
+        assert [s.made_by for s in steps if isinstance(s, Step)] == ["teacher"] * pipeline.card().teacher_steps
+        assert all(isinstance(s, Step) and s.pictures == () for s in steps)
+
+    run(test)
+
+
+def test_requests_gather_in_batches_while_the_network_works(runs: dict[str, Path]) -> None:
+    async def test() -> None:
+        pipeline = local_pipeline(serving(runs["full"], max_batch=8))
+        first = asyncio.create_task(pipeline.make(Ask("1")))
+        made = await asyncio.gather(first, *(pipeline.make(Ask("1", seed=seed)) for seed in range(1, 13)))
+        sizes = [each.batches["expert-1"] for each in made]
+        assert max(sizes) == 8 and set(sizes) <= {1, 4, 5, 8}
+        assert (await pipeline.make(Ask("1"))).batches["expert-1"] == 1
+
+    run(test)
+
+
+def held(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Let a stage's batches wait until the event is set."""
+    gate, do = threading.Event(), stage_module._do
+
+    def wait_and_do(*arguments: Any) -> Any:
+        assert gate.wait(60)
+        return do(*arguments)
+
+    monkeypatch.setattr(stage_module, "_do", wait_and_do)
+    return gate
+
+
+def test_who_leaves_is_left_out_and_neighbours_do_not_notice(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        pipeline = local_pipeline(serving(runs["full"]))
+        stage: Any = pipeline.links["experts"]
+        right = (await pipeline.make(Ask("7", seed=3))).pictures
+        gate = held(stage, monkeypatch)
+        first = asyncio.create_task(pipeline.make(Ask("1")))
+        while stage._working.done() or stage._queue:
+            await asyncio.sleep(0)
+        leaver, stayer = (asyncio.create_task(pipeline.make(Ask("7", n, 3))) for n in (9, 1))
+        while len(stage._queue) < 2:
+            await asyncio.sleep(0)
+        assert pipeline.queued() == 11
+        leaver.cancel()
+        await asyncio.wait((leaver,))
+        assert leaver.cancelled() and pipeline.queued() == 2
+        gate.set()
+        made = await stayer
+        assert made.pictures == right and made.batches["expert-1"] == 1  # and not 10
+        await first
+
+    run(test)
+
+
+def test_a_batch_that_nobody_waits_for_is_not_finished(runs: dict[str, Path]) -> None:
+    async def test() -> None:
+        pipeline = local_pipeline(serving(runs["full"], teacher=True, teacher_steps=2000))
+        seen = []
+        async for event in pipeline.watch(Ask("7", 1, 3, "teacher")):
+            seen.append(event)
+            if len(seen) == 3:
+                break
+        stage: Any = pipeline.links["teacher"]
+        working = stage._working
+        await asyncio.gather(working, return_exceptions=True)
+        assert len(seen) == 3 and pipeline.queued() == 0
+        assert (await pipeline.make(Ask("7"))).pictures
+
+    run(test)
+
+
+def test_an_error_in_a_batch_is_said_to_its_requests_and_to_no_later_one(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        pipeline = local_pipeline(serving(runs["full"]))
+        with monkeypatch.context() as context:
+            context.setattr(stage_module, "_do", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                await pipeline.make(Ask("1"))
+        assert (await pipeline.make(Ask("1"))).pictures and pipeline.queued() == 0
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("ask", "param"),
+    [
+        (Ask("eleven"), "prompt"), (Ask("11"), "prompt"), (Ask("9" * 5000), "prompt"), (Ask("\x00"), "prompt"),
+        (Ask("1", size=(9, 9)), "size"), (Ask("1", maker="teacher"), "model"),
+        (Ask("1", output_format="mp4"), "output_format"),
+    ],
+)  # fmt: skip
+def test_what_the_model_cannot_do_is_refused_by_name(runs: dict[str, Path], ask: Ask, param: str) -> None:
+    async def test() -> None:
+        pipeline = local_pipeline(serving(runs["full"]))
+        with pytest.raises(BadAsk) as error:
+            await pipeline.make(ask)
+        assert error.value.param == param and pipeline.queued() == 0
+        assert (await pipeline.make(replace(ask, prompt="1", size=None, maker="student", output_format="png"))).pictures
+
+    run(test)
+
+
+def test_larger_sizes_and_other_formats(runs: dict[str, Path]) -> None:
+    async def test() -> None:
+        pipeline = local_pipeline(serving(runs["full"], sizes=[[64, 64]]))
+        small, large = [(await pipeline.make(Ask("5", size=size))).pictures[0] for size in ((8, 8), (64, 64))]
+        assert (pixels(large)[::8, ::8] == pixels(small)).all() and pixels(large).shape == (64, 64)
+        for output_format in ("jpeg", "webp"):
+            file = (await pipeline.make(Ask("5", output_format=output_format))).pictures[0]  # type: ignore[arg-type]
+            assert Image.open(io.BytesIO(file)).format == output_format.upper()
+
+    run(test)
+
+
+class Flaky:
+    """A stage whose replica is lost on some calls."""
+
+    def __init__(self, stage: Stage, losses: int) -> None:
+        self.stage, self.losses, self.calls = stage, losses, 0
+
+    async def run(self, parcel: Parcel) -> Piece:
+        self.calls += 1
+        if self.calls <= self.losses:
+            raise Lost("killed")
+        return await self.stage.run(parcel)
+
+    async def watch(self, parcel: Parcel) -> Any:
+        self.calls += 1
+        seen = 0
+        async for event in self.stage.watch(parcel):
+            yield event
+            seen += 1
+            if self.calls <= self.losses and seen == 3:
+                raise Lost("killed")
+
+    async def preview(self, revision: str, latents: np.ndarray) -> tuple[bytes, ...]:
+        return await self.stage.preview(revision, latents)
+
+
+def test_what_a_lost_replica_had_is_made_anew(runs: dict[str, Path]) -> None:
+    async def test() -> None:
+        settings = serving(runs["full"])
+        stage = Stage(settings, stages_of(settings, 2)["experts"])
+        right = await Pipeline(settings, {"experts": stage}).make(Ask("2", 2, 5))
+        flaky = Flaky(stage, 2)
+        assert (await Pipeline(settings, {"experts": flaky}).make(Ask("2", 2, 5))).pictures == right.pictures
+        assert flaky.calls == 3
+        flaky = Flaky(stage, 1)
+        events = [e async for e in Pipeline(settings, {"experts": flaky}).watch(Ask("2", 2, 5, previews=True))]
+        assert [e.number for e in events if isinstance(e, Step)] == [1, 2, 3, 4]  # each of them said once
+        assert flaky.calls == 2 and isinstance(events[-1], Made) and events[-1].pictures == right.pictures
+        with pytest.raises(Unavailable):
+            await Pipeline(settings, {"experts": Flaky(stage, TRIES)}).make(Ask("2"))
+
+    run(test)
+
+
+def test_who_would_wait_too_long_is_refused() -> None:
+    admission = Admission(samples=10, seconds=1.0)
+    with admission.admitted(50):  # nobody is inside: let in, whatever it asks for
+        with pytest.raises(Busy), admission.admitted(1):
+            pass
+        assert admission.inside == 50
+    assert admission.inside == 0
+    with admission.admitted(4), admission.admitted(6):
+        with pytest.raises(Busy) as error, admission.admitted(1):
+            pass
+        assert error.value.retry_after >= 1
+    with pytest.raises(ZeroDivisionError), admission.admitted(1):
+        _ = 1 / 0
+    assert admission.inside == 0
+
+
+def test_the_wait_is_reckoned_from_what_was_made_of_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("raydmd.serving.admission.time.monotonic", lambda: now)
+    admission = Admission(samples=1000, seconds=2.0)
+    with admission.admitted(1):  # always somebody inside, so that it is busy all the time
+        for _ in range(20):
+            with admission.admitted(5):
+                now += 0.5  # ten a second
+        with admission.admitted(19):
+            with admission.admitted(1):  # 20 wait: 2 s
+                with pytest.raises(Busy), admission.admitted(1):
+                    pass
+
+
+def newer(folder: Path, factor: float) -> None:
+    """Change a run's experts in place, as a longer training would."""
+    for index in (0, 1):
+        state = load_file(expert_file(folder, index))
+        part = expert_file(folder, index).with_suffix(".part")
+        save_file({name: (value * factor).contiguous() for name, value in state.items()}, part)
+        part.replace(expert_file(folder, index))
+
+
+def test_newer_weights_are_taken_over_while_requests_go_on(runs: dict[str, Path], tmp_path: Path) -> None:
+    async def test() -> None:
+        folder = tmp_path / "run"
+        shutil.copytree(runs["full"], folder)
+        settings = serving(folder, layout="pipelined", reload_seconds=0.05)
+        pipeline = local_pipeline(settings)
+        stages: list[Any] = [pipeline.links["expert-1"], pipeline.links["expert-2"]]
+        old = await pipeline.make(Ask("6", 2, 8))
+        followers = [asyncio.create_task(follow(settings, old.revision, each.refresh)) for each in (pipeline, *stages)]
+        newer(folder, 1.1)
+        right = await local_pipeline(settings).make(Ask("6", 2, 8))
+        seen: list[Made] = []
+        while not seen or seen[-1].revision == old.revision:
+            seen.append(await pipeline.make(Ask("6", 2, 8)))
+        assert seen[-1].revision == right.revision != old.revision
+        by_revision = {each.revision: each.pictures for each in seen}
+        assert by_revision.get(old.revision, old.pictures) == old.pictures  # never a mixture of the two
+        assert by_revision[right.revision] == right.pictures != old.pictures
+        for follower in followers:
+            follower.cancel()
+
+    run(test)
+
+
+def test_what_cannot_be_taken_over_leaves_the_present_weights(
+    runs: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        folder = tmp_path / "run"
+        shutil.copytree(runs["full"], folder)
+        settings = serving(folder, reload_seconds=0.02)
+        pipeline = local_pipeline(settings)
+        stage: Any = pipeline.links["experts"]
+        old = await pipeline.make(Ask("6", 2, 8))
+        follower = asyncio.create_task(follow(settings, old.revision, stage.refresh))
+        expert_file(folder, 1).write_bytes(b"not weights")
+        while "not taken over" not in caplog.text:
+            await asyncio.sleep(0.01)
+        assert stage.revisions == [old.revision]
+        assert (await pipeline.make(Ask("6", 2, 8))).pictures == old.pictures
+        with pytest.raises(NoRevision):
+            await stage.run(Parcel("another", "6", 0, 0, 1, (1, 8, 8), None, "png"))
+        follower.cancel()
+
+    run(test)
+
+
+def test_a_link_may_be_pointed_at_another_run(runs: dict[str, Path], tmp_path: Path) -> None:
+    async def test() -> None:
+        link = tmp_path / "current"
+        link.symlink_to(runs["full"])
+        pipeline = local_pipeline(serving(link))
+        old = pipeline.card().revision
+        link.unlink()
+        link.symlink_to(runs["renoise"])
+        stage: Any = pipeline.links["experts"]
+        assert await stage.refresh() == await pipeline.refresh() != old
+        want = expected(runs["renoise"], 1, 2, 1)
+        assert abs(pixels((await pipeline.make(Ask("1", 1, 2))).pictures[0]) - want[0]).max() <= 1
+
+    run(test)
+
+
+def test_a_card_says_what_is_served(runs: dict[str, Path]) -> None:
+    card = read_card(serving(runs["lora"], teacher=True, sizes=[[16, 16]], name="mine"))
+    assert (card.name, card.kind, card.family, card.sizes) == ("mine", "image", "digits", ((8, 8), (16, 16)))
+    assert card.prompts == tuple("0123456789") and card.teacher_steps == 25 and card.guidance_scale == 1.5
+    assert len(card.steps) == 4 and card.steps[0].t == 1.0 and card.steps[-1].t_next == 0.0
+
+
+def test_only_the_experts_of_a_stage_are_loaded(runs: dict[str, Path]) -> None:
+    engine = Engine(serving(runs["full"], layout="pipelined"), ("expert-2", "decode"))
+    assert list(engine.walks) == ["expert-2"] and engine.encoder is None and engine.decoder is not None
+    with pytest.raises(UserError, match="has 2 experts; 3 are served here"):
+        Engine(serving(runs["full"]), ("expert-3",))
+
+
+def test_runs_that_cannot_be_served_are_refused(
+    runs: dict[str, Path], quick: Callable[..., Recipe], prompts: Any, tmp_path: Path
+) -> None:
+    make_run(quick("ring"), tmp_path / "ring", prompts("ring"))
+    with pytest.raises(UserError, match="points in the plane"):
+        read_card(serving(tmp_path / "ring"))
+    shutil.copytree(runs["full"], tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "experts" / "phase-2")
+    with pytest.raises(UserError, match="1 of 2 phases"):
+        read_card(serving(tmp_path / "half"))
+    with pytest.raises(UserError, match="no run in"):
+        read_card(serving(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="8x8 pixels"):
+        read_card(serving(runs["full"], sizes=[[12, 12]]))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("layuot=pipelined", "did you mean 'layout'"),
+        ("layout=both", "layout"),
+        ("stages.expert.maks=3", "unknown key 'stages.expert.maks'; did you mean 'max'"),
+        ("stages.expert.min=3", "max (1) is below min (3)"),
+        ("max_batch=0", "max_batch"),
+        ("api=inline", "api: inline goes with layout: colocated, not pipelined"),
+    ],
+)
+def test_wrong_settings_are_named(override: str, words: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_serving("run", "pipelined" if override == "api=inline" else None, False, False, [override])
+    assert words in str(error.value) and "\n" not in str(error.value)
