@@ -120,8 +120,9 @@ class Visit:
 
     def foreign(self, served: Served) -> list[str]:
         """Return what was asked for elsewhere."""
+        asked = [urlsplit(url) for url in self.asked]
         own = urlsplit(served.url).netloc
-        return [url for url in self.asked if urlsplit(url).scheme not in ("data", "blob") and urlsplit(url).netloc != own]
+        return [url.geturl() for url in asked if url.scheme not in ("data", "blob") and url.netloc != own]
 
     def too_wide(self) -> int:
         """Return by how many pixels the page is wider than its window."""
@@ -171,7 +172,7 @@ def test_shows_each_step_its_expert_and_the_pictures_that_the_api_answers(visit,
     assert [span.inner_text().split("\n")[0] for span in page.locator(".makers span").all()] == ["expert 1", "expert 2"]
     assert page.locator(".axis i.done").count() == len(EXPERTS)
     stages = [part.get_attribute("data-stage") for part in page.locator(".bar i").all()]
-    assert [stage for stage in stages if stage not in ("previews", "rest")] == ["queue", "expert-1", "expert-2", "decode"]
+    assert stages[:4] == ["queue", "expert-1", "expert-2", "decode"]
     truth = served.pictures(prompt="7", seed=41, n=3)
     assert same(one.pixels(), truth)
     assert not same(one.pixels(), served.pictures(prompt="7", seed=42, n=3))
@@ -209,7 +210,8 @@ def test_the_keyboard_alone(visit, served: Served) -> None:
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowUp")
     assert page.locator("#picker :checked").input_value() == "4"
-    assert page.locator("#picker label:has(:focus-visible)").evaluate("e => getComputedStyle(e).outlineStyle") == "solid"
+    focused = page.locator("#picker label:has(:focus-visible)")
+    assert focused.evaluate("label => getComputedStyle(label).outlineStyle") == "solid"
     page.keyboard.press("Tab")
     page.keyboard.press("Control+a")
     page.keyboard.type("2")  # in a text field, a digit is text
