@@ -5,9 +5,10 @@ from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
 
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+
+from raydmd.serving.http.errors import ApiError
 
 PAGE = Path(__file__).with_name("page.html")
 
@@ -66,5 +67,5 @@ class Page:
     async def show(self, request: Request) -> Response:
         """``GET /``."""
         if self.body is None:
-            raise HTTPException(404)
+            raise ApiError(404, "there is no page here; the API is at /v1", code="unknown_url")
         return Response(self.body, 200, self.headers, "text/html; charset=utf-8")
