@@ -2,26 +2,20 @@
 
 import io
 import shutil
-import threading
 from base64 import b64decode
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from PIL import Image
 from playwright.sync_api import Browser, Page, Response, expect, sync_playwright
-from ports import free_ports
 from run_folders import make_run
-
-from raydmd.serving.http.app import make_app
-from raydmd.serving.local import local_pipeline
-from raydmd.serving.pipeline import Pipeline
-from raydmd.serving.settings import Serving
+from served import LONG, api
+from test_videos import make_video_run
 
 MS = 20_000  # within which anything the page is waited for must happen
 TEACHER_STEPS = 12
@@ -41,7 +35,6 @@ class Served:
     """A server in this process."""
 
     url: str
-    pipeline: Pipeline
 
     def pictures(self, **body: object) -> list[np.ndarray]:
         """Return what the API answers without a stream: RGBA pixels [height, width, 4] of each picture."""
@@ -52,33 +45,16 @@ class Served:
         ]
 
 
-@contextmanager
-def server(serving: Serving, keys: frozenset[str] = frozenset()) -> Iterator[Served]:
-    """Serve the API from a thread of this process."""
-    (port,) = free_ports(1)
-    pipeline = local_pipeline(serving)
-    server = uvicorn.Server(uvicorn.Config(make_app(pipeline, serving, keys), port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    url = f"http://127.0.0.1:{port}"
-    try:
-        httpx.Client(transport=httpx.HTTPTransport(retries=10)).get(f"{url}/health").raise_for_status()
-        yield Served(url, pipeline)
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
 @pytest.fixture(scope="module")
-def run(quick, prompts, tmp_path_factory: pytest.TempPathFactory) -> str:
+def run(quick, prompts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a small run of two experts with two steps each."""
-    return str(make_run(quick("digits"), tmp_path_factory.mktemp("runs") / "digits", prompts("digits")).folder)
+    return make_run(quick("digits"), tmp_path_factory.mktemp("runs") / "digits", prompts("digits")).folder
 
 
 @pytest.fixture(scope="module")
-def served(run: str) -> Iterator[Served]:
-    with server(Serving(run=run, teacher=True, teacher_steps=TEACHER_STEPS)) as one:
-        yield one
+def served(run: Path) -> Iterator[Served]:
+    with api(run, teacher=True, teacher_steps=TEACHER_STEPS) as (url, _):
+        yield Served(url)
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +206,7 @@ def test_a_link_makes_the_same_again_and_the_teacher_beside_it(visit, served: Se
     one.made()
     page = one.page
     assert same(one.pixels(), served.pictures(prompt="3", seed=9, n=2))
-    teacher = served.pictures(prompt="3", seed=9, n=2, model="digits-teacher")
+    teacher = served.pictures(prompt="3", seed=9, n=2, model="tiny-teacher")
     assert same(one.pixels("teacher"), teacher)
     assert not same(one.pixels(), teacher)
     steps = page.locator("[data-maker=teacher] .steps li[data-made-by=teacher] button:enabled")
@@ -278,16 +254,15 @@ def test_what_the_server_refuses_is_said_at_its_field(visit, served: Served) -> 
     assert same(one.pixels(), served.pictures(prompt="1", seed=2))
 
 
-def test_a_busy_server_is_asked_again_until_stopped(visit, run: str) -> None:
-    serving = Serving(run=run, teacher=True, teacher_steps=100_000, queue_samples=16)
-    with server(serving) as served:
-        page = visit(served.url).page
+def test_a_busy_server_is_asked_again_until_stopped(visit, run: Path) -> None:
+    with api(run, teacher=True, teacher_steps=LONG, queue_samples=16) as (url, backend):
+        page = visit(url).page
         page.get_by_label("Seed", exact=True).fill("7")
-        body = {"prompt": "1", "n": 16, "model": "digits-teacher", "stream": True}
-        with httpx.stream("POST", f"{served.url}/v1/images/generations", json=body, timeout=30) as answer:
+        body = {"prompt": "1", "n": 16, "model": "tiny-teacher", "stream": True}
+        with httpx.stream("POST", f"{url}/v1/images/generations", json=body, timeout=30) as answer:
             events = answer.iter_bytes()  # it is kept: the answer ends with it
             assert b"partial_image" in next(events)
-            assert served.pipeline.queued() == 16
+            assert backend.queued() == 16
             page.get_by_role("button", name="Make", exact=True).click()
             expect(page.locator("#notice")).to_contain_text("busy, trying again in")
             page.get_by_role("button", name="Cancel").click()
@@ -307,9 +282,9 @@ def test_a_busy_server_is_asked_again_until_stopped(visit, run: str) -> None:
         expect(page.locator("#live")).to_contain_text("Made ")
 
 
-def test_a_key_is_asked_for_where_the_server_wants_one(visit, run: str) -> None:
-    with server(Serving(run=run), frozenset({KEY})) as served:
-        one = visit(f"{served.url}/#prompt=5&seed=1")
+def test_a_key_is_asked_for_where_the_server_wants_one(visit, run: Path) -> None:
+    with api(run, KEY) as (url, _):
+        one = visit(f"{url}/#prompt=5&seed=1")
         field = one.page.get_by_label("API key")
         field.fill("wrong")
         field.press("Enter")
@@ -334,3 +309,26 @@ def test_a_narrow_phone_needs_no_scrolling_aside(visit, served: Served, teacher:
     assert images.first.evaluate("img => getComputedStyle(img).imageRendering") == "pixelated"
     one.page.evaluate("document.querySelector('footer').style.width = '400px'")
     assert one.too_wide() > 0
+
+
+def test_a_video_and_one_that_is_stopped(visit, tmp_path: Path) -> None:
+    with api(make_video_run(tmp_path), teacher=True, teacher_steps=LONG) as (url, _):
+        one = visit(url)
+        page = one.page
+        page.get_by_label("Prompt").fill("0")
+        page.get_by_label("Seed", exact=True).fill("4")
+        page.get_by_label("Prompt").press("Enter")
+        expect(page.locator("#live")).to_contain_text("Made 1 video of 0, seed 4")
+        page.wait_for_function("() => document.querySelector('.pictures video').readyState >= 2")
+        jobs = httpx.get(f"{url}/v1/videos").json()["data"]
+        assert [(job["status"], job["seed"]) for job in jobs] == [("completed", 4)]
+        with page.expect_download() as download:
+            page.get_by_role("link", name="Save").click()
+        assert download.value.path().read_bytes() == httpx.get(f"{url}/v1/videos/{jobs[0]['id']}/content").content
+        page.get_by_label("Compare with the teacher").check()
+        page.get_by_role("button", name="Make", exact=True).click()
+        expect(page.locator("[data-maker=teacher] progress")).to_be_visible()
+        with page.expect_response(lambda answer: answer.request.method == "DELETE"):
+            page.keyboard.press("Escape")
+        assert all(job["status"] == "completed" for job in httpx.get(f"{url}/v1/videos").json()["data"])
+        assert one.complaints == []
