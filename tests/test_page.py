@@ -255,7 +255,7 @@ def test_what_the_server_refuses_is_said_at_its_field(visit, served: Served) -> 
 
 
 def test_a_busy_server_is_asked_again_until_stopped(visit, run: Path) -> None:
-    with api(run, teacher=True, teacher_steps=LONG, queue_samples=16) as (url, backend):
+    with api(run, teacher=True, teacher_steps=10_000, queue_samples=16) as (url, backend):
         page = visit(url).page
         page.get_by_label("Seed", exact=True).fill("7")
         body = {"prompt": "1", "n": 16, "model": "tiny-teacher", "stream": True}
