@@ -404,16 +404,16 @@ def test_more_than_can_be_made_is_refused(slowly):
 
 
 def test_what_takes_too_long_ends(run):
-    with api(run, teacher=True, teacher_steps=LONG, timeout_seconds=2.0) as (url, backend):
+    with api(run, teacher=True, teacher_steps=LONG, timeout_seconds=1.5) as (url, backend):
         with httpx.Client(base_url=url, timeout=60) as http:
-            assert "2 s" in error(ask(http, model="tiny-teacher"), 408)["message"]
+            assert "1.5 s" in error(ask(http, model="tiny-teacher"), 408)["message"]
             until(lambda: backend.queued() == 0, "its place is free")
             said = events(ask(http, model="tiny-teacher", stream=True))
             assert said[0][0] == "image_generation.partial_image" and said[0][1]["made_by"] == "teacher"
-            assert said[-1][0] == "error" and "2 s" in said[-1][1]["error"]["message"]
+            assert said[-1][0] == "error" and "1.5 s" in said[-1][1]["error"]["message"]
             until(lambda: backend.queued() == 0, "its place is free")
             assert figure(http, "raydmd_http_requests_total", route=GENERATIONS, status="408") == 2
-            with client(url) as ai, pytest.raises(openai.APIError, match="2 s"):
+            with client(url) as ai, pytest.raises(openai.APIError, match="1.5 s"):
                 list(ai.images.generate(prompt="3", model="tiny-teacher", stream=True))
             with connect(url) as half:  # a body that never comes
                 half.sendall(request_bytes(GENERATIONS, {"prompt": "3"})[:-1])

@@ -163,7 +163,7 @@ NASTY = {
     "UTF-16": '{"prompt": "3"}'.encode("utf-16"),
     "a mark before": b'\xef\xbb\xbf{"prompt": "3"}',
     "another digit": '{"prompt": "٣"}'.encode(),
-    "many unknown fields": json.dumps({f"f{i}": i for i in range(1500)}).encode(),
+    "many unknown fields": json.dumps({f"f{i}": i for i in range(1000)}).encode(),
     "a long unknown field": json.dumps({"f" * 15000: 1}).encode(),
     "a long size": json.dumps({"prompt": "3", "size": "9" * 9000 + "x1"}).encode(),
     "a size in other digits": json.dumps({"prompt": "3", "size": "٨x٨"}).encode(),
@@ -179,8 +179,7 @@ def test_hand_picked(call, name):
     status = call(NASTY[name])[0]
     assert status in (400, 404)
     if len(NASTY[name]) < 10000:
-        body = NASTY[name].decode("latin-1")
-        assert call(NASTY[name], headers=[(b"content-type", b"text/plain")])[0] == 415, body
+        assert call(NASTY[name], headers=[(b"content-type", b"text/plain")])[0] == 415
 
 
 def test_harmless_oddities_are_let_pass(call):
@@ -201,7 +200,8 @@ def test_over_the_wire(run):
     good = request_bytes(GENERATIONS, {"prompt": "3", "seed": 1})
     heads = [
         b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"GET /%ff%00 HTTP/1.1\r\nhost: x\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nhost: " + b"a" * 70000 + b"\r\n\r\n", b"POST / HTTP/1.1\r\ncontent-length: -1\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nhost: " + b"a" * 70000 + b"\r\n\r\n",
+        b"POST / HTTP/1.1\r\ncontent-length: -1\r\n\r\n",
         good.replace(b"host: x", b"host: \xff\xfe"), good.replace(b"host: x", b"host: [::1"),
         good.replace(b"host: x", b"host: x\r\ntransfer-encoding: chunked"), good.replace(b"application", b"\xff"),
         b"POST " + GENERATIONS.encode() + b" HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",

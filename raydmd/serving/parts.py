@@ -196,6 +196,8 @@ def video(images: list[Image.Image], fps: int) -> bytes:
         stream = container.add_stream("h264", rate=Fraction(fps))
         stream.width, stream.height = (side - side % 2 for side in images[0].size)
         stream.pix_fmt = "yuv420p"
+        # x264's look ahead by macroblock trees reads what it never wrote in small frames: a seed's file would vary.
+        stream.options = {"x264-params": "mbtree=0"}
         for image in images:
             frame = av.VideoFrame.from_image(image.convert("RGB").crop((0, 0, stream.width, stream.height)))
             container.mux(stream.encode(frame))

@@ -4,19 +4,19 @@ import json
 import re
 import secrets
 import time
-from base64 import b64encode
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from raydmd.serving.contract import Ask, Backend, Made, Step
 from raydmd.serving.http.errors import ApiError, parsed
 from raydmd.serving.http.files import MEDIA_TYPES, file_response
 from raydmd.serving.http.metrics import Metrics
+from raydmd.serving.http.raw_json import array, base64, json_with
 from raydmd.serving.http.reading import must_be_json, read_body, while_there, within
 from raydmd.serving.http.schemas import ImageBody, read_model, read_prompt, read_size, size_text
 from raydmd.serving.http.sse import EventStream
@@ -24,6 +24,7 @@ from raydmd.serving.http.store import Store
 from raydmd.serving.settings import Serving
 
 HOST = re.compile(r"[A-Za-z0-9._-]{1,253}(:\d{1,5})?|\[[0-9A-Fa-f:.]{2,45}\](:\d{1,5})?", re.ASCII)
+PARTIAL, COMPLETED = "image_generation.partial_image", "image_generation.completed"
 SEEDS = 2**53  # below it, every seed is a number that JavaScript can say
 
 
@@ -65,11 +66,12 @@ class Images:
             made = await while_there(request.receive, self.backend.make(ask))
         self.metrics.made(ask.maker, made)
         if body.response_format == "url":
-            data = self._keep(made, ask, request)
+            data = json.dumps(self._keep(made, ask, request)).encode()
         else:
-            data = [{"b64_json": _b64(picture)} for picture in made.pictures]
-        answer = {"created": int(time.time()), "data": data, **self._about(ask, made)}
-        return JSONResponse(answer, headers={"x-raydmd-seconds": json.dumps(dict(made.seconds))})
+            data = array(b'{"b64_json": %s}' % base64(picture) for picture in made.pictures)
+        answer = json_with({"created": int(time.time()), **self._about(ask, made)}, data=data)
+        headers = {"x-raydmd-seconds": json.dumps(dict(made.seconds))}
+        return Response(answer, 200, headers, "application/json")
 
     async def file(self, request: Request) -> Response:
         """``GET /v1/files/NAME``: a picture that was answered as a URL."""
@@ -116,7 +118,7 @@ class Images:
                            "response_format", "too_large")  # fmt: skip
         return [{"url": f"{_origin(request)}/v1/files/{name}"} for name in names]
 
-    async def _events(self, ask: Ask, body: ImageBody) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    async def _events(self, ask: Ask, body: ImageBody) -> AsyncIterator[tuple[str, bytes]]:
         """Say the last ``partial_images`` of the steps (all, if it is absent), and the pictures."""
         assert ask.size is not None
         if body.partial_images == 0:
@@ -130,28 +132,28 @@ class Images:
                         made = event
                         break
                     if body.partial_images is None or event.number > event.of - body.partial_images:
-                        yield "image_generation.partial_image", _partial(event, shown, size_text(ask.size))
+                        yield PARTIAL, _partial(event, shown, size_text(ask.size))
                         shown += 1
         self.metrics.made(ask.maker, made)
-        pictures = [_b64(picture) for picture in made.pictures]
-        yield "image_generation.completed", {
-            "b64_json": pictures[0], "created_at": int(time.time()), "background": "opaque", "quality": "auto",
-            "pictures": pictures, **self._about(ask, made),
+        about = {
+            "type": COMPLETED, "created_at": int(time.time()), "background": "opaque", "quality": "auto",
+            **self._about(ask, made),
         }  # fmt: skip
+        yield COMPLETED, _with_pictures(about, made.pictures)
 
 
-def _partial(step: Step, index: int, size: str) -> dict[str, Any]:
-    pictures = [_b64(picture) for picture in step.pictures]
-    return {
-        "partial_image_index": index, "b64_json": pictures[0] if pictures else "", "created_at": int(time.time()),
-        "size": size, "output_format": "png", "background": "opaque", "quality": "auto", "pictures": pictures,
-        "step": step.number, "steps": step.of, "made_by": step.made_by, "t": step.t, "t_next": step.t_next,
-        "seconds": step.seconds,
+def _partial(step: Step, index: int, size: str) -> bytes:
+    about = {
+        "type": PARTIAL, "partial_image_index": index, "created_at": int(time.time()), "size": size,
+        "output_format": "png", "background": "opaque", "quality": "auto", "step": step.number, "steps": step.of,
+        "made_by": step.made_by, "t": step.t, "t_next": step.t_next, "seconds": step.seconds,
     }  # fmt: skip
+    return _with_pictures(about, step.pictures)
 
 
-def _b64(data: bytes) -> str:
-    return b64encode(data).decode("ascii")
+def _with_pictures(about: dict[str, Any], pictures: tuple[bytes, ...]) -> bytes:
+    each = [base64(picture) for picture in pictures]
+    return json_with(about, b64_json=each[0] if each else b'""', pictures=array(each))
 
 
 def _origin(request: Request) -> str:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
@@ -21,11 +20,11 @@ class EventStream:
     """An answer in events, as they come. What fails before the first is an answer of its own; later, an event.
 
     Args:
-        events: an asynchronous generator of names and data; closed when the client leaves.
+        events: an asynchronous generator of names and data (JSON); closed when the client leaves.
         seconds: that it may take.
     """
 
-    def __init__(self, events: AsyncIterator[tuple[str, dict[str, Any]]], seconds: float) -> None:
+    def __init__(self, events: AsyncIterator[tuple[str, bytes]], seconds: float) -> None:
         self.events, self.seconds = events, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,11 +47,11 @@ class EventStream:
                 raise
             told = as_api_error(error, scope["raydmd.request_id"])
             scope["raydmd.status"] = told.status
-            body = event("error", {"type": "error", **told.body()})
+            body = event("error", json.dumps({"type": "error", **told.body()}).encode())
             await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def event(name: str, data: dict[str, Any]) -> bytes:
-    """Return an event's bytes; its data say its name, too, as OpenAI's do."""
-    return f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n".encode()
+def event(name: str, data: bytes) -> bytes:
+    """Return an event's bytes; its data are a JSON object of one line whose ``type`` is its name, as OpenAI's are."""
+    return b"event: %s\ndata: %s\n\n" % (name.encode(), data)
