@@ -286,6 +286,8 @@ def test_a_key_is_asked_for_where_the_server_wants_one(visit, run: Path) -> None
     with api(run, KEY) as (url, _):
         one = visit(f"{url}/#prompt=5&seed=1")
         field = one.page.get_by_label("API key")
+        expect(field).to_be_focused()
+        expect(one.page.get_by_label("Seed", exact=True)).to_be_hidden()
         field.fill("wrong")
         field.press("Enter")
         expect(one.page.locator("#key-wrong")).to_contain_text("does not know")
