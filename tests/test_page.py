@@ -1,0 +1,336 @@
+"""The page at ``/`` in a real browser, over the API with a real run behind it."""
+
+import io
+import shutil
+from base64 import b64decode
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Page, Response, expect, sync_playwright
+from run_folders import make_run
+from served import LONG, api
+from test_videos import make_video_run
+
+MS = 20_000  # within which anything the page is waited for must happen
+TEACHER_STEPS = 12
+EXPERTS = ["expert-1", "expert-1", "expert-2", "expert-2"]
+KEY = "let-me-in"
+CANVAS = """img => {
+    const canvas = document.createElement("canvas");
+    canvas.width = img.naturalWidth; canvas.height = img.naturalHeight;
+    const context = canvas.getContext("2d");
+    context.drawImage(img, 0, 0);
+    return [canvas.height, canvas.width, ...context.getImageData(0, 0, canvas.width, canvas.height).data];
+}"""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server in this process."""
+
+    url: str
+
+    def pictures(self, **body: object) -> list[np.ndarray]:
+        """Return what the API answers without a stream: RGBA pixels [height, width, 4] of each picture."""
+        answer = httpx.post(f"{self.url}/v1/images/generations", json=body, timeout=30)
+        return [
+            np.asarray(Image.open(io.BytesIO(b64decode(one["b64_json"]))).convert("RGBA"))
+            for one in answer.raise_for_status().json()["data"]
+        ]
+
+
+@pytest.fixture(scope="module")
+def run(quick, prompts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a small run of two experts with two steps each."""
+    return make_run(quick("digits"), tmp_path_factory.mktemp("runs") / "digits", prompts("digits")).folder
+
+
+@pytest.fixture(scope="module")
+def served(run: Path) -> Iterator[Served]:
+    with api(run, teacher=True, teacher_steps=TEACHER_STEPS) as (url, _):
+        yield Served(url)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip(f"no browser to show the page in: none of {', '.join(names)} is installed")
+    flags = ["--no-sandbox", "--disable-gpu", "--no-first-run"]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, headless=True, args=flags)
+        yield chromium
+        chromium.close()
+
+
+@dataclass
+class Visit:
+    """A page that is open, and all that it asked for and complained of."""
+
+    page: Page
+    asked: list[str]
+    complaints: list[str]
+    answers: list[Response]
+
+    def make(self) -> None:
+        """Press Make and wait for the end."""
+        self.page.get_by_role("button", name="Make", exact=True).click()
+        self.made()
+
+    def made(self) -> None:
+        """Wait until something is made."""
+        expect(self.page.locator("#live")).to_contain_text("Made ")
+
+    def pixels(self, maker: str = "student") -> list[np.ndarray]:
+        """Return the large pictures' RGBA pixels [height, width, 4], as the browser has decoded them."""
+        images = self.page.locator(f"[data-maker={maker}] .pictures img").all()
+        flat = [image.evaluate(CANVAS) for image in images]
+        return [np.array(values[2:], dtype=np.uint8).reshape(values[0], values[1], 4) for values in flat]
+
+    def foreign(self, served: Served) -> list[str]:
+        """Return what was asked for elsewhere."""
+        asked = [urlsplit(url) for url in self.asked]
+        own = urlsplit(served.url).netloc
+        return [url.geturl() for url in asked if url.scheme not in ("data", "blob") and url.netloc != own]
+
+    def too_wide(self) -> int:
+        """Return by how many pixels the page is wider than its window."""
+        return self.page.evaluate("document.documentElement.scrollWidth - innerWidth")
+
+
+@pytest.fixture
+def visit(browser: Browser) -> Iterator[Callable[..., Visit]]:
+    """Return a function that opens a page in a context of its own: of a width, with or without motion."""
+    contexts = []
+
+    def go(url: str, width: int = 1280, motion: bool = False) -> Visit:
+        context = browser.new_context(
+            viewport={"width": width, "height": 800}, reduced_motion="no-preference" if motion else "reduce"
+        )
+        contexts.append(context)
+        context.set_default_timeout(MS)
+        page = context.new_page()
+        one = Visit(page, [], [], [])
+        page.on("request", lambda request: one.asked.append(request.url))
+        page.on("response", lambda answer: one.answers.append(answer))
+        page.on("pageerror", lambda error: one.complaints.append(str(error)))
+        page.on("console", lambda said: one.complaints.append(said.text) if said.type in ("error", "warning") else None)
+        page.goto(url)
+        return one
+
+    expect.set_options(timeout=MS)
+    yield go
+    for context in contexts:
+        context.close()
+
+
+def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
+    return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_shows_each_step_its_expert_and_the_pictures_that_the_api_answers(visit, served: Served) -> None:
+    one = visit(served.url)
+    page = one.page
+    page.get_by_role("radio", name="7").check(force=True)
+    page.get_by_label("Pictures", exact=True).fill("3")
+    page.get_by_label("Seed", exact=True).fill("41")
+    one.make()
+    steps = page.locator("[data-maker=student] .steps li")
+    assert [step.get_attribute("data-made-by") for step in steps.all()] == EXPERTS
+    assert steps.get_by_role("button").nth(2).get_attribute("aria-label").startswith("Step 3 of 4 by expert 2, noise")
+    assert [span.inner_text().split("\n")[0] for span in page.locator(".makers span").all()] == ["expert 1", "expert 2"]
+    assert page.locator(".axis i.done").count() == len(EXPERTS)
+    stages = [part.get_attribute("data-stage") for part in page.locator(".bar i").all()]
+    assert stages[:4] == ["queue", "expert-1", "expert-2", "decode"]
+    truth = served.pictures(prompt="7", seed=41, n=3)
+    assert same(one.pixels(), truth)
+    assert not same(one.pixels(), served.pictures(prompt="7", seed=42, n=3))
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Save").nth(1).click()
+    assert np.array_equal(np.asarray(Image.open(download.value.path()).convert("RGBA")), truth[1])
+
+    steps.get_by_role("button").first.click()  # shows what the first step promised, and the last the end again
+    assert not same(one.pixels(), truth)
+    steps.get_by_role("button").last.click()
+    assert same(one.pixels(), truth)
+
+    page.get_by_role("radio", name="2").check(force=True)
+    one.make()  # without "keep", with another seed
+    assert page.get_by_label("Seed", exact=True).input_value() != "41"
+    page.get_by_role("button", name="Show again: 7, seed 41").click()
+    assert same(one.pixels(), truth)
+    assert page.get_by_role("radio", name="7").is_checked()
+    assert page.get_by_label("Seed", exact=True).input_value() == "41"
+
+    assert one.complaints == []
+    assert one.foreign(served) == []
+    assert {urlsplit(url).path for url in one.asked} >= {"/", "/v1/models", "/v1/images/generations"}
+    with page.expect_console_message(lambda said: "Content Security Policy" in said.text):
+        page.evaluate("fetch('http://127.0.0.1:1/').catch(() => {})")  # forbidden, and it would have been seen
+    assert one.complaints != []
+
+
+def test_the_keyboard_alone(visit, served: Served) -> None:
+    one = visit(f"{served.url}")
+    page = one.page
+    expect(page.locator("#form")).to_be_visible()
+    page.keyboard.press("8")
+    assert page.get_by_role("radio", name="8").is_checked()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowUp")
+    assert page.locator("#picker :checked").input_value() == "4"
+    focused = page.locator("#picker label:has(:focus-visible)")
+    assert focused.evaluate("label => getComputedStyle(label).outlineStyle") == "solid"
+    page.keyboard.press("Tab")
+    page.keyboard.press("Control+a")
+    page.keyboard.type("2")  # in a text field, a digit is text
+    assert page.locator("#picker :checked").input_value() == "4"
+    page.keyboard.press("Tab")
+    page.keyboard.press("Control+a")
+    page.keyboard.type("5")
+    page.keyboard.press("Enter")
+    one.made()
+    assert same(one.pixels(), served.pictures(prompt="4", seed=5, n=2))
+    assert one.complaints == []
+
+
+def test_a_link_makes_the_same_again_and_the_teacher_beside_it(visit, served: Served) -> None:
+    one = visit(f"{served.url}/#prompt=3&seed=9&n=2&teacher=1", motion=True)
+    one.made()
+    page = one.page
+    assert same(one.pixels(), served.pictures(prompt="3", seed=9, n=2))
+    teacher = served.pictures(prompt="3", seed=9, n=2, model="tiny-teacher")
+    assert same(one.pixels("teacher"), teacher)
+    assert not same(one.pixels(), teacher)
+    steps = page.locator("[data-maker=teacher] .steps li[data-made-by=teacher] button:enabled")
+    assert steps.count() == TEACHER_STEPS
+    expect(page.locator("#verdict")).to_contain_text(f"{TEACHER_STEPS} steps in")
+    ratio, networks = float(page.locator("#ratio").inner_text().rstrip("×")), "shown.map((view) => view.networks())"
+    student, long = page.evaluate(networks)
+    assert ratio == pytest.approx(long / student, rel=0.05)
+    page.evaluate("location.hash = '#prompt=6&seed=9'")  # as if another link was followed, and back
+    expect(page.locator("#live")).to_contain_text("picture of 6, seed 9")
+    assert same(one.pixels(), served.pictures(prompt="6", seed=9))
+    page.go_back()
+    expect(page.locator("#live")).to_contain_text("pictures of 3, seed 9")
+    assert one.complaints == []
+
+
+def test_what_the_server_refuses_is_said_at_its_field(visit, served: Served) -> None:
+    one = visit(f"{served.url}/#prompt=3&seed=9&n=99")
+    wrong = one.page.locator("#n-wrong")
+    expect(wrong).to_contain_text("at most 16")
+    assert [answer.status for answer in one.answers][-1] == 400
+    field = one.page.get_by_label("Pictures", exact=True)
+    expect(field).to_be_focused()
+    assert field.get_attribute("aria-invalid") == "true"
+    field.fill("1")
+    one.make()
+    expect(wrong).to_be_hidden()
+    assert field.get_attribute("aria-invalid") is None
+    assert one.page.get_by_label("Seed", exact=True).input_value() == "9"  # nothing was made of it before
+
+    one.page.get_by_label("Seed", exact=True).fill("-1")
+    one.page.keyboard.press("Enter")
+    expect(one.page.locator("#seed-wrong")).to_be_visible()
+    one.page.goto(f"{served.url}/#prompt=x")
+    expect(one.page.locator("#prompt-wrong")).to_contain_text("'x'")
+
+    one.page.get_by_role("radio", name="1").check(force=True)
+    one.page.get_by_label("Seed", exact=True).fill("2")
+    one.page.context.set_offline(True)
+    one.page.get_by_role("button", name="Make", exact=True).click()
+    expect(one.page.locator("#notice")).to_contain_text("cannot be reached")
+    one.page.context.set_offline(False)
+    one.page.get_by_role("button", name="Try again").click()
+    one.made()
+    assert same(one.pixels(), served.pictures(prompt="1", seed=2))
+
+
+def test_a_busy_server_is_asked_again_until_stopped(visit, run: Path) -> None:
+    with api(run, teacher=True, teacher_steps=10_000, queue_samples=16) as (url, backend):
+        page = visit(url).page
+        page.get_by_label("Seed", exact=True).fill("7")
+        body = {"prompt": "1", "n": 16, "model": "tiny-teacher", "stream": True}
+        with httpx.stream("POST", f"{url}/v1/images/generations", json=body, timeout=30) as answer:
+            events = answer.iter_bytes()  # it is kept: the answer ends with it
+            assert b"partial_image" in next(events)
+            assert backend.queued() == 16
+            page.get_by_role("button", name="Make", exact=True).click()
+            expect(page.locator("#notice")).to_contain_text("busy, trying again in")
+            page.get_by_role("button", name="Cancel").click()
+            expect(page.locator("#live")).to_have_text("Stopped.")
+            expect(page.locator("#notice")).to_be_hidden()
+            page.keyboard.press("Enter")
+            expect(page.locator("#notice")).to_be_visible()
+        expect(page.locator("#live")).to_contain_text("seed 7")  # there is room now, and nobody pressed anything
+        page.get_by_label("Compare with the teacher").check()
+        page.get_by_role("button", name="Make", exact=True).click()
+        expect(page.locator("[data-maker=teacher] .steps button:enabled").first).to_be_visible()
+        page.keyboard.press("Escape")
+        expect(page.locator("#live")).to_have_text("Stopped.")
+        page.wait_for_function("() => running === null")
+        page.get_by_label("Compare with the teacher").uncheck()
+        page.get_by_role("button", name="Make", exact=True).click()
+        expect(page.locator("#live")).to_contain_text("Made ")
+
+
+def test_a_key_is_asked_for_where_the_server_wants_one(visit, run: Path) -> None:
+    with api(run, KEY) as (url, _):
+        one = visit(f"{url}/#prompt=5&seed=1")
+        field = one.page.get_by_label("API key")
+        expect(field).to_be_focused()
+        expect(one.page.get_by_label("Seed", exact=True)).to_be_hidden()
+        field.fill("wrong")
+        field.press("Enter")
+        expect(one.page.locator("#key-wrong")).to_contain_text("does not know")
+        field.fill(KEY)
+        field.press("Enter")
+        one.made()
+        expect(field).to_be_hidden()
+        assert KEY not in one.page.url
+        assert one.page.evaluate("Object.keys(localStorage).length") == 0
+        one.page.reload()
+        one.made()  # with the key that the tab keeps
+
+
+@pytest.mark.parametrize("teacher", ["", "&teacher=1"])
+def test_a_narrow_phone_needs_no_scrolling_aside(visit, served: Served, teacher: str) -> None:
+    one = visit(f"{served.url}/#prompt=0&seed=1&n=16{teacher}", width=360)
+    one.made()
+    assert one.too_wide() <= 0
+    images = one.page.locator("[data-maker=student] .pictures img")
+    assert images.count() == 16
+    assert images.first.evaluate("img => getComputedStyle(img).imageRendering") == "pixelated"
+    one.page.evaluate("document.querySelector('footer').style.width = '400px'")
+    assert one.too_wide() > 0
+
+
+def test_a_video_and_one_that_is_stopped(visit, tmp_path: Path) -> None:
+    with api(make_video_run(tmp_path), teacher=True, teacher_steps=LONG) as (url, _):
+        one = visit(url)
+        page = one.page
+        page.get_by_label("Prompt").fill("0")
+        page.get_by_label("Seed", exact=True).fill("4")
+        page.get_by_label("Prompt").press("Enter")
+        expect(page.locator("#live")).to_contain_text("Made 1 video of 0, seed 4")
+        page.wait_for_function("() => document.querySelector('.pictures video').readyState >= 2")
+        jobs = httpx.get(f"{url}/v1/videos").json()["data"]
+        assert [(job["status"], job["seed"]) for job in jobs] == [("completed", 4)]
+        with page.expect_download() as download:
+            page.get_by_role("link", name="Save").click()
+        assert download.value.path().read_bytes() == httpx.get(f"{url}/v1/videos/{jobs[0]['id']}/content").content
+        page.get_by_label("Compare with the teacher").check()
+        page.get_by_role("button", name="Make", exact=True).click()
+        expect(page.locator("[data-maker=teacher] progress")).to_be_visible()
+        with page.expect_response(lambda answer: answer.request.method == "DELETE"):
+            page.keyboard.press("Escape")
+        assert all(job["status"] == "completed" for job in httpx.get(f"{url}/v1/videos").json()["data"])
+        assert one.complaints == []
