@@ -1,0 +1,283 @@
+"""`raydmd serve` as users start it: both layouts, both proxies, replicas killed under load, newer weights, the end."""
+
+import base64
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+import yaml
+from ports import free_ports
+from ray.serve.schema import ServeDeploySchema
+from run_folders import make_run
+from served import until
+from test_serving import expected, newer, pixels, serving
+
+from raydmd.cli import run as command
+from raydmd.config import Recipe
+from raydmd.serving.app import build
+from raydmd.serving.contract import Ask
+from raydmd.serving.local import local_pipeline
+
+ROOT = Path(__file__).parents[1]
+START = 150.0  # seconds, on a loaded machine
+
+
+class Server:
+    """`raydmd serve` in a process of its own."""
+
+    def __init__(self, run: Path, log: Path, *arguments: str) -> None:
+        (self.port,) = free_ports(1)
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.log, self.url = log, f"http://127.0.0.1:{self.port}"
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", "from raydmd.cli import main; main()", "serve", str(run),
+                 "--port", str(self.port), *arguments],
+                stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+            )  # fmt: skip
+
+    def wait_until_ready(self) -> None:
+        end = time.monotonic() + START
+        while self.url not in self.log.read_text():
+            assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()
+            time.sleep(0.05)
+
+    def family(self) -> list[psutil.Process]:
+        return [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+
+    def replicas(self, name: str) -> list[int]:
+        """Return the processes of a deployment's replicas."""
+        found = []
+        for process in self.family():
+            try:
+                if f"ServeReplica:raydmd:{name}" in " ".join(process.cmdline()):
+                    found.append(process.pid)
+            except psutil.NoSuchProcess:
+                pass
+        return found
+
+    def stop(self) -> tuple[int, list[psutil.Process]]:
+        """End it as a service manager does; return its exit code and what outlived it."""
+        family = self.family()
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(60)
+        _, alive = psutil.wait_procs(family, timeout=30)
+        return code, alive
+
+
+@contextmanager
+def server(run: Path, log: Path, *arguments: str) -> Iterator[Server]:
+    started = Server(run, log, *arguments)
+    try:
+        started.wait_until_ready()
+        yield started
+    finally:
+        if started.process.poll() is None:
+            family = started.family()
+            started.process.kill()
+            for process in family:
+                try:
+                    process.kill()
+                except psutil.NoSuchProcess:
+                    pass
+
+
+def ask(url: str, digit: int, seed: int, n: int = 1, **more: Any) -> httpx.Response:
+    body = {"prompt": str(digit), "n": n, "seed": seed, **more}
+    return httpx.post(f"{url}/v1/images/generations", json=body, timeout=60)
+
+
+class Load:
+    """Clients that ask without a pause and look at every answer."""
+
+    def __init__(self, url: str, right: dict[int, set[bytes]], clients: int = 3) -> None:
+        self.url, self.right = url, right
+        self.made, self.wrong = 0, [""][:0]
+        self._stopped = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(clients)]
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join(60)
+
+    def _ask(self, number: int) -> None:
+        with httpx.Client(timeout=60) as client:
+            while not self._stopped.is_set():
+                digit = number % 10
+                try:
+                    answer = client.post(
+                        f"{self.url}/v1/images/generations", json={"prompt": str(digit), "seed": digit}
+                    )
+                    file = base64.b64decode(answer.json()["data"][0]["b64_json"]) if answer.is_success else b""
+                    if file in self.right[digit]:
+                        self.made += 1
+                    else:
+                        self.wrong.append(f"{answer.status_code} {answer.text[:200]}")
+                except httpx.HTTPError as error:
+                    self.wrong.append(repr(error))
+                number += 1
+
+    def more(self, count: int) -> None:
+        """Wait until as many further answers have come."""
+        enough = self.made + count
+        until(lambda: self.made >= enough or self.wrong, f"{count} answers")
+
+
+def pictures_of(run: Path) -> dict[int, set[bytes]]:
+    """Return each digit's picture of the seed of its own number, as serving in this process makes it."""
+    import asyncio
+
+    pipeline = local_pipeline(serving(run))
+
+    async def make() -> dict[int, set[bytes]]:
+        return {digit: {(await pipeline.make(Ask(str(digit), 1, digit))).pictures[0]} for digit in range(10)}
+
+    return asyncio.run(make())
+
+
+@pytest.fixture(scope="module")
+def folder(quick: Callable[..., Recipe], prompts: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("serve")
+    make_run(quick("digits"), root / "run", prompts("digits"))
+    return root / "run"
+
+
+def listening_elsewhere(started: Server) -> list[tuple[str, str, int]]:
+    found = []
+    for process in started.family():
+        try:
+            for connection in process.net_connections("inet"):
+                here = ip_address(connection.laddr.ip.removeprefix("::ffff:")).is_loopback
+                if connection.status == psutil.CONN_LISTEN and not here:
+                    found.append((process.name(), connection.laddr.ip, connection.laddr.port))
+        except psutil.NoSuchProcess:
+            pass
+    return found
+
+
+MANY = ["--set", "stages.expert.min=2", "--set", "stages.expert.max=2", "--set", "reload_seconds=0.5"]
+
+
+def test_pipelined_experts(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    right = pictures_of(run)
+    with server(run, tmp_path / "log", "--layout", "pipelined", "--teacher", *MANY) as started:
+        url = started.url
+        want = expected(run, 7, 21, 5)
+        answer = ask(url, 7, 21, 5).json()
+        for each, pixel in zip(answer["data"], want, strict=True):
+            assert abs(pixels(base64.b64decode(each["b64_json"])) - pixel).max() <= 1
+        assert {"expert-1", "expert-2", "decode", "queue", "total"} <= set(answer["timings"])
+        card = httpx.get(f"{url}/v1/models").json()["data"]
+        assert [each["id"] for each in card] == ["run", "run-teacher"] and card[0]["raydmd"]["layout"] == "pipelined"
+
+        with httpx.stream(
+            "POST", f"{url}/v1/images/generations", json={"prompt": "7", "seed": 21, "stream": True}, timeout=60
+        ) as stream:
+            events = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: ")]
+        assert [event.get("made_by") for event in events[:-1]] == ["expert-1"] * 2 + ["expert-2"] * 2
+        assert abs(pixels(base64.b64decode(events[-1]["b64_json"])) - want[0]).max() <= 1
+        assert ask(url, 7, 21, model="run-teacher").status_code == 200
+        refused = ask(url, 7, 21, size="9x9")
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "size"
+        assert listening_elsewhere(started) == []
+
+        with Load(url, right) as load:
+            load.more(20)
+            for name in ("expert-1", "expert-2"):  # what was on it is made by the other
+                victim = started.replicas(name)[0]
+                os.kill(victim, signal.SIGKILL)
+                load.more(60)
+                until(lambda v=victim, n=name: len([p for p in started.replicas(n) if p != v]) == 2, "another starts")
+            old = httpx.get(f"{url}/v1/models").json()["data"][0]["raydmd"]["revision"]
+            newer(run, 1.1)
+            for digit, files in pictures_of(run).items():
+                right[digit] |= files
+            until(lambda: ask(url, 1, 1).json()["revision"] != old, "the newer weights are served")
+            load.more(30)
+        assert load.wrong == [] and load.made > 100
+        fresh = expected(run, 7, 21, 1)
+        assert abs(fresh[0] - want[0]).max() > 1
+        assert abs(pixels(base64.b64decode(ask(url, 7, 21).json()["data"][0]["b64_json"])) - fresh[0]).max() <= 1
+        code, alive = started.stop()
+    assert code == 0 and alive == []
+    assert "Traceback" not in started.log.read_text()
+
+
+def test_the_fast_proxy_and_replicas_that_die_behind_it(folder: Path, tmp_path: Path) -> None:
+    right = pictures_of(folder)
+    with server(folder, tmp_path / "log", "--fast", *MANY) as started:
+        assert listening_elsewhere(started) == []
+        assert any(process.name() == "haproxy" for process in started.family())
+        want = expected(folder, 7, 21, 1)[0]
+        assert abs(pixels(base64.b64decode(ask(started.url, 7, 21).json()["data"][0]["b64_json"])) - want).max() <= 1
+        with Load(started.url, right) as load:
+            load.more(50)
+            os.kill(started.replicas("api")[0], signal.SIGKILL)
+            load.more(300)
+        assert load.wrong == []
+        code, alive = started.stop()
+    assert code == 0 and [process.name() for process in alive] == []
+
+
+def test_a_config_for_serve_deploy(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "serve.yaml"
+    arguments = ["serve", str(folder), "--layout", "pipelined", "--set", "stages.expert.max=3", "--port", "8123"]
+    assert command([*arguments, "--config-out", str(file)]) == 0
+    config = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text()))
+    assert config.http_options.port == 8123 and config.http_options.host == "127.0.0.1"
+    (application,) = config.applications
+    assert application.import_path == "raydmd.serving.app:build"
+    built = build(application.args)  # type: ignore[arg-type]
+    assert built._bound_deployment.name == "api"
+    assert application.args["run"] == str(folder) and application.args["stages"] == {"expert": {"max": 3}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], ["no run in 'nowhere'"]),
+        (["{run}", "--set", "max_bach=4"], ["max_bach", "did you mean 'max_batch'"]),
+        (["{run}", "--port", "{taken}"], ["--port {taken}", "cannot listen"]),
+        (["{run}", "--set", "api_keys_file=nowhere.txt"], ["api_keys_file", "nowhere.txt"]),
+        (["{run}", "--layout", "both"], ["--layout", "both"]),
+    ],
+)
+def test_what_cannot_be_served_is_said_in_a_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        names = {"run": folder, "taken": taken.getsockname()[1]}
+        assert command(["serve", *(each.format(**names) for each in arguments)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and all(word.format(**names) in err for word in words), err
+
+
+def test_a_picture_is_within_a_level_and_another_seed_is_not(folder: Path) -> None:
+    """The measure that the tests above use tells pictures apart."""
+    one, other = expected(folder, 7, 21, 1)[0], expected(folder, 7, 22, 1)[0]
+    assert np.abs(one - other).max() > 1
