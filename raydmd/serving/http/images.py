@@ -1,0 +1,164 @@
+"""``/v1/images/generations`` and ``/v1/files``: pictures, whole or step by step."""
+
+import json
+import re
+import secrets
+import time
+from base64 import b64encode
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
+
+from raydmd.serving.contract import Ask, Backend, Made, Step
+from raydmd.serving.http.errors import ApiError, parsed
+from raydmd.serving.http.files import MEDIA_TYPES, file_response
+from raydmd.serving.http.metrics import Metrics
+from raydmd.serving.http.reading import must_be_json, read_body, while_there, within
+from raydmd.serving.http.schemas import ImageBody, read_model, read_prompt, read_size, size_text
+from raydmd.serving.http.sse import EventStream
+from raydmd.serving.http.store import Store
+from raydmd.serving.settings import Serving
+
+HOST = re.compile(r"[A-Za-z0-9._-]{1,253}(:\d{1,5})?|\[[0-9A-Fa-f:.]{2,45}\](:\d{1,5})?", re.ASCII)
+SEEDS = 2**53  # below it, every seed is a number that JavaScript can say
+
+
+def new_seed() -> int:
+    """Return a seed for who gave none."""
+    return secrets.randbelow(SEEDS)
+
+
+def milliseconds(made: Made) -> dict[str, float]:
+    """Return what each stage took."""
+    return {stage: round(1000 * seconds, 3) for stage, seconds in made.seconds.items()}
+
+
+class Images:
+    """The routes of pictures.
+
+    Args:
+        backend: makes them.
+        serving: the limits.
+        store: where those are kept that are answered as URLs: in this API replica's memory.
+        metrics: where they are counted.
+    """
+
+    def __init__(self, backend: Backend, serving: Serving, store: Store, metrics: Metrics) -> None:
+        self.backend, self.serving, self.store, self.metrics = backend, serving, store, metrics
+
+    async def generate(self, request: Request) -> ASGIApp:
+        """``POST /v1/images/generations``: an answer as OpenAI's, or its stream of events."""
+        must_be_json(request)
+        async with within(self.serving.timeout_seconds):
+            body = parsed(ImageBody, await read_body(request, self.serving.limits.body_bytes))
+        ask = self._ask(body)
+        if body.stream:
+            if body.response_format == "url":
+                raise ApiError(400, "response_format: a stream carries pictures as b64_json alone", "response_format",
+                               "invalid_value")  # fmt: skip
+            return EventStream(self._events(ask, body), self.serving.timeout_seconds)
+        async with within(self.serving.timeout_seconds):
+            made = await while_there(request.receive, self.backend.make(ask))
+        self.metrics.made(ask.maker, made)
+        if body.response_format == "url":
+            data = self._keep(made, ask, request)
+        else:
+            data = [{"b64_json": _b64(picture)} for picture in made.pictures]
+        answer = {"created": int(time.time()), "data": data, **self._about(ask, made)}
+        return JSONResponse(answer, headers={"x-raydmd-seconds": json.dumps(dict(made.seconds))})
+
+    async def file(self, request: Request) -> Response:
+        """``GET /v1/files/NAME``: a picture that was answered as a URL."""
+        kept = self.store.get(f"files/{request.path_params['name']}")
+        if kept is None:
+            raise ApiError(404, f"no such file; files are kept for {self.serving.limits.stored_seconds:g} s at most",
+                           code="file_not_found")  # fmt: skip
+        return file_response(request, kept.data, kept.media_type, self.store.seconds)
+
+    def _ask(self, body: ImageBody) -> Ask:
+        card, limits = self.backend.card(), self.serving.limits
+        if card.kind != "image":
+            raise ApiError(400, f"'{card.name}' makes {card.kind}s: ask for them at POST /v1/videos", "model",
+                           "wrong_model_kind")  # fmt: skip
+        n = body.n or 1
+        if n > limits.n:
+            raise ApiError(
+                400, f"n: at most {limits.n} pictures at once, not {n}"[:100], "n", "integer_above_max_value"
+            )
+        return Ask(
+            prompt=read_prompt(body.prompt, limits),
+            n=n,
+            seed=new_seed() if body.seed is None else body.seed,
+            maker=read_model(body.model, card),
+            size=read_size(body.size, card),
+            output_format=body.output_format or "png",
+            previews=bool(body.stream) and body.partial_images != 0,
+        )
+
+    def _about(self, ask: Ask, made: Made) -> dict[str, Any]:
+        card = self.backend.card()
+        assert ask.size is not None
+        return {
+            "output_format": ask.output_format, "size": size_text(ask.size), "seed": ask.seed,
+            "model": card.name if ask.maker == "student" else f"{card.name}-teacher",
+            "timings": milliseconds(made), "batches": dict(made.batches), "revision": made.revision,
+        }  # fmt: skip
+
+    def _keep(self, made: Made, ask: Ask, request: Request) -> list[dict[str, str]]:
+        names = [f"{secrets.token_urlsafe(24)}.{ask.output_format}" for _ in made.pictures]
+        files = {f"files/{name}": picture for name, picture in zip(names, made.pictures, strict=True)}
+        if not self.store.put(files, MEDIA_TYPES[ask.output_format]):
+            raise ApiError(400, "response_format: they are larger than all that is kept here; ask for b64_json",
+                           "response_format", "too_large")  # fmt: skip
+        return [{"url": f"{_origin(request)}/v1/files/{name}"} for name in names]
+
+    async def _events(self, ask: Ask, body: ImageBody) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+        """Say the last ``partial_images`` of the steps (all, if it is absent), and the pictures."""
+        assert ask.size is not None
+        if body.partial_images == 0:
+            made = await self.backend.make(ask)
+        else:
+            shown = 0
+            # A backend's `watch` is an asynchronous generator, which the contract's type does not say.
+            async with aclosing(self.backend.watch(ask)) as seen:  # type: ignore[type-var]
+                async for event in seen:
+                    if isinstance(event, Made):
+                        made = event
+                        break
+                    if body.partial_images is None or event.number > event.of - body.partial_images:
+                        yield "image_generation.partial_image", _partial(event, shown, size_text(ask.size))
+                        shown += 1
+        self.metrics.made(ask.maker, made)
+        pictures = [_b64(picture) for picture in made.pictures]
+        yield "image_generation.completed", {
+            "b64_json": pictures[0], "created_at": int(time.time()), "background": "opaque", "quality": "auto",
+            "pictures": pictures, **self._about(ask, made),
+        }  # fmt: skip
+
+
+def _partial(step: Step, index: int, size: str) -> dict[str, Any]:
+    pictures = [_b64(picture) for picture in step.pictures]
+    return {
+        "partial_image_index": index, "b64_json": pictures[0] if pictures else "", "created_at": int(time.time()),
+        "size": size, "output_format": "png", "background": "opaque", "quality": "auto", "pictures": pictures,
+        "step": step.number, "steps": step.of, "made_by": step.made_by, "t": step.t, "t_next": step.t_next,
+        "seconds": step.seconds,
+    }  # fmt: skip
+
+
+def _b64(data: bytes) -> str:
+    return b64encode(data).decode("ascii")
+
+
+def _origin(request: Request) -> str:
+    """Return the address by which the client reached this server; a Host header that is none is not repeated."""
+    host = request.headers.get("host", "")
+    if not HOST.fullmatch(host):
+        name, port = request.scope.get("server") or ("localhost", None)
+        host = f"[{name}]" if ":" in name else name
+        host += f":{port}" if port else ""
+    return f"{request.scope['scheme']}://{host}{request.scope.get('root_path', '')}"

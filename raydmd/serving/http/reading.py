@@ -1,0 +1,123 @@
+"""Reading a request no further than is allowed, and working for a client only while it is there."""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from starlette.datastructures import UploadFile
+from starlette.requests import Request
+from starlette.types import Message, Receive
+
+from raydmd.serving.http.errors import ApiError, ClientGone
+
+T = TypeVar("T")
+
+FIELDS = 32  # of a form
+
+
+async def read_body(request: Request, most: int) -> bytes:
+    """Return the request's body.
+
+    Raises:
+        ApiError: 413 as soon as it is known to be above ``most`` bytes; the rest is not read.
+        ClientGone: the client left.
+    """
+    too_large = ApiError(
+        413, f"the body is larger than {most} bytes", code="request_too_large", headers={"connection": "close"}
+    )
+    said = request.headers.get("content-length", "")
+    if said.isascii() and said.isdigit() and (len(said) > 18 or int(said) > most):
+        raise too_large
+    body, more = bytearray(), True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        body += message.get("body", b"")
+        if len(body) > most:
+            raise too_large
+        more = message.get("more_body", False)
+    return bytes(body)
+
+
+def media_type(request: Request) -> str:
+    """Return the body's media type, in small letters, without its parameters."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def must_be_json(request: Request, also: tuple[str, ...] = ()) -> None:
+    """Refuse a body that says to be something else.
+
+    Raises:
+        ApiError: 415. A form sent by a page of another site, which browsers send unasked, ends here, too.
+    """
+    kind = media_type(request)
+    if kind != "application/json" and kind not in also:
+        given = f"not '{kind[:100]}'" if kind else "and say so"
+        raise ApiError(415, f"send JSON, {given} (header 'content-type: application/json')", code="content_type")
+
+
+async def read_form(request: Request, body: bytes) -> dict[str, str]:
+    """Return the fields of a form that was read already.
+
+    Raises:
+        ApiError: 400, it is malformed or holds a file.
+    """
+
+    async def again() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    fields: dict[str, str] = {}
+    async with Request(request.scope, again).form(max_files=1, max_fields=FIELDS, max_part_size=len(body) + 1) as form:
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                raise ApiError(400, f"'{name[:100]}' is a file: models here take text alone", name[:100], "file")
+            fields[name] = value
+    return fields
+
+
+@asynccontextmanager
+async def within(seconds: float) -> AsyncIterator[None]:
+    """End the block when its time is over.
+
+    Raises:
+        ApiError: 408.
+    """
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            yield
+    except TimeoutError:
+        if limit.expired():
+            raise ApiError(408, f"it was not done in {seconds:g} s", code="timeout") from None
+        raise
+
+
+async def while_there(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Return what ``work`` does; cancel it when the client leaves, or when this call is cancelled.
+
+    Ray Serve cancels the call of a client that left; other servers send ``http.disconnect``.
+
+    Args:
+        receive: of a request whose body was read.
+        work: what to do.
+
+    Raises:
+        ClientGone: the client left.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))  # so that its places in the queues are free when this ends
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,113 @@
+"""``/v1/videos``: jobs that make videos, as OpenAI's. They live in one API replica's memory: see `jobs.Jobs`."""
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from raydmd.serving.contract import Ask, Backend
+from raydmd.serving.http.errors import ApiError, parsed
+from raydmd.serving.http.files import file_response
+from raydmd.serving.http.images import new_seed
+from raydmd.serving.http.jobs import Job, Jobs
+from raydmd.serving.http.reading import media_type, must_be_json, read_body, read_form, within
+from raydmd.serving.http.schemas import (
+    VideoBody,
+    VideoList,
+    check_seconds,
+    length_text,
+    read_model,
+    read_prompt,
+    read_size,
+    size_text,
+)
+from raydmd.serving.settings import Serving
+
+FORM = "multipart/form-data"
+
+
+class Videos:
+    """The routes of videos. With API keys, each sees its own videos alone."""
+
+    def __init__(self, backend: Backend, serving: Serving, jobs: Jobs) -> None:
+        self.backend, self.serving, self.jobs = backend, serving, jobs
+
+    async def create(self, request: Request) -> Response:
+        """``POST /v1/videos``: begin a video; JSON, or the form that OpenAI's client sends."""
+        must_be_json(request, also=(FORM,))
+        async with within(self.serving.timeout_seconds):
+            raw = await read_body(request, self.serving.limits.body_bytes)
+        if media_type(request) == FORM:
+            body = parsed(VideoBody, dict(await read_form(request, raw)), strict=False)
+        else:
+            body = parsed(VideoBody, raw)
+        job = self._job(body, request.scope["raydmd.owner"])
+        self.jobs.start(job)
+        return JSONResponse(self._said(job))
+
+    async def all(self, request: Request) -> Response:
+        """``GET /v1/videos``: a list, the newest first."""
+        query = parsed(VideoList, dict(request.query_params), strict=False)
+        jobs = self.jobs.all(request.scope["raydmd.owner"])
+        if query.order == "desc":
+            jobs.reverse()
+        if query.after is not None:
+            ids = [job.id for job in jobs]
+            if query.after not in ids:
+                raise ApiError(400, f"after: no video '{query.after[:100]}' here", "after", "invalid_value")
+            jobs = jobs[ids.index(query.after) + 1 :]
+        shown = [self._said(job) for job in jobs[: query.limit]]
+        ends = {"first_id": shown[0]["id"] if shown else None, "last_id": shown[-1]["id"] if shown else None}
+        return JSONResponse({"object": "list", "data": shown, "has_more": len(jobs) > query.limit, **ends})
+
+    async def one(self, request: Request) -> Response:
+        """``GET /v1/videos/ID``."""
+        return JSONResponse(self._said(self._asked(request)))
+
+    async def content(self, request: Request) -> Response:
+        """``GET /v1/videos/ID/content``: the MP4 file, or a range of it."""
+        if (variant := request.query_params.get("variant", "video")) != "video":
+            raise ApiError(400, f"variant: there is 'video' alone, not '{variant[:50]}'", "variant", "invalid_value")
+        job = self._asked(request)
+        if job.status != "completed":
+            why = f"it failed: {job.error['message']}" if job.error else f"it is {job.status} ({job.progress} %)"
+            raise ApiError(400, f"there is no video yet: {why}", code="video_not_ready")
+        if (kept := self.jobs.store.get(job.file)) is None:
+            raise ApiError(404, "the video made room for newer ones; make it again", code="video_expired")
+        return file_response(request, kept.data, kept.media_type, self.serving.limits.stored_seconds)
+
+    async def delete(self, request: Request) -> Response:
+        """``DELETE /v1/videos/ID``: forget it; one that is on its way is left undone."""
+        job = self._asked(request)
+        self.jobs.delete(job)
+        return JSONResponse({"id": job.id, "object": "video.deleted", "deleted": True})
+
+    def _asked(self, request: Request) -> Job:
+        return self.jobs.get(request.path_params["video"], request.scope["raydmd.owner"])
+
+    def _job(self, body: VideoBody, owner: str) -> Job:
+        card = self.backend.card()
+        if card.kind != "video":
+            raise ApiError(400, f"'{card.name}' makes {card.kind}s: ask for them at POST /v1/images/generations",
+                           "model", "wrong_model_kind")  # fmt: skip
+        check_seconds(body.seconds, card)
+        ask = Ask(
+            prompt=read_prompt(body.prompt, self.serving.limits),
+            seed=new_seed() if body.seed is None else body.seed,
+            maker=read_model(body.model, card),
+            size=read_size(body.size, card),
+            output_format="mp4",
+        )
+        assert ask.size is not None
+        model = card.name if ask.maker == "student" else f"{card.name}-teacher"
+        return Job(owner, ask, {"model": model, "size": size_text(ask.size), "seconds": length_text(card)})
+
+    def _said(self, job: Job) -> dict[str, Any]:
+        ended = None if job.ended is None else int(job.ended)
+        done = ended if job.status == "completed" else None
+        return {
+            "id": job.id, "object": "video", "status": job.status, "progress": job.progress, **job.about,
+            "prompt": job.ask.prompt, "seed": job.ask.seed, "created_at": int(job.created), "completed_at": done,
+            "expires_at": None if done is None else int(done + self.serving.limits.stored_seconds),
+            "error": job.error, **job.made,
+        }  # fmt: skip
