@@ -287,9 +287,8 @@ def sweep(options: argparse.Namespace, figures: dict[str, Any]) -> None:
         done = load(url, [Load("open", most * share) for share in RATES], 2 * options.seconds, slo)
     with ours(run, *settings, "--set", "queue_samples=100000", "--set", "queue_seconds=1000") as url:
         patient = load(url, [Load("open", 2 * most)], 2 * options.seconds, slo)[0]
-    heads = ("offered/s", "of saturation", "requests/s", f"goodput ({slo:g} s)", "p50 (ms)", "p99 (ms)", "rejected",
-             "their p99 (ms)", "sent late, p99 (ms)")  # fmt: skip
-    table = Table(*heads, title=f"open loop ({layout})")
+    heads = ("offered/s", "share", "done/s", f"in {slo:g} s", "p50 ms", "p99 ms", "refused", "p99 ms", "late, p99 ms")
+    table = Table(*heads, title=f"open loop ({layout}); the second p99 is of those refused, late is the client")
     for share, one in [*zip(RATES, done, strict=True), (2.0, patient)]:
         values = as_json(one)
         cells = (one.load.level, share, one.requests_per_second, one.goodput, values["p50_e2el_ms"],
