@@ -337,6 +337,7 @@ def main() -> None:
     names = options.only.split(",") if options.only else list(PARTS)
     if unknown := set(names) - set(PARTS):
         parser.error(f"--only: no part {', '.join(sorted(unknown))} (one of: {', '.join(PARTS)})")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped then, too
     figures: dict[str, Any] = {}
     if options.only and options.json is not None and options.json.is_file():
         figures = json.loads(options.json.read_text(encoding="utf-8"))
