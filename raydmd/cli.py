@@ -10,6 +10,7 @@ import yaml
 from rich.console import Console
 
 from raydmd import __version__
+from raydmd.bench.command import bench
 from raydmd.config import Recipe, dump_recipe, load_recipe, shipped_recipes
 from raydmd.errors import RunError, UserError
 
@@ -26,6 +27,9 @@ set_option = click.option(
 @click.version_option(__version__, message="%(version)s")
 def app() -> None:
     """Distil diffusion models into few-step experts on a Ray cluster."""
+
+
+app.add_command(bench)
 
 
 @app.command(epilog="Example: raydmd quickstart --out runs/quickstart")

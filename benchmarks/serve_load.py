@@ -1,0 +1,350 @@
+"""Serving under load: what HTTP and Ray Serve cost, what a machine yields, and what too much of a load does.
+
+The runs are those of serving_runs.py: ``digits`` (a pass of .4 ms) shows what serving itself costs, ``bench`` (10 ms,
+as networks that are worth a server) what is left of the machine. Clients run on the same machine.
+
+- ``overhead``: digits, one request at a time: HTTP's p50 less that of the same request in one process, without HTTP
+  or Ray.
+- ``saturation``: bench, images/s of the best layout and concurrency over those of a loop in process at its best batch
+  size, which may use the cores as it likes: one process of two threads, or two of one.
+- ``teacher``: bench, images/s of the 4-step student over those of its teacher with guidance (40 steps, 80 passes),
+  through the same server.
+- ``plain``: images/s over those of plain_loop.py, 32 requests at once.
+- ``sweep``: bench, open loop: goodput against the offered rate, up to twice what the server can do.
+
+Each can be run alone (--only); figures are then added to those in the --json file.
+
+It wants an idle machine, and takes 20 minutes.
+
+    python benchmarks/serve_load.py --json serve_load.json --picture serve_load.png
+"""
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+from common import arguments, console, finish
+from rich.table import Table
+from serving_runs import bench_run, digits_run, measure
+
+from raydmd.bench.arrivals import Mix
+from raydmd.bench.load import Record, closed_loop
+from raydmd.bench.plot import plot
+from raydmd.bench.results import as_json
+from raydmd.bench.session import Plan, Session
+from raydmd.bench.statistics import Load, Statistics, summarize
+from raydmd.bench.targets import HttpTarget, LocalTarget
+from raydmd.serving.contract import Maker
+from raydmd.serving.local import local_pipeline
+from raydmd.serving.settings import Serving
+
+MIX = Mix(tuple(str(digit) for digit in range(10)))
+START_SECONDS = 120.0
+ROUNDS = 3
+TWO = ["--set", "stages.expert.min=2", "--set", "stages.expert.max=2"]
+LAYOUTS = {
+    "colocated": [],
+    "colocated, 2 threads": ["--set", "stages.expert.threads=2"],
+    "colocated, 2 replicas": TWO,
+    "pipelined": ["--layout", "pipelined"],
+}
+TEACHERS = {  # as many cores as the student has
+    "colocated, 2 threads": ["--set", "stages.teacher.threads=2"],
+    "colocated, 2 replicas": ["--set", "stages.teacher.min=2", "--set", "stages.teacher.max=2"],
+    "pipelined": ["--set", "stages.teacher.min=2", "--set", "stages.teacher.max=2"],
+}
+CLOSED = (16, 32, 64)
+PLAIN_CONCURRENCY = 32
+RATES = (0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 1.5, 2.0)  # of what saturation yields
+
+
+@contextmanager
+def process(command: Sequence[str], port: int) -> Iterator[str]:
+    """Run a server, and yield its URL once it says it; it is stopped as with Ctrl-C."""
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            deadline, look = time.monotonic() + START_SECONDS, threading.Event()
+            while url not in (said := Path(log.name).read_text(encoding="utf-8", errors="replace")):
+                if server.poll() is not None or time.monotonic() > deadline:
+                    sys.exit(f"no server: {' '.join(command)}\n{said[-2000:]}")
+                look.wait(0.1)
+            yield url
+        finally:
+            server.send_signal(signal.SIGINT)
+            try:
+                server.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
+
+
+def ours(run: Path, *settings: str) -> Any:
+    """Return `process` of `raydmd serve`."""
+    port = free_port()
+    code = "from raydmd.cli import main; main()"
+    return process([sys.executable, "-c", code, "serve", str(run), "--port", str(port), *settings], port)
+
+
+def plain(run: Path, threads: int) -> Any:
+    """Return `process` of the plain loop."""
+    port, script = free_port(), Path(__file__).with_name("plain_loop.py")
+    return process([sys.executable, str(script), str(run), "--port", str(port), "--threads", str(threads)], port)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+def load(url: str, loads: Sequence[Load], seconds: float, slo: float | None = None, model: str | None = None) \
+        -> list[Statistics]:  # fmt: skip
+    """Load a server; return a load's figures each."""
+
+    async def drive() -> list[Statistics]:
+        async with HttpTarget(url, model) as target:
+            await target.look()
+            session = Session(target, Plan(loads, MIX, seconds=seconds, slo=slo))
+            await session.run()
+            return session.done
+
+    return asyncio.run(drive())
+
+
+def closed(*levels: int) -> list[Load]:
+    return [Load("closed", level) for level in levels]
+
+
+def best(done: Sequence[Statistics]) -> Statistics:
+    return max(done, key=lambda figures: figures.images_per_second)
+
+
+def _work(
+    run: str, maker: Maker, max_batch: int, threads: int, concurrency: int, seconds: float, barrier: Barrier, pipe: Any
+) -> None:
+    async def drive() -> Statistics:
+        serving = Serving(run=run, max_batch=max_batch, teacher=maker == "teacher")
+        target, record = LocalTarget(local_pipeline(serving, threads), maker), Record()
+        await closed_loop(target, MIX, concurrency, 2 * concurrency, None, Record(), stream=1)
+        barrier.wait()
+        await closed_loop(target, MIX, concurrency, None, seconds, record)
+        return summarize(Load("closed", concurrency), record)
+
+    pipe.send(asyncio.run(drive()))
+
+
+def in_process(
+    run: Path, seconds: float, *, processes: int = 1, threads: int = 1, max_batch: int = 16, concurrency: int = 1
+) -> list[Statistics]:
+    """Make pictures without HTTP or Ray in processes of their own, all at the same time; return each one's figures."""
+    context = multiprocessing.get_context("spawn")
+    barrier, pipes, workers = context.Barrier(processes), [], []
+    for _ in range(processes):
+        here, there = context.Pipe(duplex=False)
+        worker = context.Process(
+            target=_work, args=(str(run), "student", max_batch, threads, concurrency, seconds, barrier, there)
+        )
+        worker.start()
+        there.close()
+        pipes.append(here)
+        workers.append(worker)
+    done = [pipe.recv() for pipe in pipes]
+    for worker in workers:
+        worker.join()
+    return done
+
+
+def overhead(options: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """One request at a time, in turns with the same in process."""
+    run, seconds = digits_run(options.work).folder, options.seconds / 2
+    table = Table("one request at a time", "in process, p50 (ms)", "HTTP, p50 (ms)", "p99 (ms)", title="overhead")
+    for name, settings in (("default", []), ("fast", ["--fast"])):
+        inside, outside = [], []
+        with ours(run, *settings) as url:
+            for _ in range(ROUNDS):
+                inside.append(in_process(run, seconds)[0])
+                outside += load(url, closed(1), seconds)
+        pairs = [(1e3 * a.latency.percentiles[50], 1e3 * b.latency.percentiles[50])
+                 for a, b in zip(inside, outside, strict=True) if a.latency and b.latency]  # fmt: skip
+        figures[f"overhead_ms_{name}"] = statistics.median(b - a for a, b in pairs)
+        figures[f"overhead_rounds_{name}"] = pairs
+        p99 = statistics.median(1e3 * b.latency.percentiles[99] for b in outside if b.latency)
+        table.add_row(name, *(f"{statistics.median(column):.2f}" for column in zip(*pairs, strict=True)), f"{p99:.2f}")
+    console.print(table)
+
+
+def saturation(options: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """As much as there is, of the server and of a loop in process."""
+    run = bench_run(options.work)
+    figures["bench_pass_ms"] = measure(run, 1)
+    table = Table("bench", "concurrency", "images/s", "p50 (ms)", "p99 (ms)", title="saturation")
+    loops: dict[str, float] = {}
+    for processes, threads in ((1, 2), (2, 1)):
+        for batch in (4, 8, 16, 32):
+            done = in_process(
+                run.folder,
+                options.seconds,
+                processes=processes,
+                threads=threads,
+                max_batch=batch,
+                concurrency=2 * batch,
+            )
+            name = f"in process: {processes} x {threads} threads, batches of {batch}"
+            loops[name] = sum(part.images_per_second for part in done)
+            row(table, name, done[0], loops[name])
+    servers: dict[str, Statistics] = {}
+    for mode in ([], ["--fast"]):
+        for layout, settings in LAYOUTS.items():
+            with ours(run.folder, *settings, *mode) as url:
+                done = load(url, closed(*CLOSED), options.seconds)
+            name = f"{layout}{', fast' if mode else ''}"
+            servers[name] = best(done)
+            for one in done:
+                row(table, name, one)
+    console.print(table)
+    server = max(servers, key=lambda name: servers[name].images_per_second)
+    figures |= {
+        "saturation_ratio": servers[server].images_per_second / max(loops.values()),
+        "saturation_best": server,
+        "saturation_images_per_second": servers[server].images_per_second,
+        "saturation_loops": loops,
+        "saturation_servers": {name: as_json(one) for name, one in servers.items()},
+    }
+
+
+def chosen(figures: dict[str, Any]) -> tuple[str, list[str]]:
+    """Return the layout that saturation found best, and its settings; two replicas if it did not look."""
+    layout, _, mode = figures.get("saturation_best", "colocated, 2 replicas, fast").rpartition(", fast")
+    return (layout, [*LAYOUTS[layout], "--fast"]) if layout else (mode, LAYOUTS[mode])
+
+
+def teacher(options: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Student and teacher through one server, one after the other."""
+    run = bench_run(options.work)
+    layout, settings = chosen(figures)
+    with ours(run.folder, "--teacher", *settings, *TEACHERS.get(layout, [])) as url:
+        student = best(load(url, closed(*CLOSED), options.seconds))
+        many = best(load(url, closed(*CLOSED[:2]), 2 * options.seconds, model=f"{run.name}-teacher"))
+    table = Table("bench", "concurrency", "images/s", "p50 (ms)", "p99 (ms)", title=f"student and teacher ({layout})")
+    row(table, "student, 4 passes", student)
+    row(table, f"teacher, {run.recipe.teacher.steps} steps with guidance", many)
+    console.print(table)
+    figures |= {
+        "over_teacher": student.images_per_second / many.images_per_second,
+        "teacher_student": as_json(student),
+        "teacher_teacher": as_json(many),
+    }
+
+
+def plain_loops(options: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Our server in fast mode and the plain loop, each with the threads or replicas that suit it best."""
+    for run in (digits_run(options.work), bench_run(options.work)):
+        table = Table(run.name, "concurrency", "images/s", "p50 (ms)", "p99 (ms)", title="the plain loop")
+        loops, servers = [], []
+        for threads in (1, 2):
+            with plain(run.folder, threads) as url:
+                loops += load(url, closed(PLAIN_CONCURRENCY), options.seconds)
+            row(table, f"plain loop, {threads} threads", loops[-1])
+        for layout, settings in LAYOUTS.items():
+            with ours(run.folder, *settings, "--fast") as url:
+                servers += load(url, closed(PLAIN_CONCURRENCY), options.seconds)
+            row(table, f"{layout}, fast", servers[-1])
+        console.print(table)
+        server, loop = best(servers), best(loops)
+        figures |= {
+            f"over_plain_loop_{run.name}": server.images_per_second / loop.images_per_second,
+            f"plain_loop_{run.name}": {"server": as_json(server), "loop": as_json(loop)},
+        }
+        for name, one in (("server", server), ("loop", loop)):
+            figures[f"plain_loop_{run.name}_{name}_p99_ms"] = as_json(one)["p99_e2el_ms"]
+
+
+def sweep(options: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """More and more requests a second, up to twice as many as can be answered.
+
+    Those who would wait longer than ``--queue-seconds`` are turned away, so that those let in are answered in time.
+    Without that, at twice the rate, everybody waits: the last row.
+    """
+    run, slo = bench_run(options.work).folder, options.slo
+    layout, settings = chosen(figures)
+    with ours(run, *settings, "--set", f"queue_seconds={options.queue_seconds}") as url:
+        most = best(load(url, closed(*CLOSED[:2]), options.seconds)).images_per_second
+        done = load(url, [Load("open", most * share) for share in RATES], 2 * options.seconds, slo)
+    with ours(run, *settings, "--set", "queue_samples=100000", "--set", "queue_seconds=1000") as url:
+        patient = load(url, [Load("open", 2 * most)], 2 * options.seconds, slo)[0]
+    heads = ("offered/s", "share", "done/s", f"in {slo:g} s", "p50 ms", "p99 ms", "refused", "p99 ms", "late, p99 ms")
+    table = Table(*heads, title=f"open loop ({layout}); the second p99 is of those refused, late is the client")
+    for share, one in [*zip(RATES, done, strict=True), (2.0, patient)]:
+        values = as_json(one)
+        cells = (one.load.level, share, one.requests_per_second, one.goodput, values["p50_e2el_ms"],
+                 values["p99_e2el_ms"], one.rejected, one.rejection and 1e3 * one.rejection.percentiles[99],
+                 one.late and 1e3 * one.late.percentiles[99])  # fmt: skip
+        table.add_row(*("-" if cell is None else f"{cell:.4g}" for cell in cells))
+    console.print(table)
+    peak = max(one.goodput or 0.0 for one in done)
+    twice = done[-1]
+    figures |= {
+        "goodput_at_2x": (twice.goodput or 0.0) / peak,
+        "goodput_at_2x_without_refusals": (patient.goodput or 0.0) / peak,
+        "goodput_peak": peak,
+        "sweep_saturation": most,
+        "slo_seconds": slo,
+        "queue_seconds": options.queue_seconds,
+        "rejection_p50_ms": twice.rejection and 1e3 * twice.rejection.percentiles[50],
+        "rejection_p99_ms": twice.rejection and 1e3 * twice.rejection.percentiles[99],
+        "sweep": [as_json(one) for one in done],
+        "sweep_without_refusals": as_json(patient),
+    }
+    if options.picture is not None:
+        plot(done, options.picture, f"bench, {layout}, two cores, open loop")
+
+
+def row(table: Table, name: str, one: Statistics, images_per_second: float | None = None) -> None:
+    values = as_json(one)
+    p50, p99 = ("-" if values[key] is None else f"{values[key]:.1f}" for key in ("p50_e2el_ms", "p99_e2el_ms"))
+    lost = f", {one.failed + one.rejected} lost" if one.failed + one.rejected else ""
+    table.add_row(name + lost, f"{one.load.level:g}", f"{images_per_second or one.images_per_second:.1f}", p50, p99)
+
+
+PARTS: dict[str, Callable[[argparse.Namespace, dict[str, Any]], None]] = {
+    "overhead": overhead, "saturation": saturation, "teacher": teacher, "plain": plain_loops, "sweep": sweep,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--only", metavar="PART,...", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of a closed loop (default %(default)s)")
+    parser.add_argument("--slo", type=float, default=1.0, help="seconds within which an answer is good")
+    parser.add_argument("--queue-seconds", type=float, default=0.5, help="the server's, in the sweep (%(default)s)")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the sweep")
+    options = parser.parse_args()
+    names = options.only.split(",") if options.only else list(PARTS)
+    if unknown := set(names) - set(PARTS):
+        parser.error(f"--only: no part {', '.join(sorted(unknown))} (one of: {', '.join(PARTS)})")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped then, too
+    figures: dict[str, Any] = {}
+    if options.only and options.json is not None and options.json.is_file():
+        figures = json.loads(options.json.read_text(encoding="utf-8"))
+    for name in names:
+        PARTS[name](options, figures)
+        finish("serving under load", figures, options.json)  # after each: a later part may take long
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Measures a server as its users would load it."""
