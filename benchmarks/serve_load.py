@@ -11,10 +11,12 @@ as networks that are worth a server) what is left of the machine. Clients run on
   through the same server.
 - ``plain``: images/s over those of plain_loop.py, 32 requests at once.
 - ``sweep``: bench, open loop: goodput against the offered rate, up to twice what the server can do.
+- ``kills``: digits, replicas of experts killed under load: requests that fail.
+- ``endurance``: digits, the memory of all of the server's processes before and after 20,000 requests.
 
 Each can be run alone (--only); figures are then added to those in the --json file.
 
-It wants an idle machine, and takes 20 minutes.
+It wants an idle machine, and takes 25 minutes.
 
     python benchmarks/serve_load.py --json serve_load.json --picture serve_load.png
 """
@@ -33,11 +35,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 from common import arguments, console, finish
 from rich.table import Table
 from serving_runs import bench_run, digits_run, measure
@@ -68,14 +71,50 @@ TEACHERS = {  # as many cores as the student has
     "colocated, 2 replicas": ["--set", "stages.teacher.min=2", "--set", "stages.teacher.max=2"],
     "pipelined": ["--set", "stages.teacher.min=2", "--set", "stages.teacher.max=2"],
 }
+PROXIES = {
+    "default": [],
+    "fast": ["--fast"],
+    "serve_proxy": ["--proxy", "serve"],
+    "serve_proxy_fast": ["--proxy", "serve", "--fast"],
+}
 CLOSED = (16, 32, 64)
+ENDURANCE = (2_000, 20_000)  # requests before memory is looked at first, and after
+KILLS, KILL_CONCURRENCY = 6, 16
 PLAIN_CONCURRENCY = 32
 RATES = (0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 1.5, 2.0)  # of what saturation yields
 
 
+class Server(NamedTuple):
+    """A server that runs."""
+
+    url: str
+    pid: int
+
+    def family(self) -> list[psutil.Process]:
+        """Return its processes."""
+        return [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
+
+    def replicas(self, name: str) -> list[psutil.Process]:
+        """Return the processes of a deployment's replicas."""
+        found = []
+        for each in self.family():
+            with suppress(psutil.NoSuchProcess):
+                if f"ServeReplica:raydmd:{name}" in " ".join(each.cmdline()):
+                    found.append(each)
+        return found
+
+    def megabytes(self) -> float:
+        """Return the memory of all of its processes, what they share counted once."""
+        total = 0
+        for each in self.family():
+            with suppress(psutil.NoSuchProcess):
+                total += each.memory_full_info().pss
+        return total / 2**20
+
+
 @contextmanager
-def process(command: Sequence[str], port: int) -> Iterator[str]:
-    """Run a server, and yield its URL once it says it; it is stopped as with Ctrl-C."""
+def process(command: Sequence[str], port: int) -> Iterator[Server]:
+    """Run a server, and yield it once it says its URL; it is stopped as with Ctrl-C."""
     url = f"http://127.0.0.1:{port}"
     with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -85,7 +124,7 @@ def process(command: Sequence[str], port: int) -> Iterator[str]:
                 if server.poll() is not None or time.monotonic() > deadline:
                     sys.exit(f"no server: {' '.join(command)}\n{said[-2000:]}")
                 look.wait(0.1)
-            yield url
+            yield Server(url, server.pid)
         finally:
             server.send_signal(signal.SIGINT)
             try:
@@ -173,12 +212,12 @@ def overhead(options: argparse.Namespace, figures: dict[str, Any]) -> None:
     """One request at a time, in turns with the same in process."""
     run, seconds = digits_run(options.work).folder, options.seconds / 2
     table = Table("one request at a time", "in process, p50 (ms)", "HTTP, p50 (ms)", "p99 (ms)", title="overhead")
-    for name, settings in (("default", []), ("fast", ["--fast"])):
+    for name, settings in PROXIES.items():
         inside, outside = [], []
-        with ours(run, *settings) as url:
+        with ours(run, *settings) as server:
             for _ in range(ROUNDS):
                 inside.append(in_process(run, seconds)[0])
-                outside += load(url, closed(1), seconds)
+                outside += load(server.url, closed(1), seconds)
         pairs = [(1e3 * a.latency.percentiles[50], 1e3 * b.latency.percentiles[50])
                  for a, b in zip(inside, outside, strict=True) if a.latency and b.latency]  # fmt: skip
         figures[f"overhead_ms_{name}"] = statistics.median(b - a for a, b in pairs)
@@ -210,8 +249,8 @@ def saturation(options: argparse.Namespace, figures: dict[str, Any]) -> None:
     servers: dict[str, Statistics] = {}
     for mode in ([], ["--fast"]):
         for layout, settings in LAYOUTS.items():
-            with ours(run.folder, *settings, *mode) as url:
-                done = load(url, closed(*CLOSED), options.seconds)
+            with ours(run.folder, *settings, *mode) as server:
+                done = load(server.url, closed(*CLOSED), options.seconds)
             name = f"{layout}{', fast' if mode else ''}"
             servers[name] = best(done)
             for one in done:
@@ -237,9 +276,9 @@ def teacher(options: argparse.Namespace, figures: dict[str, Any]) -> None:
     """Student and teacher through one server, one after the other."""
     run = bench_run(options.work)
     layout, settings = chosen(figures)
-    with ours(run.folder, "--teacher", *settings, *TEACHERS.get(layout, [])) as url:
-        student = best(load(url, closed(*CLOSED), options.seconds))
-        many = best(load(url, closed(*CLOSED[:2]), 2 * options.seconds, model=f"{run.name}-teacher"))
+    with ours(run.folder, "--teacher", *settings, *TEACHERS.get(layout, [])) as server:
+        student = best(load(server.url, closed(*CLOSED), options.seconds))
+        many = best(load(server.url, closed(*CLOSED[:2]), 2 * options.seconds, model=f"{run.name}-teacher"))
     table = Table("bench", "concurrency", "images/s", "p50 (ms)", "p99 (ms)", title=f"student and teacher ({layout})")
     row(table, "student, 4 passes", student)
     row(table, f"teacher, {run.recipe.teacher.steps} steps with guidance", many)
@@ -257,12 +296,12 @@ def plain_loops(options: argparse.Namespace, figures: dict[str, Any]) -> None:
         table = Table(run.name, "concurrency", "images/s", "p50 (ms)", "p99 (ms)", title="the plain loop")
         loops, servers = [], []
         for threads in (1, 2):
-            with plain(run.folder, threads) as url:
-                loops += load(url, closed(PLAIN_CONCURRENCY), options.seconds)
+            with plain(run.folder, threads) as server:
+                loops += load(server.url, closed(PLAIN_CONCURRENCY), options.seconds)
             row(table, f"plain loop, {threads} threads", loops[-1])
         for layout, settings in LAYOUTS.items():
-            with ours(run.folder, *settings, "--fast") as url:
-                servers += load(url, closed(PLAIN_CONCURRENCY), options.seconds)
+            with ours(run.folder, *settings, "--fast") as server:
+                servers += load(server.url, closed(PLAIN_CONCURRENCY), options.seconds)
             row(table, f"{layout}, fast", servers[-1])
         console.print(table)
         server, loop = best(servers), best(loops)
@@ -282,11 +321,11 @@ def sweep(options: argparse.Namespace, figures: dict[str, Any]) -> None:
     """
     run, slo = bench_run(options.work).folder, options.slo
     layout, settings = chosen(figures)
-    with ours(run, *settings, "--set", f"queue_seconds={options.queue_seconds}") as url:
-        most = best(load(url, closed(*CLOSED[:2]), options.seconds)).images_per_second
-        done = load(url, [Load("open", most * share) for share in RATES], 2 * options.seconds, slo)
-    with ours(run, *settings, "--set", "queue_samples=100000", "--set", "queue_seconds=1000") as url:
-        patient = load(url, [Load("open", 2 * most)], 2 * options.seconds, slo)[0]
+    with ours(run, *settings, "--set", f"queue_seconds={options.queue_seconds}") as server:
+        most = best(load(server.url, closed(*CLOSED[:2]), options.seconds)).images_per_second
+        done = load(server.url, [Load("open", most * share) for share in RATES], 2 * options.seconds, slo)
+    with ours(run, *settings, "--set", "queue_samples=100000", "--set", "queue_seconds=1000") as server:
+        patient = load(server.url, [Load("open", 2 * most)], 2 * options.seconds, slo)[0]
     heads = ("offered/s", "share", "done/s", f"in {slo:g} s", "p50 ms", "p99 ms", "refused", "p99 ms", "late, p99 ms")
     table = Table(*heads, title=f"open loop ({layout}); the second p99 is of those refused, late is the client")
     for share, one in [*zip(RATES, done, strict=True), (2.0, patient)]:
@@ -314,6 +353,61 @@ def sweep(options: argparse.Namespace, figures: dict[str, Any]) -> None:
         plot(done, options.picture, f"bench, {layout}, two cores, open loop")
 
 
+def kills(options: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Replicas of experts killed one after the other while requests come, and what of it the clients see."""
+    table = Table(
+        "layout", "killed", "requests", "failed", "p50 (ms)", "p99 (ms)", "max (ms)", title="killed under load"
+    )
+    figures["kills"] = {}
+    for layout in ("colocated, 2 replicas", "pipelined"):
+        settings = [*LAYOUTS["pipelined"], *TWO] if layout == "pipelined" else LAYOUTS[layout]
+        with ours(digits_run(options.work).folder, *settings) as server:
+            killed, stopped = [0], threading.Event()
+
+            def kill(server: Server = server, killed: list[int] = killed, stopped: threading.Event = stopped) -> None:
+                while killed[0] < KILLS and not stopped.wait(6):
+                    names = ("expert-1", "expert-2") if server.replicas("expert-1") else ("experts",)
+                    replicas = server.replicas(names[killed[0] % len(names)])
+                    if len(replicas) > 1:  # else its successor is still starting
+                        replicas[0].kill()
+                        killed[0] += 1
+
+            killer = threading.Thread(target=kill)
+            killer.start()
+            one = load(server.url, closed(KILL_CONCURRENCY), 12.0 * KILLS)[0]
+            stopped.set()
+            killer.join()
+        values, latency = as_json(one), one.latency
+        figures["kills"][layout] = {"killed": killed[0], "failed": one.failed + one.rejected, **values}
+        table.add_row(
+            layout, str(killed[0]), str(one.completed), str(one.failed + one.rejected),
+            *(f"{values[key]:.1f}" for key in ("p50_e2el_ms", "p99_e2el_ms")),
+            f"{1e3 * latency.max:.0f}" if latency else "-",
+        )  # fmt: skip
+    figures["failed_under_kills"] = sum(one["failed"] for one in figures["kills"].values())
+    console.print(table)
+
+
+def endurance(options: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Many requests, and the memory of all of the server's processes before and after."""
+    first, many = ENDURANCE
+    with ours(digits_run(options.work).folder) as server:
+
+        async def ask(count: int) -> None:
+            async with HttpTarget(server.url, None) as target:
+                await target.look()
+                await closed_loop(target, MIX, KILL_CONCURRENCY, count, None, Record())
+
+        asyncio.run(ask(first))
+        before = server.megabytes()
+        asyncio.run(ask(many // 2))
+        middle = server.megabytes()
+        asyncio.run(ask(many - many // 2))
+        after = server.megabytes()
+    figures |= {"memory_mb_before": before, "memory_mb_middle": middle, "memory_mb_after": after,
+                "memory_growth_mb": after - before, "memory_requests": many}  # fmt: skip
+
+
 def row(table: Table, name: str, one: Statistics, images_per_second: float | None = None) -> None:
     values = as_json(one)
     p50, p99 = ("-" if values[key] is None else f"{values[key]:.1f}" for key in ("p50_e2el_ms", "p99_e2el_ms"))
@@ -323,6 +417,7 @@ def row(table: Table, name: str, one: Statistics, images_per_second: float | Non
 
 PARTS: dict[str, Callable[[argparse.Namespace, dict[str, Any]], None]] = {
     "overhead": overhead, "saturation": saturation, "teacher": teacher, "plain": plain_loops, "sweep": sweep,
+    "kills": kills, "endurance": endurance,
 }  # fmt: skip
 
 
