@@ -58,7 +58,7 @@ from raydmd.serving.settings import Serving
 
 MIX = Mix(tuple(str(digit) for digit in range(10)))
 START_SECONDS = 120.0
-ROUNDS = 3
+ROUNDS = 7
 TWO = ["--set", "stages.expert.min=2", "--set", "stages.expert.max=2"]
 LAYOUTS = {
     "colocated": [],
