@@ -115,6 +115,9 @@ VALUES = [
     ("rayservice", "spec.serveConfigV2", "applications: [{import_path: a:b, deployments: [{name: x, num_replica: 2}]}]",
      ["deployments[0].num_replica", "did you mean 'num_replicas'?"]),
     ("rayservice", "spec.serveConfigV2", "http_options: {prt: 1}\napplications: []", ["http_options.prt"]),
+    ("rayservice", "spec.serveConfigV2",
+     "applications: [{import_path: 'raydmd.serving.app:build', args: {run: /runs/digits, layuot: pipelined}}]",
+     ["serveConfigV2.applications[0].args", "unknown key 'layuot'", "did you mean 'layout'?"]),
     ("recipe", "batch.micro", 3, ["batch.micro"]),
     ("recipe", "runtime.teacher.cpus", "one", ["runtime.teacher.cpus"]),
 ]  # fmt: skip
@@ -235,6 +238,29 @@ def test_every_file_is_checked_and_each_wrong_one_has_a_line(tmp_path: Path, cap
     words = {"list": "mapping", "empty": "nothing", "missing": "No such file", "tabs": "not readable as YAML",
              "other": "neither", "twice": "line 2: key 'seed' is given twice"}  # fmt: skip
     assert all(words[name] in line for name, line in said.items()), err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({}, []),
+        ({"http_optoins": {}}, ["unknown key 'http_optoins'", "http_options"]),
+        ({"http_options": {"prt": 1}}, ["unknown key 'http_options.prt'", "port"]),
+        ({"applications": [{"import_path": "raydmd.serving.app:build", "args": {"run": "r", "max_batch": 0}}]},
+         ["applications[0].args: max_batch"]),
+    ],
+)  # fmt: skip
+def test_a_serve_configuration(wrong: dict[str, Any], words: list[str], tmp_path: Path) -> None:
+    application = {"name": "raydmd", "import_path": "raydmd.serving.app:build", "args": {"run": "runs/digits"}}
+    tree = {"proxy_location": "EveryNode", "http_options": {"port": 8000}, "applications": [application]}
+    file = tmp_path / "serve.yaml"
+    file.write_text(yaml.safe_dump(tree | wrong))
+    if not wrong:
+        assert validate_file(file) == "Serve configuration"
+        return
+    with pytest.raises(UserError) as error:
+        validate_file(file)
+    assert all(word in str(error.value) for word in [str(file), *words]), error.value
 
 
 def test_other_objects_are_skipped_by_name_and_not_checked(tmp_path: Path) -> None:

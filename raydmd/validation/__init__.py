@@ -1,7 +1,7 @@
 """`raydmd validate`: says by its content what a file is, and checks it without a cluster or a cloud.
 
-A recipe, a cluster-launcher file, or Kubernetes objects of KubeRay; other Kubernetes objects and Prometheus' files are
-left to their own tools.
+A recipe, a cluster-launcher file, a Ray Serve configuration, or Kubernetes objects of KubeRay; other Kubernetes objects
+and Prometheus' files are left to their own tools.
 """
 
 from pathlib import Path
@@ -12,10 +12,11 @@ import yaml
 from raydmd.config import Recipe, parse_recipe
 from raydmd.errors import UserError, nearest
 from raydmd.validation.document import read_documents
-from raydmd.validation.kuberay import KINDS, check_kuberay
+from raydmd.validation.kuberay import KINDS, check_kuberay, check_serve_config
 from raydmd.validation.launcher import check_launcher, launcher_keys
 
 OBJECT = ("apiVersion", "kind", "metadata", "spec")
+SERVE = ("proxy_location", "http_options", "grpc_options", "logging_config", "applications", "target_capacity")
 PROMETHEUS = ("groups", "scrape_configs")
 
 
@@ -44,17 +45,24 @@ def _check(document: Any, path: Path) -> tuple[str, bool]:
     if not isinstance(document, dict):
         raise UserError(f"a mapping of keys is expected, not a {type(document).__name__}")
     keys = [str(key) for key in document]
-    tops = {"object": OBJECT, "launcher": tuple(launcher_keys()), "recipe": tuple(Recipe.model_fields)}
+    tops = {"object": OBJECT, "launcher": tuple(launcher_keys()), "serve": SERVE, "recipe": tuple(Recipe.model_fields)}
     if any(key in PROMETHEUS for key in keys):
         return "Prometheus (check it with promtool)", False
     kind = max(tops, key=lambda name: (sum(key in tops[name] for key in keys), _near(keys, tops[name])))
     if not any(key in tops[kind] for key in keys) and not _near(keys, tops[kind]):
         raise UserError(
-            f"neither a recipe, a cluster-launcher file nor a KubeRay manifest (its keys: {', '.join(keys)})"
+            f"neither a recipe, a cluster-launcher file, a Serve configuration nor a KubeRay manifest "
+            f"(its keys: {', '.join(keys)})"
         )
     if kind == "launcher":
         check_launcher(document)
         return "cluster launcher", True
+    if kind == "serve":
+        try:
+            check_serve_config(document, "")
+        except UserError as error:  # the path begins at the file's top
+            raise UserError(str(error).removeprefix(".").replace("'.", "'")) from None
+        return "Serve configuration", True
     if kind == "recipe":
         _recipe(document, path)
         return "recipe", True

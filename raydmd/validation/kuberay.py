@@ -11,9 +11,11 @@ from pydantic import BaseModel, ValidationError
 
 from raydmd.config import load_recipe
 from raydmd.errors import UserError, nearest
+from raydmd.serving.settings import parse_serving
 from raydmd.validation.document import check_schema, closed, read_documents, with_defaults
 from raydmd.validation.ray_words import check_labels, check_runtime_env, check_start_params
 
+APPLICATION = "raydmd.serving.app:build"
 KINDS = {"RayCluster": "raycluster", "RayJob": "rayjob", "RayService": "rayservice"}
 VERSION = "ray.io/v1"
 METADATA = {
@@ -126,19 +128,31 @@ def _check_entrypoint(entrypoint: str, where: str) -> None:
 
 
 def _check_serve(text: str, where: str) -> None:
-    """Check Ray Serve's configuration, a YAML text inside the manifest, with Serve's own models."""
-    from ray.serve.schema import ServeDeploySchema
-
+    """Check Ray Serve's configuration, a YAML text inside the manifest."""
     documents = read_documents(text)
     if len(documents) != 1 or not isinstance(documents[0], dict):
         raise UserError(f"{where}: one mapping of keys is expected")
-    _check_model(documents[0], ServeDeploySchema, where)  # Serve itself lets unknown keys pass
+    check_serve_config(documents[0], where)
+
+
+def check_serve_config(document: dict[str, Any], where: str) -> None:
+    """Check what `serve deploy` takes with Serve's own models, and our application's settings with ours.
+
+    Raises:
+        UserError: one line that names the first wrong key's path and the nearest right one.
+    """
+    from ray.serve.schema import ServeDeploySchema
+
+    _check_model(document, ServeDeploySchema, where)  # Serve itself lets unknown keys pass
     try:
-        ServeDeploySchema.model_validate(documents[0])
+        config = ServeDeploySchema.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{where}.{place}: {' '.join(first['msg'].split())}") from None
+    for number, application in enumerate(config.applications):
+        if application.import_path == APPLICATION:
+            parse_serving(dict(application.args), f"{where}.applications[{number}].args")
 
 
 def _check_model(value: Any, model: Any, where: str) -> None:
