@@ -123,6 +123,13 @@ def test_formats_and_sizes(http):
     assert ask(http, size="auto").json()["size"] == "8x8"
 
 
+def test_urls_are_refused_where_another_replica_might_be_asked_for_them(run):
+    with api(run, stages={"api": {"max": 2}}) as (url, _):
+        answer = httpx.post(f"{url}{GENERATIONS}", json={"prompt": "3", "response_format": "url"})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "response_format"
+        assert httpx.post(f"{url}{GENERATIONS}", json={"prompt": "3"}).status_code == 200
+
+
 def test_pictures_by_url(quickly, http):
     answer = ask(http, seed=1, n=2, response_format="url", output_format="webp")
     urls = [one["url"] for one in answer.json()["data"]]

@@ -13,6 +13,7 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from raydmd.errors import UserError
 from raydmd.runs import Run
 from raydmd.serving.contract import Unavailable
 from raydmd.serving.loopback import keep_replica_at_home
@@ -177,7 +178,12 @@ def application(serving: Serving) -> serve.Application:
         UserError: a run that cannot be served.
     """
     read_keys(serving)
-    names = stages_of(serving, experts_of(read_card(serving)))
+    card = read_card(serving)
+    if card.kind == "video" and serving.api_replicas > 1:
+        place = "expert" if serving.api == "inline" else "api"
+        raise UserError(f"stages.{place}.max: {serving.api_replicas} API replicas, but a video's job is known to one "
+                        f"alone; set it to 1{' or api to own' if place == 'expert' else ''}")  # fmt: skip
+    names = stages_of(serving, experts_of(card))
     inline = names if serving.api == "inline" else {}
     if serving.teacher:
         names = names | {"teacher": TEACHER_PARTS}

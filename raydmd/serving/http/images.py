@@ -57,6 +57,9 @@ class Images:
         async with within(self.serving.timeout_seconds):
             body = parsed(ImageBody, await read_body(request, self.serving.limits.body_bytes))
         ask = self._ask(body)
+        if body.response_format == "url" and self.serving.api_replicas > 1:
+            raise ApiError(400, "response_format: this server has several API replicas, and a URL is known to one of "
+                           "them: ask for b64_json", "response_format", "invalid_value")  # fmt: skip
         if body.stream:
             if body.response_format == "url":
                 raise ApiError(400, "response_format: a stream carries pictures as b64_json alone", "response_format",
