@@ -180,9 +180,9 @@ def application(serving: Serving) -> serve.Application:
     read_keys(serving)
     card = read_card(serving)
     if card.kind == "video" and serving.api_replicas > 1:
-        place = "expert" if serving.api == "inline" else "api"
-        raise UserError(f"stages.{place}.max: {serving.api_replicas} API replicas, but a video's job is known to one "
-                        f"alone; set it to 1{' or api to own' if place == 'expert' else ''}")  # fmt: skip
+        name = "expert" if serving.api == "inline" else "api"
+        raise UserError(f"stages.{name}.max: {serving.api_replicas} API replicas, but a video's job is known to one "
+                        f"alone; set it to 1{' or api to own' if name == 'expert' else ''}")  # fmt: skip
     names = stages_of(serving, experts_of(card))
     inline = names if serving.api == "inline" else {}
     if serving.teacher:
