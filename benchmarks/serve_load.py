@@ -435,7 +435,7 @@ def main() -> None:
     parser.add_argument("--only", metavar="PART,...", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--seconds", type=float, default=8.0, help="of a closed loop (default %(default)s)")
     parser.add_argument("--slo", type=float, default=1.0, help="seconds within which an answer is good")
-    parser.add_argument("--queue-seconds", type=float, default=0.5, help="the server's, in the sweep (%(default)s)")
+    parser.add_argument("--queue-seconds", type=float, default=0.7, help="the server's, in the sweep (%(default)s)")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the sweep")
     options = parser.parse_args()
     names = options.only.split(",") if options.only else list(PARTS)
