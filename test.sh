@@ -8,4 +8,4 @@ ENV=${ENV:-.venv}
 "$ENV/bin/ruff" check .
 "$ENV/bin/ruff" format --check .
 "$ENV/bin/mypy"
-"$ENV/bin/python" -m pytest -q -n "${JOBS:-2}" --dist loadfile --no-loadscope-reorder "$@"
+"$ENV/bin/python" -m pytest -q -n "${JOBS:-2}" --dist loadfile "$@"

@@ -15,15 +15,6 @@ from raydmd.runs import recipe_family
 
 torch.set_num_threads(1)
 
-# Files that take longest, begun first: else one is left at the end, while the other worker has nothing to do.
-LONG = ["test_elastic", "test_resume", "test_serve", "test_runtime", "test_object_store", "test_faults", "test_jobs"]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order tests by file, the longest files first; within a file, order stays."""
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
-
-
 SMALL = {
     "ring": ["teacher.options={width: 32, depth: 2}", "pretrain.batch=64", "pretrain.micro=64"],
     "digits": ["teacher.options={width: 32, depth: 1, ratio: 2}", "pretrain.batch=32", "pretrain.micro=32"],

@@ -243,13 +243,19 @@ def test_the_api_in_the_experts_replicas(folder: Path, tmp_path: Path) -> None:
     assert code == 0 and alive == []
 
 
-def test_behind_serves_own_proxy(folder: Path, tmp_path: Path) -> None:
-    with server(folder, tmp_path / "log", "--proxy", "serve") as started:
+def test_behind_serves_own_proxy_and_more_replicas_when_there_is_a_queue(folder: Path, tmp_path: Path) -> None:
+    right = pictures_of(folder)
+    growing = ["--set", "stages.expert.max=2", "--set", "max_batch=1", "--set", "stages.expert.cpus=0.1"]
+    with server(folder, tmp_path / "log", "--proxy", "serve", *growing) as started:
         assert listening_elsewhere(started) == []
         assert not any(process.name() == "haproxy" for process in started.family())
         want = expected(folder, 7, 21, 1)[0]
         assert abs(pixels(base64.b64decode(ask(started.url, 7, 21).json()["data"][0]["b64_json"])) - want).max() <= 1
         assert httpx.get(f"{started.url}/nowhere").json()["error"]["type"] == "invalid_request_error"
+        assert len(started.replicas("experts")) == 1
+        with Load(started.url, right, clients=12) as load:
+            until(lambda: len(started.replicas("experts")) == 2 or load.wrong, "another replica starts")
+        assert load.wrong == []
         os.killpg(started.process.pid, signal.SIGINT)  # as Ctrl-C on a terminal
         assert started.process.wait(60) == 0
 
