@@ -141,7 +141,7 @@ def generate(run: Path, prompt: str, n: int, seed: int, out: Path) -> None:
 @app.command(epilog="Example: raydmd serve runs/digits --port 8000 --layout pipelined --teacher")
 @click.argument("run", metavar="RUN", type=FOLDER)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0: on every interface.")
-@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Of the API and page.")
 @click.option(
     "--layout",
     type=click.Choice(["colocated", "pipelined"]),

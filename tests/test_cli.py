@@ -60,8 +60,12 @@ def test_help_has_an_example_that_can_be_run(name: str, capsys: Any) -> None:
     command = app.commands[name]
     assert command.help and command.epilog and command.epilog.startswith(f"Example: raydmd {name} ")
     assert " ".join(command.epilog.split()) in " ".join(out.split())
-    words = shlex.split(command.epilog.removeprefix("Example: "))
-    context = command.make_context(name, words[2:])  # refuses options and values that are not there
+    _, name, *words = shlex.split(command.epilog.removeprefix("Example: "))
+    while isinstance(command, click.Group):
+        name, *words = words
+        command = command.commands[name]
+        assert command.help and command.epilog
+    context = command.make_context(name, words)  # refuses options and values that are not there
     assert context.params
     for parameter in command.params:
         assert not isinstance(parameter, click.Option) or parameter.help, parameter.name

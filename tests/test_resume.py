@@ -58,6 +58,7 @@ class Started:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", "from raydmd.cli import main; main()", *arguments],
                 stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # whatever these tests run under
             )  # fmt: skip
         self.pid = self.process.pid
 

@@ -24,7 +24,7 @@ REQUESTS = 100
 console = Console()
 
 
-@click.group()
+@click.group(epilog="Example: raydmd bench serve --url http://127.0.0.1:8000 --concurrency 1,4,16")
 def bench() -> None:
     """Measure how fast and how well things run here."""
 

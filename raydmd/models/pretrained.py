@@ -103,6 +103,9 @@ class PretrainedFamily(Family):
 
         Without a VAE, the latents' first three channels are shown, each sample scaled to [0, 1].
         """
+        if latents.ndim == 5 and self._load_vae() is None:
+            middle = latents.shape[2] // 2
+            latents = latents[:, :, middle : middle + 1]
         frames = self.decode_video(latents)
         return frames[:, frames.shape[1] // 2]
 
