@@ -160,12 +160,12 @@ def generate(run: Run, prompt: str, n: int, seed: int, out: Path) -> list[Path]:
     Raises:
         UserError: a prompt that the family does not know, an expert that is missing, no teacher, or ``out`` is a file.
     """
-    conditions = from_text(run.recipe, run.family, prompt, n)
+    device = "cuda" if run.recipe.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
+    conditions = from_text(run.recipe, run.family, prompt, n, device=device)
     phases = run.trained_phases()
     if len(phases) < len(run.phases):
         done = f"{len(phases)} of {len(run.phases)} phases"
         raise UserError(f"run '{run.folder}' has experts for {done}: train it to its end")
-    device = "cuda" if run.recipe.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
     experts = run.experts(run.teacher().to(device)).to(device)
     conditions = {name: value.to(device) for name, value in conditions.items()}
     if out.exists() and not out.is_dir():

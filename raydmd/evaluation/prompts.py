@@ -1,6 +1,7 @@
 """What to sample for: prompts in turn for pictures and figures, and the prompt that a user gives."""
 
 import numpy as np
+import torch
 
 from raydmd.config import Recipe
 from raydmd.data.digits import CLASSES
@@ -10,6 +11,11 @@ from raydmd.models.protocol import Conditions, Family
 
 TEXT_COLUMNS = ("prompt", "text", "caption")
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def own_prompts(family: Family) -> tuple[str, ...] | None:
+    """Return the only prompts that a family knows; None if its prompts are not its own."""
+    return tuple(str(digit) for digit in range(CLASSES)) if family.name == "digits" else None
 
 
 def in_turn(recipe: Recipe, family: Family, count: int) -> Conditions:
@@ -25,11 +31,27 @@ def in_turn(recipe: Recipe, family: Family, count: int) -> Conditions:
     return family.conditions(_table(recipe, family).rows(0, count))
 
 
-def from_text(recipe: Recipe, family: Family, prompt: str, count: int, given: str = "--prompt") -> Conditions:
+def from_text(
+    recipe: Recipe,
+    family: Family,
+    prompt: str,
+    count: int,
+    given: str = "--prompt",
+    device: torch.device | str = "cpu",
+) -> Conditions:
     """Return conditions of ``count`` samples of one prompt.
 
-    Digits take ``0`` .. ``9``; the ring takes anything. Other families are conditioned on embeddings made beforehand:
-    there the prompt is a row's number in ``prompts.path``, or its text if the table has a column of texts.
+    Digits take ``0`` .. ``9``; the ring takes anything. Other families take any text where the teacher's text encoder
+    is at hand. Else they are conditioned on embeddings made beforehand: there the prompt is a row's number in
+    ``prompts.path``, or its text if the table has a column of texts.
+
+    Args:
+        recipe: the run's.
+        family: the recipe's.
+        prompt: the text.
+        count: how many.
+        given: what the prompt is called in errors.
+        device: of the text encoder.
 
     Raises:
         UserError: a prompt that is not there; the message names the right ones.
@@ -43,9 +65,11 @@ def from_text(recipe: Recipe, family: Family, prompt: str, count: int, given: st
         return family.conditions({"label": np.full(count, int(word))})
     if not family.condition_columns:
         return family.conditions({})
-    table = _table(recipe, family)
-    row = _row(table, prompt, given)
-    rows = table.rows(row, 1)
+    if family.reads_text:
+        rows = family.encode_prompts([prompt], device)
+    else:
+        table = _table(recipe, family)
+        rows = table.rows(_row(table, prompt, given), 1)
     return family.conditions({name: np.repeat(values, count, axis=0) for name, values in rows.items()})
 
 

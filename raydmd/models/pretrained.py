@@ -1,7 +1,8 @@
 """What the families of diffusers' pretrained networks share: loading, prompt embeddings, decoding with the VAE."""
 
+import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -48,13 +49,16 @@ class PretrainedFamily(Family):
     - ``latent_shape``: of one sample;
     - ``dtype``: of the frozen weights (float32, bfloat16, float16); LoRA weights are float32 always;
     - ``subfolder``: of the transformer in a pipeline's folder;
+    - ``negative_prompt``: the null prompt's text, where prompts are encoded as they come;
     - ``gradient_checkpointing``: recompute blocks in the backward pass, for memory.
     """
 
+    pipeline_class: ClassVar[str]
     transformer_class: ClassVar[str]
     vae_class: ClassVar[str]
     defaults: ClassVar[Mapping[str, Any]] = {
-        "latent_shape": None, "dtype": "float32", "subfolder": "transformer", "gradient_checkpointing": False,
+        "latent_shape": None, "dtype": "float32", "subfolder": "transformer", "negative_prompt": "",
+        "gradient_checkpointing": False,
     }  # fmt: skip
 
     def __init__(self, path: str | None = None, options: Mapping[str, Any] | None = None) -> None:
@@ -69,6 +73,8 @@ class PretrainedFamily(Family):
             raise UserError(f"teacher.options.dtype: no '{dtype}'{nearest(dtype, DTYPES)}")
         self.schedule = RectifiedFlow()
         self._vae: Any = None
+        self._pipeline: Any = None  # text encoder and tokenizer alone
+        self._null: dict[str, np.ndarray] = {}
 
     def _check_latent_shape(self) -> None:
         """Refuse a latent shape that the network cannot take."""
@@ -97,6 +103,35 @@ class PretrainedFamily(Family):
         conditions = {name: self._embeddings(rows, name) for name in self.condition_columns if name in rows}
         require_column(rows, "prompt_embeds")
         return conditions
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether there is a text encoder beside the transformer."""
+        return self.path is not None and (
+            self.path.startswith(HUB) or (Path(self.path) / "text_encoder" / "config.json").is_file()
+        )
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> dict[str, np.ndarray]:
+        """Return the columns of some texts and of ``negative_prompt``, as diffusers' own pipeline encodes them.
+
+        Args:
+            prompts: the texts.
+            device: to which the text encoder is moved.
+
+        Raises:
+            UserError: the teacher's folder has no text encoder, or one that cannot be loaded.
+        """
+        pipeline = self._load_pipeline().to(device)
+        if not self._null:
+            null = self._encode(pipeline, [self.options["negative_prompt"]])
+            self._null = {f"negative_{name}": rows for name, rows in null.items()}
+        null = {name: np.repeat(rows, len(prompts), axis=0) for name, rows in self._null.items()}
+        return {**self._encode(pipeline, list(prompts)), **null}
+
+    def _encode(self, pipeline: Any, prompts: list[str]) -> dict[str, np.ndarray]:
+        """Return ``prompt_embeds`` [B, L, D], float32, and what belongs to it."""
+        raise NotImplementedError
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return pictures [B, 3, H, W] in [0, 1] (a video's middle frame), by the VAE beside the transformer.
@@ -163,6 +198,27 @@ class PretrainedFamily(Family):
             if self.path.startswith(HUB) or (Path(self.path) / "vae" / "config.json").is_file():
                 self._vae = self._from_pretrained(self.vae_class, "vae").requires_grad_(False).eval()
         return self._vae
+
+    def _load_pipeline(self) -> Any:
+        """Return the teacher's pipeline with nothing in it but what encodes prompts."""
+        import diffusers
+
+        if self._pipeline is None:
+            if self.path is None or not self.reads_text:
+                raise UserError(f"teacher.path: '{self.path}' has no text_encoder/config.json to encode prompts with")
+            kind = getattr(diffusers, self.pipeline_class)
+            without = {name: None for name in ("transformer", "transformer_2", "vae", "scheduler")
+                       if name in inspect.signature(kind).parameters}  # fmt: skip
+            dtype = DTYPES[self.options["dtype"]]
+            try:
+                self._pipeline = kind.from_pretrained(
+                    self.path.removeprefix(HUB), torch_dtype=dtype, use_safetensors=True, **without
+                )
+            except (OSError, ValueError, RuntimeError, AttributeError) as error:
+                raise UserError(f"teacher.path: cannot load the text encoder of '{self.path}': "
+                                f"{one_line(error)}") from error  # fmt: skip
+            self._pipeline.set_progress_bar_config(disable=True)
+        return self._pipeline
 
     def _from_pretrained(self, class_name: str, subfolder: str) -> Any:
         """Load a diffusers model from ``path``: its subfolder where there is one, else the folder itself."""

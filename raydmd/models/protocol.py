@@ -3,11 +3,12 @@
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -90,6 +91,19 @@ class Family(ABC):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Turn latents [B, *latent_shape] into pictures [B, 1 or 3, H, W] in [0, 1]; points stay as they are."""
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether `encode_prompts` takes any text; else prompts come from a table, or are the family's own."""
+        return False
+
+    def encode_prompts(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> dict[str, np.ndarray]:
+        """Turn texts into rows as `conditions` takes them.
+
+        Raises:
+            UserError: the family cannot, or its text encoder cannot be loaded.
+        """
+        raise UserError(f"family '{self.name}' has no text encoder")
 
     @property
     def frames(self) -> int:

@@ -12,6 +12,9 @@ from raydmd.errors import UserError
 from raydmd.models.pretrained import PretrainedDenoiser, PretrainedFamily
 from raydmd.models.protocol import Conditions, require_column
 
+BUCKET = 64
+"""Tokens."""
+
 
 def pack(latents: Tensor) -> Tensor:
     """Return 2x2 patches as tokens: [B, C, (1,) H, W] to [B, H/2 * W/2, 4 C], as diffusers' pipeline does."""
@@ -46,7 +49,7 @@ class QwenImageDenoiser(PretrainedDenoiser):
 
 
 class QwenImageFamily(PretrainedFamily):
-    """Qwen-Image, by prompts encoded beforehand.
+    """Qwen-Image, by prompts encoded beforehand, or by text where the teacher's text encoder is there.
 
     Columns: ``prompt_embeds`` [L, D], ``prompt_embeds_mask`` [L], and the null prompt's ``negative_prompt_embeds``
     [M, D] and ``negative_prompt_embeds_mask`` [M]; the shorter is padded to the longer and masked.
@@ -54,9 +57,12 @@ class QwenImageFamily(PretrainedFamily):
     """
 
     name: ClassVar[str] = "qwen_image"
+    pipeline_class: ClassVar[str] = "QwenImagePipeline"
     transformer_class: ClassVar[str] = "QwenImageTransformer2DModel"
     vae_class: ClassVar[str] = "AutoencoderKLQwenImage"
-    defaults: ClassVar[Mapping[str, Any]] = {**PretrainedFamily.defaults, "latent_shape": [16, 1, 166, 166]}
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **PretrainedFamily.defaults, "latent_shape": [16, 1, 166, 166], "negative_prompt": " ",
+    }  # fmt: skip
     lora_targets = [
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
         "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
@@ -81,6 +87,16 @@ class QwenImageFamily(PretrainedFamily):
             conditions[embeds] = F.pad(conditions[embeds], (0, 0, 0, extra))
             conditions[mask] = F.pad(conditions[mask], (0, extra))
         return conditions
+
+    def _encode(self, pipeline: Any, prompts: list[str]) -> dict[str, np.ndarray]:
+        """Return the columns, padded to a whole number of `BUCKET` tokens: prompts of like length share batches."""
+        embeds, mask = pipeline.encode_prompt(prompts)
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long) if mask is None else mask.cpu()
+        extra = -embeds.shape[1] % BUCKET
+        return {
+            "prompt_embeds": F.pad(embeds.float().cpu(), (0, 0, 0, extra)).numpy(),
+            "prompt_embeds_mask": F.pad(mask, (0, extra)).numpy(),
+        }
 
     def unconditional(self, conditions: Conditions) -> Conditions:
         """Return the same with the null prompt in the prompt's place.

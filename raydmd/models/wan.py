@@ -13,6 +13,8 @@ from raydmd.models.protocol import Conditions, require_column
 
 TIMESTEPS = 1000.0
 """Wan's network counts time from 0 to 1000."""
+TOKENS = 512
+"""Of a prompt, padded with zeros."""
 
 
 class WanDenoiser(PretrainedDenoiser):
@@ -34,7 +36,7 @@ class WanDenoiser(PretrainedDenoiser):
 
 
 class WanFamily(PretrainedFamily):
-    """Wan, by prompts encoded beforehand.
+    """Wan, by prompts encoded beforehand, or by text where the teacher's text encoder is there.
 
     Columns: ``prompt_embeds`` [L, D] and ``negative_prompt_embeds`` [L, D], both padded with zeros to one length
     (512 for Wan's own), since the network sees the padding; with the option ``image_channels`` also
@@ -44,6 +46,7 @@ class WanFamily(PretrainedFamily):
     """
 
     name: ClassVar[str] = "wan"
+    pipeline_class: ClassVar[str] = "WanPipeline"
     transformer_class: ClassVar[str] = "WanTransformer3DModel"
     vae_class: ClassVar[str] = "AutoencoderKLWan"
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -72,6 +75,16 @@ class WanFamily(PretrainedFamily):
                 raise UserError(f"prompts: column 'image_latents' is {list(conditions['image_latents'].shape[1:])} "
                                 f"a row, not {list(wanted)}")  # fmt: skip
         return conditions
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether there is a text encoder, and text is all that is needed."""
+        return super().reads_text and not self.options["image_channels"]
+
+    def _encode(self, pipeline: Any, prompts: list[str]) -> dict[str, np.ndarray]:
+        """Return the column, of `TOKENS` tokens."""
+        embeds, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=TOKENS)
+        return {"prompt_embeds": embeds.float().cpu().numpy()}
 
     def unconditional(self, conditions: Conditions) -> Conditions:
         """Return the same with the null prompt in the prompt's place; an image stays.

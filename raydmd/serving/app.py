@@ -38,14 +38,14 @@ class StageReplica:
     async def run(self, parcel: Parcel) -> Piece:
         """Do the stage's parts for a parcel; see `Stage.run`."""
         self._follow()
-        return _packed(await self.stage.run(await _unpacked(parcel)))
+        return _packed(await self.stage.run(await _unpacked(parcel)), parcel)
 
     async def watch(self, parcel: Parcel) -> AsyncGenerator[Glimpse | Piece, None]:
         """Do as `run`, and yield each step before the piece."""
         self._follow()
         events = self.stage.watch(await _unpacked(parcel))
         async for event in events:
-            yield _packed(event) if isinstance(event, Piece) else event
+            yield _packed(event, parcel) if isinstance(event, Piece) else event
 
     async def preview(self, revision: str, latents: np.ndarray) -> tuple[bytes, ...]:
         """Return a PNG of each of some latents."""
@@ -61,18 +61,25 @@ class StageReplica:
             self._follower = asyncio.create_task(follow(serving, self.stage.revisions[-1], self.stage.refresh))
 
 
-def _packed(piece: Piece) -> Piece:
-    latents = piece.parcel.latents
-    if latents is None or latents.nbytes <= INLINE:
+def _packed(piece: Piece, came: Parcel) -> Piece:
+    """Put what is large and goes on into the object store; conditions stay as they came."""
+    if piece.files:
         return piece
-    kept: Any = ray.put(latents)
-    return replace(piece, parcel=replace(piece.parcel, latents=kept))
+    conditions = came.conditions or _kept(piece.parcel.conditions)
+    return replace(piece, parcel=replace(piece.parcel, conditions=conditions, latents=_kept(piece.parcel.latents)))
+
+
+def _kept(arrays: Any) -> Any:
+    each = arrays.values() if isinstance(arrays, dict) else () if arrays is None else (arrays,)
+    return ray.put(arrays) if sum(array.nbytes for array in each) > INLINE else arrays
 
 
 async def _unpacked(parcel: Parcel) -> Parcel:
-    if isinstance(parcel.latents, ray.ObjectRef):
-        return replace(parcel, latents=await parcel.latents)
-    return parcel
+    changes: dict[str, Any] = {}
+    for name in ("conditions", "latents"):
+        if isinstance(value := getattr(parcel, name), ray.ObjectRef):
+            changes[name] = await value
+    return replace(parcel, **changes) if changes else parcel
 
 
 class ServeLink:

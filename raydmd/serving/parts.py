@@ -4,7 +4,6 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from raydmd.diffusion.solvers import euler_step, renoise_step
 from raydmd.diffusion.times import step_grid
 from raydmd.errors import UserError
 from raydmd.evaluation.pictures import to_image
-from raydmd.evaluation.prompts import from_text
+from raydmd.evaluation.prompts import from_text, own_prompts
 from raydmd.methods.phase import Phase
 from raydmd.methods.scorer import Scorer
 from raydmd.models.experts import Expert, fuse_lora
@@ -29,7 +28,7 @@ from raydmd.runs import Run
 from raydmd.serving.contract import BadAsk, Format, Size
 
 STREAM = "sample"
-ENCODED = 1024  # prompts whose conditions are kept
+KEPT_BYTES = 256 * 2**20  # of encoded prompts
 
 
 @dataclass(frozen=True)
@@ -62,23 +61,48 @@ class Move:
 
 
 class Encoder:
-    """Prompts to conditions."""
+    """Prompts to conditions. Those of late are kept: people ask for the same prompt again.
 
-    def __init__(self, recipe: Recipe, family: Family) -> None:
-        self.encode = lru_cache(ENCODED)(lambda prompt: self._encode(recipe, family, prompt))
+    Raises:
+        UserError: there is a text encoder, but it cannot be loaded.
+    """
 
-    @staticmethod
-    def _encode(recipe: Recipe, family: Family, prompt: str) -> Conditions:
+    def __init__(self, recipe: Recipe, family: Family, device: torch.device) -> None:
+        self.recipe, self.family, self.device = recipe, family, device
+        self._kept: dict[str, dict[str, np.ndarray]] = {}  # the oldest first
+        self._bytes = 0
+        if family.reads_text:
+            family.encode_prompts([""], device)  # so that it is loaded before anybody waits for it
+        for prompt in own_prompts(family) or ():
+            self.encode(prompt)
+
+    def known(self, prompt: str) -> dict[str, np.ndarray] | None:
+        """Return a prompt's conditions if they were made already."""
+        return self._kept.get(prompt)
+
+    def encode(self, prompt: str) -> dict[str, np.ndarray]:
         """Return a prompt's conditions, one row each; to be left as they are.
 
         Raises:
             BadAsk: the model does not know it.
         """
+        if (known := self.known(prompt)) is not None:
+            return known
         try:
-            return from_text(recipe, family, prompt, 1, "prompt")
+            rows = from_text(self.recipe, self.family, prompt, 1, "prompt", self.device)
         except UserError as error:
-            words, place = str(error), recipe.prompts.path
+            words, place = str(error), self.recipe.prompts.path
             raise BadAsk(words.replace(place, Path(place).name) if place else words, "prompt") from None
+        made = {name: row.cpu().numpy() for name, row in rows.items()}
+        self._kept[prompt] = made
+        self._bytes += _bytes(made)
+        while self._bytes > KEPT_BYTES:
+            self._bytes -= _bytes(self._kept.pop(next(iter(self._kept))))
+        return made
+
+
+def _bytes(rows: dict[str, np.ndarray]) -> int:
+    return sum(row.nbytes for row in rows.values()) + 1000  # and what Python takes for it
 
 
 class Steps:

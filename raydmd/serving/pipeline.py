@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from raydmd.errors import UserError
+from raydmd.evaluation.prompts import own_prompts
 from raydmd.models.protocol import Family
 from raydmd.runs import Run
 from raydmd.serving.admission import Admission
@@ -86,7 +87,7 @@ def read_card(serving: Serving) -> Card:
         kind="video" if family.frames > 1 else "image",
         family=family.name,
         sizes=sizes,
-        prompts=tuple(str(digit) for digit in range(10)) if family.name == "digits" else None,
+        prompts=own_prompts(family),
         steps=tuple(
             StepPlan(f"expert-{phase.index + 1}", phase.times[i], phase.times[i + 1])
             for phase in phases

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from raydmd.errors import UserError
+from raydmd.models.protocol import Family
 from raydmd.runs import Run
 from raydmd.serving.contract import Format, Size, Step
 from raydmd.serving.parts import Decoder, Encoder, Noise, Steps, TeacherSteps, expert_networks, initial, teacher_steps
@@ -26,7 +27,12 @@ class NoRevision(Exception):
 
 @dataclass(frozen=True)
 class Parcel:
-    """What goes from stage to stage: some samples of one request. Arrays are [count, ...]."""
+    """What goes from stage to stage: some samples of one request.
+
+    Attributes:
+        conditions: of its prompt, [1, ...] each; encoded by the first stage, the same from there on.
+        latents: [count, ...].
+    """
 
     revision: str
     prompt: str
@@ -60,15 +66,27 @@ class Glimpse:
 
 
 class Engine:
-    """One revision's weights, of the parts that a stage has."""
+    """One revision's weights, of the parts that a stage has.
 
-    def __init__(self, serving: Serving, parts: tuple[str, ...]) -> None:
+    Args:
+        serving: names the run.
+        parts: the stage's.
+        before: another revision, whose text encoder and VAE are used on where they are the same.
+
+    Raises:
+        UserError: the run cannot be loaded.
+    """
+
+    def __init__(self, serving: Serving, parts: tuple[str, ...], before: "Engine | None" = None) -> None:
         self.run = Run(serving.run)
         self.revision = self.run.revision()
         self.device = torch.device("cuda" if serving.device != "cpu" and torch.cuda.is_available() else "cpu")
-        family, recipe, phases = self.run.family, self.run.recipe, self.run.trained_phases()
-        self.family, self.steps = family, sum(phase.steps for phase in phases)
-        self.encoder = Encoder(recipe, family) if "encode" in parts else None
+        recipe, phases = self.run.recipe, self.run.trained_phases()
+        same = before is not None and before.run.recipe.teacher == recipe.teacher
+        family = before.family if before and same else self.run.family  # it holds text encoder and VAE
+        self.family: Family = family
+        self.steps = sum(phase.steps for phase in phases)
+        self.encoder = Encoder(recipe, family, self.device) if "encode" in parts else None
         self.decoder = Decoder(family, self.device, serving.fps) if "decode" in parts else None
         indices = [int(part.removeprefix("expert-")) - 1 for part in parts if part.startswith("expert-")]
         if max(indices, default=-1) >= len(phases):
@@ -93,6 +111,7 @@ class _Job:
     answer: asyncio.Future[Piece]
     glimpse: Callable[[Glimpse], None] | None
     since: float
+    spent: dict[str, float]
 
     @property
     def bucket(self) -> tuple[object, ...]:
@@ -141,7 +160,8 @@ class Stage:
         newest = await asyncio.to_thread(lambda: Run(self.serving.run).revision())
         engine = self._engines.pop(newest, None)
         if engine is None:
-            engine = await asyncio.to_thread(Engine, self.serving, self.parts)
+            latest = self._engines[self.revisions[-1]]
+            engine = await asyncio.to_thread(Engine, self.serving, self.parts, latest)
         self._engines[engine.revision] = engine
         for old in list(self._engines)[:-KEPT]:
             del self._engines[old]
@@ -158,15 +178,17 @@ class Stage:
             NoRevision: it is for weights that are not here.
             BadAsk: a prompt that the model does not know.
         """
-        engine = self._engine(parcel.revision)
+        engine, loop = self._engine(parcel.revision), asyncio.get_running_loop()
+        spent: dict[str, float] = {}
         if parcel.conditions is None and engine.encoder is not None:
             began = time.perf_counter()
-            rows = engine.encoder.encode(parcel.prompt)
-            conditions = {name: np.repeat(row.numpy(), parcel.count, axis=0) for name, row in rows.items()}
-            parcel = replace(parcel, conditions=conditions)
+            rows = engine.encoder.known(parcel.prompt)
+            if rows is None:
+                rows = await loop.run_in_executor(self._worker, engine.encoder.encode, parcel.prompt)
+            parcel, spent["encode"] = replace(parcel, conditions=rows), time.perf_counter() - began
             if self.parts == ("encode",):
-                return Piece(parcel, seconds={"encode": time.perf_counter() - began}, batches={"encode": parcel.count})
-        job = _Job(parcel, asyncio.get_running_loop().create_future(), glimpse, time.perf_counter())
+                return Piece(parcel, seconds=spent, batches={"encode": 1})
+        job = _Job(parcel, loop.create_future(), glimpse, time.perf_counter(), spent)
         self._queue.append(job)
         if self._working is None or self._working.done():
             self._working = asyncio.create_task(self._work())
@@ -239,7 +261,8 @@ def _do(engine: Engine, parts: tuple[str, ...], jobs: list[_Job], say: Callable[
     noises = [Noise(p.seed, p.start + i) for p in parcels for i in range(p.count)]
     conditions: dict[str, Tensor] = {}
     for name in parcels[0].conditions or {}:
-        conditions[name] = torch.from_numpy(np.concatenate([p.conditions[name] for p in parcels if p.conditions]))
+        repeated = [np.repeat(p.conditions[name], p.count, axis=0) for p in parcels if p.conditions]
+        conditions[name] = torch.from_numpy(np.concatenate(repeated))
     if parcels[0].latents is None:
         x = initial(engine.family, noises, parcels[0].shape)
     else:
@@ -269,7 +292,7 @@ def _do(engine: Engine, parts: tuple[str, ...], jobs: list[_Job], say: Callable[
         seconds[part], batches[part] = time.perf_counter() - since, len(x)
     pieces, at = [], 0
     for number, (job, parcel) in enumerate(zip(jobs, parcels, strict=True)):
-        spent = {"queue": began - job.since, **seconds}
+        spent = {**job.spent, "queue": began - job.since, **seconds}
         if files is not None:
             pieces.append(Piece(replace(parcel, conditions=None, latents=None), files[number], spent, batches))
         else:
