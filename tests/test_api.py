@@ -291,7 +291,6 @@ def test_a_line_and_figures_for_each_request(http, caplog):
     samples = figure(http, "raydmd_samples_total", maker="student")
     answer = http.post(GENERATIONS, json={"prompt": "3", "n": 2}, headers={"x-request-id": "mine-1"})
     assert answer.headers["x-request-id"] == "mine-1" and answer.headers["openai-processing-ms"].isdigit()
-    assert json.loads(answer.headers["x-raydmd-seconds"])["expert-1"] > 0
     odd = http.post(GENERATIONS, json={"prompt": "secret"}, headers={"x-request-id": "a b"})
     assert odd.headers["x-request-id"].startswith("req_")
     lines = [json.loads(record.message) for record in caplog.records if record.name == "raydmd.serving.http"]

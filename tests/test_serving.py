@@ -301,7 +301,7 @@ def test_who_would_wait_too_long_is_refused() -> None:
     with admission.admitted(4), admission.admitted(6):
         with pytest.raises(Busy) as error, admission.admitted(1):
             pass
-        assert error.value.retry_after >= 1
+        assert error.value.retry_after >= 1 and error.value.full_seconds == 0  # no rate is known yet
     with pytest.raises(ZeroDivisionError), admission.admitted(1):
         _ = 1 / 0
     assert admission.inside == 0
@@ -317,8 +317,12 @@ def test_the_wait_is_reckoned_from_what_was_made_of_late(monkeypatch: pytest.Mon
                 now += 0.5  # ten a second
         with admission.admitted(19):
             with admission.admitted(1):  # 20 wait: 2 s
-                with pytest.raises(Busy), admission.admitted(1):
+                with pytest.raises(Busy) as error, admission.admitted(1):
                     pass
+                assert error.value.full_seconds == 0.1  # at most, though 2 s wait
+        with pytest.raises(Busy) as error, admission.admitted(1000):
+            pass
+        assert error.value.full_seconds == 0  # who asks for less is let in
 
 
 def newer(folder: Path, factor: float) -> None:

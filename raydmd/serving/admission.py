@@ -10,6 +10,7 @@ from raydmd.serving.contract import Busy
 
 REMEMBERED = 256  # completions from which the rate is measured
 ENOUGH = 8  # completions, before which it is not known
+MOST_FULL = 0.1  # seconds for which all may be refused without being looked at
 FORGET = 0.99  # at each completion: a light load shows less than can be made, so the best rate of late counts
 
 
@@ -35,8 +36,10 @@ class Admission:
             Busy: they would wait too long. A request that finds nobody inside is always let in.
         """
         wait = self.inside / self._rate if self._rate else 0.0
-        if self.inside and (self.inside + count > self.samples or wait > self.seconds):
-            raise Busy(max(1.0, math.ceil(wait - self.seconds / 2)))
+        full = wait > self.seconds or self.inside >= self.samples
+        if self.inside and (full or self.inside + count > self.samples):
+            # a tenth of the queue makes no difference to who waits in it, and it does not run dry meanwhile
+            raise Busy(max(1.0, math.ceil(wait - self.seconds / 2)), min(MOST_FULL, wait / 10) if full else 0.0)
         if not self.inside:
             self._done.clear()
         self.inside += count

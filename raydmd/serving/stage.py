@@ -280,7 +280,7 @@ def _do(engine: Engine, parts: tuple[str, ...], jobs: list[_Job], say: Callable[
                 x, took = move.latents, time.perf_counter() - step_began
                 if any(job.glimpse for job in jobs):
                     step = Step(move.number, engine.steps, part, move.t, move.t_next, took, ())
-                    _show(engine, step, move.clean, jobs, say)
+                    _show(engine, step, move.clean(), jobs, say)
                 step_began = time.perf_counter()
         elif part == "decode":
             assert engine.decoder is not None

@@ -17,6 +17,7 @@ log = logging.getLogger("raydmd.serving.http")
 
 LONGEST = 500  # characters of a message: it may quote the request
 RETRY_AFTER = 2.0  # seconds, of replicas that start
+FULL = "x-raydmd-full"  # milliseconds for which anybody would be refused: the proxy in front may do so by itself
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -72,7 +73,10 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
     if isinstance(error, BadAsk):
         return ApiError(400, str(error), error.param, "invalid_value")
     if isinstance(error, Busy):
-        return ApiError(429, str(error), code="rate_limit_exceeded", headers=retry_after(error.retry_after))
+        headers = retry_after(error.retry_after)
+        if hold := int(1000 * error.full_seconds):
+            headers[FULL] = str(hold)
+        return ApiError(429, str(error), code="rate_limit_exceeded", headers=headers)
     if isinstance(error, Unavailable):
         return ApiError(503, str(error), code="unavailable", headers=retry_after(RETRY_AFTER))
     lines = traceback.format_exception(error)

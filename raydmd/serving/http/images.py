@@ -73,8 +73,7 @@ class Images:
         else:
             data = array(b'{"b64_json": %s}' % base64(picture) for picture in made.pictures)
         answer = json_with({"created": int(time.time()), **self._about(ask, made)}, data=data)
-        headers = {"x-raydmd-seconds": json.dumps(dict(made.seconds))}
-        return Response(answer, 200, headers, "application/json")
+        return Response(answer, 200, media_type="application/json")
 
     async def file(self, request: Request) -> Response:
         """``GET /v1/files/NAME``: a picture that was answered as a URL."""
