@@ -21,6 +21,7 @@ CONFIG = """global
     log 127.0.0.1:514 local0 info
 defaults
     mode http
+    retries 0
     timeout connect 5s
     timeout client 60s
     timeout server 60s

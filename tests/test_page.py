@@ -148,7 +148,7 @@ def test_shows_each_step_its_expert_and_the_pictures_that_the_api_answers(visit,
     assert [span.inner_text().split("\n")[0] for span in page.locator(".makers span").all()] == ["expert 1", "expert 2"]
     assert page.locator(".axis i.done").count() == len(EXPERTS)
     stages = [part.get_attribute("data-stage") for part in page.locator(".bar i").all()]
-    assert stages[:4] == ["queue", "expert-1", "expert-2", "decode"]
+    assert stages[:5] == ["queue", "encode", "expert-1", "expert-2", "decode"]
     truth = served.pictures(prompt="7", seed=41, n=3)
     assert same(one.pixels(), truth)
     assert not same(one.pixels(), served.pictures(prompt="7", seed=42, n=3))

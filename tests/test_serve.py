@@ -225,6 +225,11 @@ def test_pipelined_experts(folder: Path, tmp_path: Path) -> None:
             until(lambda: ask(url, 1, 1).json()["revision"] != served, "the newer weights are served")
             load.more(30)
         assert load.wrong == [] and load.made > 100
+        assert httpx.get(f"{url}/health").json()["status"] == "ok"
+        for victim in started.replicas("expert-2"):
+            os.kill(victim, signal.SIGKILL)
+        assert httpx.get(f"{url}/health", timeout=60).status_code == 503  # until there is one again
+        until(lambda: httpx.get(f"{url}/health", timeout=60).is_success, "the second expert is there again")
         fresh = expected(run, 7, 21, 1)
         assert abs(fresh[0] - want[0]).max() > 1
         assert abs(pixels(base64.b64decode(ask(url, 7, 21).json()["data"][0]["b64_json"])) - fresh[0]).max() <= 1

@@ -22,6 +22,11 @@ def truncated(phase: Phase, leave: int) -> tuple[float, ...]:
     return (*phase.times[:leave], phase.end)
 
 
+def renoise_key(key: Key, number: int) -> Key:
+    """Return the name of the noise that step ``number`` (from 1, over all phases) adds where steps renoise."""
+    return Key(key.seed, key.phase, f"{key.stream}/renoise-{number}", key.update)
+
+
 def rollout(
     family: Family,
     experts: Experts,
@@ -90,7 +95,6 @@ def steps(
                 if solver == "euler":
                     x = euler_step(schedule, prediction, x, t, t_next, family.prediction)
                 else:
-                    again = Key(key.seed, key.phase, f"{key.stream}/renoise-{number}", key.update)
-                    noise = normal(again, start, count, shape).to(device)
+                    noise = normal(renoise_key(key, number), start, count, shape).to(device)
                     x = renoise_step(schedule, prediction, x, t, t_next, family.prediction, noise)
             yield phase.index, x

@@ -27,9 +27,14 @@ class StudentSamples:
     path: list[tuple[int, float, torch.Tensor]]
 
 
+def sample_key(seed: int) -> Key:
+    """Return the name of the noise of ``seed``'s samples."""
+    return Key(seed, 0, "sample", 0)
+
+
 def initial_noise(family: Family, seed: int, start: int, count: int) -> torch.Tensor:
     """Return the noise [count, ...] from which samples ``start .. start + count`` of ``seed`` begin."""
-    noise = normal(Key(seed, 0, "sample", 0), start, count, family.latent_shape)
+    noise = normal(sample_key(seed), start, count, family.latent_shape)
     return noise * float(family.schedule.sigma(family.schedule.t_max))
 
 
@@ -50,7 +55,7 @@ def sample_student(
 
     They begin from `initial_noise`.
     """
-    key = Key(seed, 0, "sample", 0)
+    key = sample_key(seed)
     times = [phases[0].times[0], *(t for phase in phases for t in phase.times[1:])]
     made = steps(family, experts, phases, key, start, conditions, count, solver=solver, device=device)
     path = [(expert, t, x.cpu()) for t, (expert, x) in zip(times, made, strict=True)]

@@ -1,7 +1,7 @@
 """The deployments on Ray Serve: the API, and the stages behind it; `build` is what a Serve config names."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
@@ -51,6 +51,9 @@ class StageReplica:
         """Return a PNG of each of some latents."""
         return await self.stage.preview(revision, latents)
 
+    async def ready(self) -> None:
+        """Return: it is there to be asked."""
+
     async def check_health(self) -> None:
         """Called by Serve from time to time, from the start."""
         self._follow()
@@ -96,7 +99,11 @@ class ServeLink:
         """Do as `Stage.preview`."""
         return await self._call("preview", revision, latents)
 
-    async def watch(self, parcel: Parcel) -> AsyncIterator[Glimpse | Piece]:
+    async def ready(self) -> None:
+        """Return once a replica answers."""
+        await self._call("ready")
+
+    async def watch(self, parcel: Parcel) -> AsyncGenerator[Glimpse | Piece, None]:
         """Do as `Stage.watch`."""
         events: Any = self._stream.watch.remote(parcel)
         try:

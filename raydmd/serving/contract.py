@@ -1,6 +1,6 @@
 """What the HTTP side and the machinery behind it know of each other: a request goes in, steps and pictures come out."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -164,11 +164,11 @@ class Backend(Protocol):
             Unavailable: there is no replica.
         """
 
-    def watch(self, ask: Ask) -> AsyncIterator[Step | Made]:
+    def watch(self, ask: Ask) -> AsyncGenerator[Step | Made, None]:
         """Make pictures and say each step; the last is what `make` returns. It raises as `make` does."""
 
     async def ready(self) -> None:
-        """Return if a request could be served now.
+        """Return once a request could be served: whoever asks waits no longer than it likes.
 
         Raises:
             Unavailable: it could not.

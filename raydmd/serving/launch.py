@@ -70,7 +70,7 @@ def serve_run(serving: Serving, host: str, port: int, proxy: Proxy | None, conso
         UserError: a run that cannot be served, or a port that is taken.
         RunError: the replicas do not start.
     """
-    read_card(serving)
+    experts = experts_of(read_card(serving))
     read_keys(serving)
     _check_port(host, port)
     joins = "RAY_ADDRESS" in os.environ
@@ -81,12 +81,12 @@ def serve_run(serving: Serving, host: str, port: int, proxy: Proxy | None, conso
     try:
         if not joins and proxy != "serve":
             use_haproxy(scratch, asked=proxy is not None)
-        _serve(serving, host, port, console)
+        _serve(serving, experts, host, port, console)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _serve(serving: Serving, host: str, port: int, console: Console) -> None:
+def _serve(serving: Serving, experts: int, host: str, port: int, console: Console) -> None:
     import ray
     from ray import serve
     from ray.serve.config import HTTPOptions, ProxyLocation
@@ -96,7 +96,7 @@ def _serve(serving: Serving, host: str, port: int, console: Console) -> None:
     from raydmd.serving.app import application
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    owned = join_or_start(claimed(serving), 512)
+    owned = join_or_start(claimed(serving, experts), 512)
     try:
         quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
         serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=host, port=port), logging_config=quiet)
@@ -125,9 +125,9 @@ def _wait_for_signal() -> None:
             signal.signal(number, handler)
 
 
-def claimed(serving: Serving) -> float:
-    """Return the CPUs that all replicas may claim together."""
-    names = list(stages_of(serving, experts_of(read_card(serving))))
+def claimed(serving: Serving, experts: int) -> float:
+    """Return the CPUs that all replicas of a run with so many experts may claim together."""
+    names = list(stages_of(serving, experts))
     if serving.api == "own":
         names.append("api")
     if serving.teacher:

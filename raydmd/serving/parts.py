@@ -15,20 +15,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from raydmd.config import Recipe
-from raydmd.diffusion.random import Key, normal
+from raydmd.diffusion.random import normal
 from raydmd.diffusion.solvers import euler_step, renoise_step
 from raydmd.diffusion.times import step_grid
 from raydmd.errors import UserError
 from raydmd.evaluation.pictures import to_image
 from raydmd.evaluation.prompts import from_text, own_prompts
 from raydmd.methods.phase import Phase
+from raydmd.methods.rollout import renoise_key
+from raydmd.methods.sampling import sample_key
 from raydmd.methods.scorer import Scorer
 from raydmd.models.experts import Expert, fuse_lora
 from raydmd.models.protocol import Conditions, Family
 from raydmd.runs import Run
 from raydmd.serving.contract import BadAsk, Format, Size
 
-STREAM = "sample"
 KEPT_BYTES = 256 * 2**20  # of encoded prompts
 
 
@@ -41,8 +42,8 @@ class Noise:
 
     def draw(self, shape: tuple[int, ...], again: int = 0) -> Tensor:
         """Return normal numbers [*shape]: the initial ones, or those that renoise step ``again`` adds."""
-        stream = f"{STREAM}/renoise-{again}" if again else STREAM
-        return normal(Key(self.seed, 0, stream, 0), self.index, 1, shape)[0]
+        key = sample_key(self.seed)
+        return normal(renoise_key(key, again) if again else key, self.index, 1, shape)[0]
 
 
 def initial(family: Family, noises: list[Noise], shape: tuple[int, ...]) -> Tensor:

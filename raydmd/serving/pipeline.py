@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -35,11 +35,14 @@ class Link(Protocol):
     async def run(self, parcel: Parcel) -> Piece:
         """Do as `Stage.run`."""
 
-    def watch(self, parcel: Parcel) -> AsyncIterator[Glimpse | Piece]:
+    def watch(self, parcel: Parcel) -> AsyncGenerator[Glimpse | Piece, None]:
         """Do as `Stage.watch`."""
 
     async def preview(self, revision: str, latents: np.ndarray) -> tuple[bytes, ...]:
         """Do as `Stage.preview`."""
+
+    async def ready(self) -> None:
+        """Return as soon as it answers."""
 
 
 def stages_of(serving: Serving, experts: int) -> dict[str, tuple[str, ...]]:
@@ -153,7 +156,11 @@ class Pipeline:
         return self.admission.inside
 
     async def ready(self) -> None:
-        """Return: requests wait for replicas that are still starting."""
+        """Return once each stage has answered; see `contract.Backend.ready`."""
+        try:
+            await _all([link.ready() for link in self.links.values()])
+        except Lost:
+            raise Unavailable("a replica that makes pictures was lost") from None
 
     async def make(self, ask: Ask) -> Made:
         """Make pictures; see `contract.Backend.make`."""
@@ -161,7 +168,7 @@ class Pipeline:
         with self.admission.admitted(ask.n):
             return _joined(await _all([self._travel(self._names(ask), parcel) for parcel in parcels]))
 
-    async def watch(self, ask: Ask) -> AsyncIterator[Step | Made]:
+    async def watch(self, ask: Ask) -> AsyncGenerator[Step | Made, None]:
         """Make pictures and say each step; see `contract.Backend.watch`."""
         parcels = self._parcels(ask)
         gathered: dict[int, dict[int, Step]] = {}
@@ -267,7 +274,7 @@ class Pipeline:
         return replace(piece, seconds=seconds, batches=batches)
 
     async def _watched(self, name: str, last: str, parcel: Parcel, say: Callable[[Step], None]) -> Piece:
-        async with aclosing(self.links[name].watch(parcel)) as events:  # type: ignore[type-var]
+        async with aclosing(self.links[name].watch(parcel)) as events:
             async for event in events:
                 if isinstance(event, Piece):
                     return event

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -194,7 +194,7 @@ class Stage:
             self._working = asyncio.create_task(self._work())
         return await job.answer
 
-    async def watch(self, parcel: Parcel) -> AsyncIterator[Glimpse | Piece]:
+    async def watch(self, parcel: Parcel) -> AsyncGenerator[Glimpse | Piece, None]:
         """Do as `run`, and yield each step before the piece."""
         seen: asyncio.Queue[Glimpse | None] = asyncio.Queue()
         task = asyncio.create_task(self.run(parcel, seen.put_nowait))
@@ -211,6 +211,9 @@ class Stage:
         engine = self._engine(revision)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._worker, _preview, engine, torch.from_numpy(latents))
+
+    async def ready(self) -> None:
+        """Return: weights are loaded when it is made."""
 
     def _engine(self, revision: str) -> Engine:
         if revision not in self._engines:

@@ -4,7 +4,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -120,15 +120,14 @@ class Images:
                            "response_format", "too_large")  # fmt: skip
         return [{"url": f"{_origin(request)}/v1/files/{name}"} for name in names]
 
-    async def _events(self, ask: Ask, body: ImageBody) -> AsyncIterator[tuple[str, bytes]]:
+    async def _events(self, ask: Ask, body: ImageBody) -> AsyncGenerator[tuple[str, bytes], None]:
         """Say the last ``partial_images`` of the steps (all, if it is absent), and the pictures."""
         assert ask.size is not None
         if body.partial_images == 0:
             made = await self.backend.make(ask)
         else:
             shown = 0
-            # A backend's `watch` is an asynchronous generator, which the contract's type does not say.
-            async with aclosing(self.backend.watch(ask)) as seen:  # type: ignore[type-var]
+            async with aclosing(self.backend.watch(ask)) as seen:
                 async for event in seen:
                     if isinstance(event, Made):
                         made = event

@@ -122,7 +122,7 @@ class Jobs:
             try:
                 async with within(self.serving.timeout_seconds):
                     # A backend's `watch` is an asynchronous generator, which the contract's type does not say.
-                    async with aclosing(self.backend.watch(job.ask)) as seen:  # type: ignore[type-var]
+                    async with aclosing(self.backend.watch(job.ask)) as seen:
                         async for event in seen:
                             if isinstance(event, Made):
                                 self.metrics.made(job.ask.maker, event)

@@ -10,7 +10,7 @@ from raydmd.serving.http.errors import ApiError
 from raydmd.serving.http.reading import within
 from raydmd.serving.http.schemas import read_model, size_text
 
-HEALTH_SECONDS = 5.0
+HEALTH_SECONDS = 2.0
 
 
 class Models:

@@ -1,7 +1,7 @@
 """Server-sent events."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from starlette.types import Receive, Scope, Send
@@ -24,7 +24,7 @@ class EventStream:
         seconds: that it may take.
     """
 
-    def __init__(self, events: AsyncIterator[tuple[str, bytes]], seconds: float) -> None:
+    def __init__(self, events: AsyncGenerator[tuple[str, bytes], None], seconds: float) -> None:
         self.events, self.seconds = events, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -34,7 +34,7 @@ class EventStream:
     async def _send(self, scope: Scope, send: Send) -> None:
         started = False
         try:
-            async with within(self.seconds), aclosing(self.events) as events:  # type: ignore[type-var]
+            async with within(self.seconds), aclosing(self.events) as events:
                 async for name, data in events:
                     if not started:
                         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
