@@ -214,7 +214,7 @@ def test_a_link_makes_the_same_again_and_the_teacher_beside_it(visit, served: Se
     expect(page.locator("#verdict")).to_contain_text(f"{TEACHER_STEPS} steps in")
     ratio, networks = float(page.locator("#ratio").inner_text().rstrip("×")), "shown.map((view) => view.networks())"
     student, long = page.evaluate(networks)
-    assert ratio == pytest.approx(long / student, rel=0.05)
+    assert ratio == pytest.approx(long / student, rel=0.05, abs=0.051)  # it is shown with one digit after the point
     page.evaluate("location.hash = '#prompt=6&seed=9'")  # as if another link was followed, and back
     expect(page.locator("#live")).to_contain_text("picture of 6, seed 9")
     assert same(one.pixels(), served.pictures(prompt="6", seed=9))
