@@ -8,11 +8,12 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from raydmd.serving.contract import Ask, Backend, Made, Step
+from raydmd.serving.contract import Ask, Backend, Made, Maker, Step
 from raydmd.serving.http.errors import ApiError, parsed
 from raydmd.serving.http.files import MEDIA_TYPES, file_response
 from raydmd.serving.http.metrics import Metrics
@@ -67,13 +68,13 @@ class Images:
             return EventStream(self._events(ask, body), self.serving.timeout_seconds)
         async with within(self.serving.timeout_seconds):
             made = await while_there(request.receive, self.backend.make(ask))
-        self.metrics.made(ask.maker, made)
         if body.response_format == "url":
             data = json.dumps(self._keep(made, ask, request)).encode()
         else:
             data = array(b'{"b64_json": %s}' % base64(picture) for picture in made.pictures)
         answer = json_with({"created": int(time.time()), **self._about(ask, made)}, data=data)
-        return Response(answer, 200, media_type="application/json")
+        counted = BackgroundTask(self._count, ask.maker, made)  # once it is sent: nobody waits for that
+        return Response(answer, 200, media_type="application/json", background=counted)
 
     async def file(self, request: Request) -> Response:
         """``GET /v1/files/NAME``: a picture that was answered as a URL."""
@@ -82,6 +83,9 @@ class Images:
             raise ApiError(404, f"no such file; files are kept for {self.serving.limits.stored_seconds:g} s at most",
                            code="file_not_found")  # fmt: skip
         return file_response(request, kept.data, kept.media_type, self.store.seconds)
+
+    async def _count(self, maker: Maker, made: Made) -> None:
+        self.metrics.made(maker, made)
 
     def _ask(self, body: ImageBody) -> Ask:
         card, limits = self.backend.card(), self.serving.limits
