@@ -143,7 +143,12 @@ def test_newer_weights_keep_the_text_encoder(runs: dict[str, Path], tmp_path: Pa
     after = Engine(serving(run), ("encode", "expert-1"), before)
     assert after.revision != before.revision and after.family is before.family
     assert after.walks["expert-1"].family is before.family
+    assert after.encoder is before.encoder is not None
     assert Engine(serving(run), ("encode", "expert-1")).family is not before.family
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace("guidance_scale: 4.0", "guidance_scale: 3.0"))
+    other = Engine(serving(run), ("encode", "expert-1"), before)
+    assert other.family is not before.family and other.encoder is not before.encoder
 
 
 def test_generate_takes_any_text(runs: dict[str, Path], tmp_path: Path) -> None:

