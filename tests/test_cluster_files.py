@@ -76,9 +76,9 @@ def test_the_bridge_starts_on_spot_machines_only_and_once(name: str, node: str, 
     }.items():
         assert old in command
         command = command.replace(old, new)
-    script = (
-        f"{command.strip()}\n{command.strip()}\nwait -n\ntouch {tmp_path}/stop\nwait\n"  # the second one ends first
-    )
+    # One of the two finds the lock taken and ends; `wait -n` would miss it had it ended before being asked for.
+    one_left = 'while [ "$(jobs -rp | wc -l)" -gt 1 ]; do sleep 0.05; done'
+    script = f"{command.strip()}\n{command.strip()}\n{one_left}\ntouch {tmp_path}/stop\nwait\n"
     done = subprocess.run(["bash", "-c", script], env={"RAY_NODE_TYPE_NAME": node, "PATH": "/usr/bin:/bin"}, timeout=60)
     assert done.returncode == 0
     started = tmp_path / "started"
