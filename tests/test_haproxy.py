@@ -49,7 +49,7 @@ class Origin:
         self.asked += 1
         if self.hold and request.method == "POST":
             return JSONResponse({"error": {}}, 429, {"retry-after": "7", "x-raydmd-full": self.hold})
-        return JSONResponse({"path": request.url.path})
+        return JSONResponse({"path": request.url.path, "watched": request.headers.get("x-request-disconnect-disabled")})
 
 
 @contextmanager
@@ -97,7 +97,7 @@ def test_a_refusal_for_everybody_is_repeated_without_asking(proxied: tuple[httpx
     assert origin.asked == 1
     origin.hold = ""
     assert client.post("/v1/videos", json={}).is_success and client.get(GENERATIONS).is_success
-    assert client.get("/health").json() == {"path": "/health"} and origin.asked == 4
+    assert client.get("/health").json() == {"path": "/health", "watched": "?1"} and origin.asked == 4
 
 
 def test_it_ends_by_itself(proxied: tuple[httpx.Client, Origin]) -> None:

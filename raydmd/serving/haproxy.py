@@ -35,9 +35,11 @@ s/^    option httplog$/&\n    option http-buffer-request/
 # when nobody is there to answer, that is what is said (Ray turns it into a 500)
 s#^    errorfile .*##
 s#^    log global$#&\n    errorfile 503 {folder}/503.http#
-/^frontend http_frontend$/r {folder}/refusals
+/^frontend http_frontend$/r {folder}/rules
 """
-REFUSALS = """# while everybody would be refused, that is done here: it costs the replicas nothing
+RULES = """# the API itself sees when a client leaves: Serve need not watch it, too, in tasks of its own
+    http-request set-header x-request-disconnect-disabled ?1
+# while everybody would be refused, that is done here: it costs the replicas nothing
     http-request set-var(txn.now) date(0,ms)
     http-request set-var(txn.left) var(proc.full_until),sub(txn.now)
     acl asks path /v1/images/generations
@@ -96,7 +98,7 @@ def write_haproxy(folder: Path) -> Path:
     file = folder / "haproxy"
     (folder / "503.http").write_text(NOBODY, encoding="utf-8", newline="")
     (folder / "429.json").write_text(REFUSED, encoding="utf-8")
-    (folder / "refusals").write_text(REFUSALS.format(folder=folder, full=FULL), encoding="utf-8")
+    (folder / "rules").write_text(RULES.format(folder=folder, full=FULL), encoding="utf-8")
     (folder / "edits").write_text(EDITS.format(folder=folder), encoding="utf-8")
     script = SCRIPT.format(binary=shlex.quote(get_haproxy_binary()), folder=folder)
     file.write_text(script, encoding="utf-8")

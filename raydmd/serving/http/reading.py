@@ -94,9 +94,9 @@ async def within(seconds: float) -> AsyncIterator[None]:
 
 
 async def while_there(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Return what ``work`` does; cancel it when the client leaves, or when this call is cancelled.
+    """Return what ``work`` does; cancel it when the client leaves, and end when it has ended.
 
-    Ray Serve cancels the call of a client that left; other servers send ``http.disconnect``.
+    Ray Serve's own proxy cancels the call of a client that left; other servers send ``http.disconnect``.
 
     Args:
         receive: of a request whose body was read.
@@ -105,17 +105,19 @@ async def while_there(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     Raises:
         ClientGone: the client left.
     """
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGone
-    finally:
-        gone.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait((task,))  # so that its places in the queues are free when this ends
+        async with asyncio.timeout(None) as there:  # not until a time, but until somebody says that it is over
+            gone = asyncio.ensure_future(_disconnect(receive))
+            gone.add_done_callback(over := lambda _: there.reschedule(0.0))
+            try:
+                return await work
+            finally:
+                gone.remove_done_callback(over)
+                gone.cancel()
+    except TimeoutError:
+        if there.expired():
+            raise ClientGone from None
+        raise
 
 
 async def _disconnect(receive: Receive) -> None:
