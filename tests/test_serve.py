@@ -180,6 +180,24 @@ def listening_elsewhere(started: Server) -> list[tuple[str, str, int]]:
 
 
 MANY = ["--set", "stages.expert.min=2", "--set", "stages.expert.max=2", "--set", "reload_seconds=0.5"]
+SLOW_TEACHER = ["--teacher", "--set", "teacher_steps=20000"]
+
+
+def watch_the_teacher_and_leave(url: str) -> None:
+    """See its first steps; when the client has left, its work ends, long before the last step."""
+    asked = {"prompt": "7", "model": "run-teacher", "stream": True}
+    with httpx.stream("POST", f"{url}/v1/images/generations", json=asked, timeout=60) as stream:
+        events = (json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: "))
+        first = [next(events) for _ in range(3)]
+    assert [(event["made_by"], event["step"], event["steps"]) for event in first] == [
+        ("teacher", number, 20000) for number in (1, 2, 3)
+    ]
+
+    def figures() -> str:
+        return httpx.get(f"{url}/metrics", timeout=60).text
+
+    gone = 'raydmd_http_requests_total{route="/v1/images/generations",status="499"} 1.0'
+    until(lambda: gone in figures() and "raydmd_queued_samples 0.0" in figures(), "its work has ended")
 
 
 def test_pipelined_experts(folder: Path, tmp_path: Path) -> None:
@@ -191,7 +209,7 @@ def test_pipelined_experts(folder: Path, tmp_path: Path) -> None:
     old, new = pictures_of(run), pictures_of(longer)
     right = {digit: old[digit] + new[digit] for digit in old}
     assert all(abs(old[digit][0] - new[digit][0]).max() > 1 for digit in old)
-    with server(run, tmp_path / "log", "--layout", "pipelined", "--teacher", *MANY) as started:
+    with server(run, tmp_path / "log", "--layout", "pipelined", *SLOW_TEACHER, *MANY) as started:
         url = started.url
         want = expected(run, 7, 21, 5)
         answer = ask(url, 7, 21, 5).json()
@@ -207,7 +225,7 @@ def test_pipelined_experts(folder: Path, tmp_path: Path) -> None:
             events = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: ")]
         assert [event.get("made_by") for event in events[:-1]] == ["expert-1"] * 2 + ["expert-2"] * 2
         assert abs(pixels(base64.b64decode(events[-1]["b64_json"])) - want[0]).max() <= 1
-        assert ask(url, 7, 21, model="run-teacher").status_code == 200
+        watch_the_teacher_and_leave(url)
         refused = ask(url, 7, 21, size="9x9")
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "size"
         assert listening_elsewhere(started) == []
