@@ -47,7 +47,7 @@ from ray._raylet import AuthenticationMode, get_authentication_mode
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 
-HEAD_DEADLINE = 90.0  # seconds
+HEAD_DEADLINE = 240.0  # seconds
 STORE = 100 * 2**20  # bytes of each node's object store
 
 

@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 Answer = tuple[int, str] | tuple[int, str, dict[str, str]]
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
+def wait_until(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
     """Return the condition's first true value; an AssertionError after ``seconds``."""
     end = time.monotonic() + seconds
     while not (found := condition()):

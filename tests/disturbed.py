@@ -87,7 +87,7 @@ def on_node(node: Any) -> list[str]:
     return [name for name in there if name in CLASSES.values()]
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 90.0, pause: float = 0.01) -> Any:
+def wait_until(condition: Callable[[], Any], seconds: float = 240.0, pause: float = 0.01) -> Any:
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "never came true"
@@ -117,7 +117,7 @@ class Story:
             self.finished = distill(self.recipe, self.folder, console=Console(quiet=True), **self.more)
         finally:
             if self.finished is not None:
-                thread.join(60)
+                thread.join(180)
             if self.error is not None:
                 raise self.error
         return self

@@ -17,7 +17,7 @@ from raydmd.serving.local import local_pipeline
 from raydmd.serving.pipeline import Pipeline
 from raydmd.serving.settings import Serving, parse_serving
 
-DEADLINE = 60.0  # seconds, for what a test waits for on a loaded machine
+DEADLINE = 180.0  # seconds, for what a test waits for on a loaded machine
 LONG = 200_000  # steps of a teacher that is never done while a test runs
 
 

@@ -65,7 +65,7 @@ def test_a_node_comes_for_a_label_and_goes_when_idle() -> None:
         join(address)
         assert markets() == [""]
         actor = sit(label_selector=SPOT)
-        node = ray.get(actor.node.remote(), timeout=60)
+        node = ray.get(actor.node.remote(), timeout=180)
         assert labels_of(node)[MARKET] == "spot"
         assert markets() == ["", "spot"]  # one actor, one node; the other type is left alone
         ray.kill(actor)
@@ -85,7 +85,7 @@ def test_a_fallback_is_taken_where_no_type_offers_the_label_and_nothing_outlives
         assert markets() == [""]
         ray.kill(lost)
         actor = sit(label_selector=SPOT, fallback_strategy=[{"label_selector": ON_DEMAND}])
-        assert labels_of(ray.get(actor.node.remote(), timeout=60))[MARKET] == "on-demand"
+        assert labels_of(ray.get(actor.node.remote(), timeout=180))[MARKET] == "on-demand"
         assert markets() == ["", "on-demand"]
         processes += [process for process in psutil.Process().children(recursive=True) if process not in before]
         names = [process.name() for process in processes]

@@ -213,7 +213,7 @@ def test_evaluate_and_report(trained: Run, here: Path, capsys: Any) -> None:
 def test_exit_codes_of_the_process(arguments: list[str], code: int, words: str, here: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", "from raydmd.cli import main; main()", *arguments],
-        capture_output=True, text=True, cwd=here, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, timeout=120,
+        capture_output=True, text=True, cwd=here, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, timeout=300,
     )  # fmt: skip
     assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr + done.stdout
     assert done.stderr.count("\n") == (1 if code else 0) and bool(done.stdout) == (code == 0)
@@ -226,7 +226,7 @@ def test_a_cluster_that_is_not_there(here: Path, teachers: dict[str, Path]) -> N
     done = subprocess.run(
         [sys.executable, "-c", "from raydmd.cli import main; main()", "distill", "ring", "--set",
          f"teacher.path={teachers['ring']}", "--out", "run"],
-        capture_output=True, text=True, cwd=here, env=environment, timeout=120,
+        capture_output=True, text=True, cwd=here, env=environment, timeout=300,
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "RAY_ADDRESS" in done.stderr and "127.0.0.1:9" in done.stderr

@@ -79,7 +79,8 @@ def test_the_bridge_starts_on_spot_machines_only_and_once(name: str, node: str, 
     # One of the two finds the lock taken and ends; `wait -n` would miss it had it ended before being asked for.
     one_left = 'while [ "$(jobs -rp | wc -l)" -gt 1 ]; do sleep 0.05; done'
     script = f"{command.strip()}\n{command.strip()}\n{one_left}\ntouch {tmp_path}/stop\nwait\n"
-    done = subprocess.run(["bash", "-c", script], env={"RAY_NODE_TYPE_NAME": node, "PATH": "/usr/bin:/bin"}, timeout=60)
+    environment = {"RAY_NODE_TYPE_NAME": node, "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(["bash", "-c", script], env=environment, timeout=180)
     assert done.returncode == 0
     started = tmp_path / "started"
     assert (started.read_text() if started.exists() else "") == ("started\n" if starts else "")

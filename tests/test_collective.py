@@ -204,8 +204,8 @@ def test_two_processes_over_gloo_agree_with_one(tmp_path: Path) -> None:
     ]  # fmt: skip
     try:
         assert processes[0].stdout is not None
-        processes[1].communicate(processes[0].stdout.readline(), timeout=60)
-        processes[0].communicate("done\n", timeout=60)
+        processes[1].communicate(processes[0].stdout.readline(), timeout=180)
+        processes[0].communicate("done\n", timeout=180)
     finally:
         for process in processes:
             process.kill()

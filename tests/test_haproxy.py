@@ -67,7 +67,7 @@ def haproxy(folder: Path, origin: str) -> Iterator[httpx.Client]:
             yield client
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(120)
 
 
 def listens(client: httpx.Client) -> bool:

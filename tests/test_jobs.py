@@ -42,7 +42,7 @@ class Head:
         environment = clean() | ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN} if token else {})
         return subprocess.run(
             [*command, *([] if wait else ["--no-wait"]), "--", *entrypoint],
-            capture_output=True, text=True, env=environment, cwd=self.folder, timeout=240,
+            capture_output=True, text=True, env=environment, cwd=self.folder, timeout=600,
         )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def head() -> Iterator[Head]:
             )  # fmt: skip
         family = [psutil.Process(process.pid)]
         try:
-            end = time.monotonic() + 120
+            end = time.monotonic() + 300
             while not listening(dashboard):
                 assert process.poll() is None and time.monotonic() < end, log.read_text()
                 time.sleep(0.1)
@@ -83,7 +83,7 @@ def head() -> Iterator[Head]:
             for member in family:
                 if member.is_running():
                     member.kill()
-            process.wait(30)
+            process.wait(120)
 
 
 def listening(port: int) -> bool:

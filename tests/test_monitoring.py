@@ -72,7 +72,7 @@ def scraped() -> Iterator[dict[str, Metric]]:
 
 
 def scrape(port: int) -> dict[str, Metric]:
-    end, missing, samples = time.monotonic() + 90, exported(), {}
+    end, missing, samples = time.monotonic() + 240, exported(), {}
     while missing:
         assert time.monotonic() < end, f"not shown: {sorted(missing)}"
         try:

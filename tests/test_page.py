@@ -17,7 +17,7 @@ from run_folders import make_run
 from served import LONG, api
 from test_videos import make_video_run
 
-MS = 20_000  # within which anything the page is waited for must happen
+MS = 60_000  # within which anything the page is waited for must happen
 TEACHER_STEPS = 12
 EXPERTS = ["expert-1", "expert-1", "expert-2", "expert-2"]
 KEY = "let-me-in"

@@ -166,12 +166,12 @@ def pool_of(*hands: Hand, tries: int = 3, **options: Any) -> ScorerPool:
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
     async def within() -> None:
-        await asyncio.wait_for(test(), 120)
+        await asyncio.wait_for(test(), 300)
 
     asyncio.run(within())
 
 
-async def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
+async def until(condition: Callable[[], Any], seconds: float = 180.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "never came true"

@@ -90,7 +90,7 @@ def outlived(processes: list[psutil.Process]) -> list[str]:
     Ray's two agents of a node end a minute after a raylet that was killed: they report its death to nobody first.
     """
     agents = [process for process in processes if title(process).strip().endswith("Agent")]
-    _, alive = psutil.wait_procs([process for process in processes if process not in agents], timeout=60)
+    _, alive = psutil.wait_procs([process for process in processes if process not in agents], timeout=180)
     names = [title(process) for process in alive]
     for process in (*alive, *agents):
         if process.is_running():

@@ -225,7 +225,7 @@ def living() -> list[str]:
     return [name for name in alive if name in ours]
 
 
-def wait_until(condition, seconds: float = 60.0) -> None:
+def wait_until(condition, seconds: float = 180.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "never came true"

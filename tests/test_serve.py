@@ -75,8 +75,8 @@ class Server:
         """End it as a service manager does; return its exit code and what outlived it."""
         family = self.family()
         self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(60)
-        _, alive = psutil.wait_procs(family, timeout=30)
+        code = self.process.wait(180)
+        _, alive = psutil.wait_procs(family, timeout=120)
         return code, alive
 
 
@@ -286,7 +286,7 @@ def test_behind_serves_own_proxy_and_more_replicas_when_there_is_a_queue(folder:
             until(lambda: len(started.replicas("experts")) == 2 or load.wrong, "another replica starts")
         assert load.wrong == []
         os.killpg(started.process.pid, signal.SIGINT)  # as Ctrl-C on a terminal
-        assert started.process.wait(60) == 0
+        assert started.process.wait(180) == 0
 
 
 def test_a_config_for_serve_deploy(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,7 +48,7 @@ def runs(quick: Callable[..., Recipe], prompts: Any, tmp_path_factory: pytest.Te
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
     async def within() -> None:
-        await asyncio.wait_for(test(), 120)
+        await asyncio.wait_for(test(), 300)
 
     asyncio.run(within())
 
