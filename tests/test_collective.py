@@ -292,6 +292,26 @@ def test_state_goes_there_and_back_to_the_bit() -> None:
         assert not torch.equal(wrong.weight, one.weight)
 
 
+def test_an_update_is_that_of_torchs_optimizer_to_the_bit() -> None:
+    settings = Optimizer(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, clip=None)
+    network = PointsMLP(2, width=16, depth=2, features=4, seed=1)
+    flat = FlatParameters(dict(network.named_parameters()), settings)
+    theirs = [torch.nn.Parameter(flat.weight.clone()) for _ in range(2)]
+    numbers = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "fused": True}
+    right, wrong = (
+        torch.optim.AdamW([theirs[0]], weight_decay=0.1, **numbers),
+        torch.optim.AdamW([theirs[1]], **numbers),
+    )
+    for step in range(4):
+        gradient = torch.randn(flat.weight.shape, generator=torch.manual_seed(step))
+        for weight, optimizer in zip(theirs, (right, wrong), strict=True):
+            weight.grad = gradient.clone()
+            optimizer.step()
+        flat.step([gradient], 1, Alone())
+    assert torch.equal(flat.weight, theirs[0].data) and flat.version == 4
+    assert not torch.equal(flat.weight, theirs[1].data)  # with torch's own weight decay
+
+
 def test_a_state_before_the_first_step_and_one_of_another_size() -> None:
     network = PointsMLP(2, width=16, depth=2, features=4, seed=1)
     flat = FlatParameters(dict(network.named_parameters()), Optimizer(lr=1e-3))

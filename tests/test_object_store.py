@@ -283,7 +283,9 @@ def test_a_new_head_goes_on_from_the_store(uri: str, quick: Any, prompts: Any, t
     """Stopped in the second phase; the same command with an empty folder ends with the bits of an undisturbed run."""
     quiet, recipe = Console(quiet=True), quick("ring", "iterations=[5, 4]", "checkpoint.every=2")
     recipe = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"path": uri})})
-    assert distill(recipe, tmp_path / "first", console=quiet, until=7) is False
+    assert distill(recipe, tmp_path / "first", console=quiet, until=8) is False
+    saved = [e["iteration"] for e in read_lines(tmp_path / "first/events.jsonl") if e["event"] == "checkpoint"]
+    assert saved == [2, 4, 5, 6, 8]  # the last once, though the run stopped there
     assert not (tmp_path / "first/checkpoints").exists()
     with pytest.raises(UserError, match="checkpoint.path: it holds a run of another recipe .seed: 0 there, 1 here"):
         distill(recipe.model_copy(update={"seed": 1}), tmp_path / "other", console=quiet)
@@ -295,6 +297,6 @@ def test_a_new_head_goes_on_from_the_store(uri: str, quick: Any, prompts: Any, t
     for index, weights in enumerate(expected):
         found = load_file(expert_file(tmp_path / "second", index))
         assert all(torch.equal(found[name], weights[name]) for name in weights)
-    assert [e["resumed"] for e in read_lines(tmp_path / "second/events.jsonl") if "resumed" in e] == [7]
+    assert [e["resumed"] for e in read_lines(tmp_path / "second/events.jsonl") if "resumed" in e] == [8]
     kept = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert kept and not any(SECRET.encode() in content for content in kept)

@@ -33,7 +33,7 @@ from raydmd.serving.contract import Ask
 from raydmd.serving.local import local_pipeline
 
 ROOT = Path(__file__).parents[1]
-START = 150.0  # seconds, on a loaded machine
+START = 400.0  # seconds, on a loaded machine
 
 
 class Server:

@@ -6,9 +6,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.optim.adamw import adamw  # torch.optim's classes import torch's compiler: 1.5 s and 150 MB in each worker
 
 from raydmd.config import Optimizer
 from raydmd.methods.collective import Collective, exact_sum
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class FlatParameters:
@@ -28,23 +31,16 @@ class FlatParameters:
         self, parameters: Mapping[str, nn.Parameter], settings: Optimizer, ema: float = 0.0, unbiased: bool = False
     ) -> None:
         self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        self.weight = nn.Parameter(torch.cat([p.detach().float().reshape(-1) for p in parameters.values()]))
-        self.gradient = torch.zeros_like(self.weight.data)
-        self.weight.grad = self.gradient
+        self.weight = torch.cat([p.detach().float().reshape(-1) for p in parameters.values()])
+        self.gradient = torch.zeros_like(self.weight)
         for parameter, weight, gradient in zip(
-            parameters.values(), self._views(self.weight.data), self._views(self.gradient), strict=True
+            parameters.values(), self._views(self.weight), self._views(self.gradient), strict=True
         ):
             parameter.data, parameter.grad = weight, gradient
-        self.optimizer = torch.optim.AdamW(
-            [self.weight],
-            lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
-        self.clip, self.ema, self.unbiased, self.version = settings.clip, ema, unbiased, 0
-        self.average = self.weight.data.clone() if ema else self.weight.data
+        self.settings, self.lr = settings, settings.lr
+        self.moments: dict[str, torch.Tensor] = {}  # from the first update on
+        self.ema, self.unbiased, self.version = ema, unbiased, 0
+        self.average = self.weight.clone() if ema else self.weight
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
@@ -76,21 +72,31 @@ class FlatParameters:
                 raise FloatingPointError("a gradient is not finite")
         if total is not self.gradient:
             self.gradient.copy_(total)
-        if self.clip is not None and norm > self.clip:
-            self.gradient.mul_(self.clip / norm)
-        self.optimizer.step()
+        clip = self.settings.clip
+        if clip is not None and norm > clip:
+            self.gradient.mul_(clip / norm)
+        self._adamw()
         self.gradient.zero_()
         if self.ema:
             keep = self.ema * (1 - self.ema**self.version) / (1 - self.ema ** (self.version + 1))
-            self.average.lerp_(self.weight.data, 1.0 - (keep if self.unbiased else self.ema))
+            self.average.lerp_(self.weight, 1.0 - (keep if self.unbiased else self.ema))
         self.version += 1
         return norm
 
+    def _adamw(self) -> None:
+        if not self.moments:
+            self.moments = {name: torch.zeros_like(self.weight) for name in MOMENTS}
+        (beta1, beta2), steps = self.settings.betas, torch.tensor(float(self.version), device=self.weight.device)
+        first, second = ([self.moments[name]] for name in MOMENTS)
+        adamw(
+            [self.weight], [self.gradient], first, second, [], [steps], fused=True, amsgrad=False, beta1=beta1,
+            beta2=beta2, lr=self.lr, weight_decay=self.settings.weight_decay, eps=self.settings.eps, maximize=False,
+        )  # fmt: skip
+
     def state(self) -> dict[str, torch.Tensor]:
         """Return copies of all that an update depends on: weights, moments, average, step."""
-        moments = self.optimizer.state.get(self.weight, {})
-        state = {name: moments[name].clone() for name in ("exp_avg", "exp_avg_sq") if name in moments}
-        state["weight"] = self.weight.data.clone()
+        state = {name: moment.clone() for name, moment in self.moments.items()}
+        state["weight"] = self.weight.clone()
         state["version"] = torch.tensor(self.version)
         if self.ema:
             state["average"] = self.average.clone()
@@ -104,17 +110,11 @@ class FlatParameters:
         """
         if state["weight"].shape != self.weight.shape:
             raise ValueError(f"state has {state['weight'].numel()} weights, the network {self.weight.numel()}")
-        self.weight.data.copy_(state["weight"])
+        self.weight.copy_(state["weight"])
         self.version = int(state["version"])
         if self.ema:
             self.average.copy_(state["average"])
-        self.optimizer.state.pop(self.weight, None)
-        if "exp_avg" in state:
-            self.optimizer.state[self.weight] = {
-                "step": torch.tensor(float(self.version), device=self.weight.device),
-                "exp_avg": state["exp_avg"].to(self.weight.device, copy=True),
-                "exp_avg_sq": state["exp_avg_sq"].to(self.weight.device, copy=True),
-            }
+        self.moments = {name: state[name].to(self.weight.device, copy=True) for name in MOMENTS if name in state}
 
     def averaged(self) -> dict[str, torch.Tensor]:
         """Return the averaged weights by parameter name (the weights themselves without an average)."""
@@ -123,8 +123,8 @@ class FlatParameters:
     def swap_average(self) -> None:
         """Exchange weights and average in place; calling it twice changes nothing."""
         if self.ema:
-            kept = self.weight.data.clone()
-            self.weight.data.copy_(self.average)
+            kept = self.weight.clone()
+            self.weight.copy_(self.average)
             self.average.copy_(kept)
 
     def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:

@@ -39,7 +39,7 @@ class Pretraining:
             (loss.sum() / settings.batch).backward()
             gradients.append(self.flat.take_gradient(last=start == share[-1]))
             losses.append(float(loss.detach().mean()))
-        self.flat.optimizer.param_groups[0]["lr"] = self._lr(iteration)
+        self.flat.lr = self._lr(iteration)
         self.flat.step(gradients, len(starts), collective)
         return sum(losses) / len(losses) if losses else math.nan
 

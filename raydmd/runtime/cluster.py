@@ -12,7 +12,7 @@ from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydmd.config import Recipe
-from raydmd.errors import UserError
+from raydmd.errors import RunError, UserError
 from raydmd.runtime.actors import Cluster
 from raydmd.runtime.archivist import Archivist
 from raydmd.runtime.controller import micro_batches
@@ -35,6 +35,7 @@ def connect(recipe: Recipe) -> bool:
 
     Raises:
         UserError: nothing answers at RAY_ADDRESS.
+        RunError: Ray does not start here.
     """
     roles = (recipe.runtime.teacher, recipe.runtime.fake, recipe.runtime.generator)
     claimed = sum(role.cpus * role.max_workers for role in roles) + 2  # two more for Ray Data's tasks
@@ -53,6 +54,7 @@ def join_or_start(claimed: float, object_store_mb: int) -> bool:
 
     Raises:
         UserError: nothing answers at RAY_ADDRESS.
+        RunError: Ray does not start here.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")  # of dead workers we tell in our own words
@@ -66,14 +68,17 @@ def join_or_start(claimed: float, object_store_mb: int) -> bool:
         except ConnectionError as error:
             raise UserError(f"RAY_ADDRESS: {' '.join(str(error).split())}") from None
         return False
-    ray.init(
-        "local",  # never some cluster that happens to run here
-        num_cpus=max(os.cpu_count() or 1, math.ceil(claimed)),
-        object_store_memory=object_store_mb * 2**20,
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",
-        **quiet,
-    )
+    try:
+        ray.init(
+            "local",  # never some cluster that happens to run here
+            num_cpus=max(os.cpu_count() or 1, math.ceil(claimed)),
+            object_store_memory=object_store_mb * 2**20,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            **quiet,
+        )
+    except Exception as error:  # Ray raises no other kind, e.g. on a machine that is too busy to start it in time
+        raise RunError(f"Ray does not start here: {' '.join(str(error).split())[:300]}") from error
     return True
 
 

@@ -62,6 +62,7 @@ class Controller:
         self.finished = self.stopping = self._paired = self._previewed = False
         self.elastic = Elastic(self.recipe, self.cluster, self.recorder, lambda: self.stopping)
         self._background: set[asyncio.Task[None]] = set()
+        self._checkpointed: tuple[int, asyncio.Task[None]] | None = None  # the edge that is written, or being written
         self._receipts: dict[int, list[ObjectRef]] = {}
         self._forget_the_dropped()
 
@@ -117,6 +118,7 @@ class Controller:
         if standing.experts is not None:  # a manifest's state, and not the workers' own
             self.experts, self._paired = standing.experts, False
             self._receipts.clear()
+            self._checkpointed = None
             self._announced = -1
             self.recorder.rewind(standing.iteration)
         self.next = self.committed = standing.iteration
@@ -243,8 +245,10 @@ class Controller:
             raise StepDropped("the last worker of a role has to leave its node")
 
     def _checkpoint(self, phase: int) -> asyncio.Task[None]:
-        """Have the state at this edge written in the background; at a phase's edge the experts are the state."""
+        """Have the state at this edge written in the background, once; at a phase's edge the experts are the state."""
         n, updates = self.next, self.recipe.method.fake_updates
+        if self._checkpointed is not None and self._checkpointed[0] == n:
+            return self._checkpointed[1]
         manifest = Manifest(
             iteration=n,
             phase=phase,
@@ -263,6 +267,8 @@ class Controller:
             try:
                 whole, seconds = await self.cluster.archivist.save.remote(manifest, list(groups), *states)
             except RayError as error:
+                if self._checkpointed is not None and self._checkpointed[0] == n:
+                    self._checkpointed = None
                 if own_fault(error) is None:  # somebody whose state it needed was lost
                     self.elastic.progress.owes_checkpoint = True
                     return
@@ -273,7 +279,8 @@ class Controller:
             self.recorder.event("checkpoint", iteration=n, bytes=size, seconds=round(seconds, 3))
             self.recorder.exported.checkpoint(size, seconds)
 
-        return self._behind(written())
+        self._checkpointed = n, self._behind(written())
+        return self._checkpointed[1]
 
     def _preview(self, phase: Phase, n: int) -> None:
         """Have a grid of samples drawn now and then."""

@@ -179,9 +179,6 @@ class TrainerWorker(Worker):
     def __init__(self, recipe: Recipe, number: int, threads: int, device: str, factory: Factory) -> None:
         super().__init__(recipe, number, threads, device, factory)
         self._formation, self._dropped, self._phase = 0, 0, -1
-        torch.optim.AdamW(
-            [torch.nn.Parameter(torch.zeros(1))]
-        )  # imports for seconds; not when it takes over from a peer
 
     def join(self, formation: int, address: tuple[str, int], rank: int, world: int) -> None:
         """Take a place in the group; blocks until its peers have come."""
