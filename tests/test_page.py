@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, Response, expect, sync_playwright
 from run_folders import make_run
-from served import LONG, api
+from served import LONG, api, until
 from test_videos import make_video_run
 
 MS = 60_000  # within which anything the page is waited for must happen
@@ -313,6 +313,15 @@ def test_a_narrow_phone_needs_no_scrolling_aside(visit, served: Served, teacher:
     assert one.too_wide() > 0
 
 
+def video_of(url: str, **asked: object) -> bytes:
+    """Ask for a video as other clients do, and leave nothing behind."""
+    job = f"{url}/v1/videos/{httpx.post(f'{url}/v1/videos', json=asked).json()['id']}"
+    until(lambda: httpx.get(job).json()["status"] == "completed", "the video is made")
+    content = httpx.get(f"{job}/content").content
+    assert httpx.delete(job).is_success
+    return content
+
+
 def test_a_video_and_one_that_is_stopped(visit, tmp_path: Path) -> None:
     with api(make_video_run(tmp_path), teacher=True, teacher_steps=LONG) as (url, _):
         one = visit(url)
@@ -322,15 +331,33 @@ def test_a_video_and_one_that_is_stopped(visit, tmp_path: Path) -> None:
         page.get_by_label("Prompt").press("Enter")
         expect(page.locator("#live")).to_contain_text("Made 1 video of 0, seed 4")
         page.wait_for_function("() => document.querySelector('.pictures video').readyState >= 2")
-        jobs = httpx.get(f"{url}/v1/videos").json()["data"]
-        assert [(job["status"], job["seed"]) for job in jobs] == [("completed", 4)]
         with page.expect_download() as download:
             page.get_by_role("link", name="Save").click()
-        assert download.value.path().read_bytes() == httpx.get(f"{url}/v1/videos/{jobs[0]['id']}/content").content
+        assert download.value.path().read_bytes() == video_of(url, prompt="0", seed=4)
+        nobodys_jobs = lambda: httpx.get(f"{url}/v1/videos").json()["data"] == []  # noqa: E731
+        until(nobodys_jobs, "the page has let the server forget the video")
         page.get_by_label("Compare with the teacher").check()
         page.get_by_role("button", name="Make", exact=True).click()
         expect(page.locator("[data-maker=teacher] progress")).to_be_visible()
-        with page.expect_response(lambda answer: answer.request.method == "DELETE"):
-            page.keyboard.press("Escape")
-        assert all(job["status"] == "completed" for job in httpx.get(f"{url}/v1/videos").json()["data"])
+        page.keyboard.press("Escape")
+        until(nobodys_jobs, "nothing is made for nobody")
         assert one.complaints == []
+
+
+def test_events_are_whole_however_they_are_cut(visit, tmp_path: Path) -> None:
+    cut = """async ([text, size]) => {
+      const bytes = new TextEncoder().encode(text), found = [];
+      const stream = new ReadableStream({ start(controller) {
+        for (let at = 0; at < bytes.length; at += size) controller.enqueue(bytes.slice(at, at + size));
+        controller.close();
+      } });
+      for await (const event of events(new Response(stream))) found.push(event);
+      return found;
+    }"""
+    lines = ["event: a", 'data: {"n": 1}', "", "event: a", 'data: {"n":', 'data: "é"}', "", 'data: {"n": 3}', "", ""]
+    with api(make_video_run(tmp_path)) as (url, _):
+        page = visit(url).page
+        for end in ("\n", "\r\n"):
+            text = end.join([*lines, "data: [DONE]", "", 'data: {"n": "not whole"}'])
+            for size in (1, 2, 3, 7, 1000):
+                assert page.evaluate(cut, [text, size]) == [{"n": 1}, {"n": "é"}, {"n": 3}], (end, size)

@@ -179,6 +179,17 @@ def listening_elsewhere(started: Server) -> list[tuple[str, str, int]]:
     return found
 
 
+def send_what_serve_obeys(url: str) -> None:
+    """Headers that mean something to Ray Serve, from a stranger: they do nothing, and the answer has one id."""
+    names = (b"x-request-id", b"x-session-id", b"serve_multiplexed_model_id", b"x-request-timeout-seconds")
+    for headers in ([(name, b"\xff") for name in names], [(names[3], b"0.000001"), (names[0], b"mine")]):
+        answer = httpx.post(
+            f"{url}/v1/images/generations", json={"prompt": "7", "seed": 21}, headers=headers, timeout=60
+        )
+        assert answer.status_code == 200 and len(answer.headers.get_list("x-request-id")) == 1
+    assert answer.headers["x-request-id"] == "mine"
+
+
 MANY = ["--set", "stages.expert.min=2", "--set", "stages.expert.max=2", "--set", "reload_seconds=0.5"]
 SLOW_TEACHER = ["--teacher", "--set", "teacher_steps=20000"]
 
@@ -262,6 +273,7 @@ def test_the_api_in_the_experts_replicas(folder: Path, tmp_path: Path) -> None:
         assert listening_elsewhere(started) == []
         want = expected(folder, 7, 21, 1)[0]
         assert abs(pixels(base64.b64decode(ask(started.url, 7, 21).json()["data"][0]["b64_json"])) - want).max() <= 1
+        send_what_serve_obeys(started.url)
         with Load(started.url, right) as load:
             load.more(50)
             os.kill(started.replicas("api")[0], signal.SIGKILL)
@@ -281,6 +293,7 @@ def test_behind_serves_own_proxy_and_more_replicas_when_there_is_a_queue(folder:
         want = expected(folder, 7, 21, 1)[0]
         assert abs(pixels(base64.b64decode(ask(started.url, 7, 21).json()["data"][0]["b64_json"])) - want).max() <= 1
         assert httpx.get(f"{started.url}/nowhere").json()["error"]["type"] == "invalid_request_error"
+        send_what_serve_obeys(started.url)
         assert len(started.replicas("experts")) == 1
         with Load(started.url, right, clients=12) as load:
             until(lambda: len(started.replicas("experts")) == 2 or load.wrong, "another replica starts")

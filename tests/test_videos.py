@@ -277,7 +277,7 @@ def test_forms(http):
         good.replace(b"prompt", b"\xff"), b"\0" * 1000, good.replace(b"form-data;", b""), good * 2,
         good.replace(b":", b""),
     ]  # fmt: skip
-    tails = (f"{kind}b", kind, kind[:19], f"{kind}b; charset=none", f"{kind}{'b' * 300}", f'{kind}"')
+    tails = (f"{kind}b", kind, kind[:19], f"{kind}b; charset=undefined", f"{kind}{'b' * 300}", f'{kind}"')
     for body in nasty:
         for tail in tails:
             answer = http.post("/v1/videos", content=body, headers={"content-type": tail})

@@ -3,6 +3,7 @@
 import os
 import shlex
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 
 from raydmd.errors import UserError
@@ -28,8 +29,8 @@ done
 exec {binary} "$@"
 """
 EDITS = r"""# its own figures on loopback only
-s/bind :/bind 127.0.0.1:/
-s/bind \*:/bind 127.0.0.1:/
+/^frontend prometheus$/,/no log/s/bind :/bind 127.0.0.1:/
+/^listen stats$/,$s/bind \*:/bind 127.0.0.1:/
 # requests are held until they are whole, for only such can be sent again
 s/^    option httplog$/&\n    option http-buffer-request/
 # when nobody is there to answer, that is what is said (Ray turns it into a 500)
@@ -37,9 +38,7 @@ s#^    errorfile .*##
 s#^    log global$#&\n    errorfile 503 {folder}/503.http#
 /^frontend http_frontend$/r {folder}/rules
 """
-RULES = """# the API itself sees when a client leaves: Serve need not watch it, too, in tasks of its own
-    http-request set-header x-request-disconnect-disabled ?1
-# while everybody would be refused, that is done here: it costs the replicas nothing
+RULES = """# while everybody would be refused, that is done here: it costs the replicas nothing
     http-request set-var(txn.now) date(0,ms)
     http-request set-var(txn.left) var(proc.full_until),sub(txn.now)
     acl asks path /v1/images/generations
@@ -108,13 +107,13 @@ def write_haproxy(folder: Path) -> Path:
 
 def _places(scratch: Path) -> dict[str, str]:
     """Return where this HAProxy keeps its files and figures, so that several can run on one machine."""
-    with socket.create_server(("127.0.0.1", 0)) as metrics, socket.create_server(("127.0.0.1", 0)) as stats:
-        ports = {"METRICS": metrics.getsockname()[1], "STATS": stats.getsockname()[1]}
-    return {
+    names = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
+    with ExitStack() as taken:  # all at once, so that no two are the same
+        sockets = [taken.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in names]
+        ports = [str(each.getsockname()[1]) for each in sockets]
+    return {f"RAY_SERVE_{name}_PORT": port for name, port in zip(names, ports, strict=True)} | {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(scratch / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(scratch),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(scratch / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports["METRICS"]),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports["STATS"]),
     }

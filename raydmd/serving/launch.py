@@ -17,6 +17,7 @@ import raydmd.runtime  # before Ray: what it starts here then listens on loopbac
 from raydmd.errors import RunError, UserError
 from raydmd.runs import Run
 from raydmd.serving.haproxy import use_haproxy
+from raydmd.serving.http.headers import IMPORT_PATH
 from raydmd.serving.pipeline import experts_of, read_card, stages_of
 from raydmd.serving.settings import Serving, read_keys
 
@@ -79,8 +80,10 @@ def serve_run(serving: Serving, host: str, port: int, proxy: Proxy | None, conso
                         "RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1")  # fmt: skip
     scratch = Path(tempfile.mkdtemp(prefix="raydmd-serve-"))
     try:
-        if not joins and proxy != "serve":
-            use_haproxy(scratch, asked=proxy is not None)
+        if not joins:
+            os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", IMPORT_PATH)
+            if proxy != "serve":
+                use_haproxy(scratch, asked=proxy is not None)
         _serve(serving, experts, host, port, console)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import re
 import secrets
 import time
 from typing import Any
@@ -11,12 +10,12 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raydmd.serving.http.errors import ClientGone, as_api_error
+from raydmd.serving.http.headers import REQUEST_ID
 from raydmd.serving.http.keys import Keys
 from raydmd.serving.http.metrics import Metrics
 
 log = logging.getLogger("raydmd.serving.http")
 
-REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 GONE = 499
 
 

@@ -2,9 +2,11 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.types import Message, Receive
@@ -62,8 +64,11 @@ async def read_form(request: Request, body: bytes) -> dict[str, str]:
     """Return the fields of a form that was read already.
 
     Raises:
-        ApiError: 400, it is malformed or holds a file.
+        ApiError: 400, it is malformed, in another encoding than UTF-8, or holds a file.
     """
+    charset = parse_options_header(request.headers.get("content-type"))[1].get(b"charset", b"utf-8")
+    if charset.lower() not in (b"utf-8", b"utf8"):
+        raise ApiError(400, f"forms are read as UTF-8, not '{charset[:50].decode('ascii', 'replace')}'", code="charset")
 
     async def again() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
@@ -108,16 +113,21 @@ async def while_there(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     try:
         async with asyncio.timeout(None) as there:  # not until a time, but until somebody says that it is over
             gone = asyncio.ensure_future(_disconnect(receive))
-            gone.add_done_callback(over := lambda _: there.reschedule(0.0))
+            gone.add_done_callback(partial(_end, there))
             try:
                 return await work
             finally:
-                gone.remove_done_callback(over)
                 gone.cancel()
     except TimeoutError:
         if there.expired():
             raise ClientGone from None
         raise
+
+
+def _end(there: asyncio.Timeout, gone: asyncio.Future[None]) -> None:
+    if not gone.cancelled():
+        with suppress(RuntimeError):  # the work ended in the same turn
+            there.reschedule(0.0)
 
 
 async def _disconnect(receive: Receive) -> None:
