@@ -249,21 +249,22 @@ def test_larger_sizes_and_other_formats(runs: dict[str, Path]) -> None:
 
 
 class Flaky:
-    """A stage whose replica is lost on some calls."""
+    """A stage whose replica is lost on some calls; ``other`` answers the rest, if there is one."""
 
-    def __init__(self, stage: Stage, losses: int) -> None:
+    def __init__(self, stage: Stage, losses: int, other: Stage | None = None) -> None:
         self.stage, self.losses, self.calls = stage, losses, 0
+        self.other = other or stage
 
     async def run(self, parcel: Parcel) -> Piece:
         self.calls += 1
         if self.calls <= self.losses:
             raise Lost("killed")
-        return await self.stage.run(parcel)
+        return await self.other.run(parcel)
 
     async def watch(self, parcel: Parcel) -> Any:
         self.calls += 1
         seen = 0
-        async for event in self.stage.watch(parcel):
+        async for event in (self.stage if self.calls <= self.losses else self.other).watch(parcel):
             yield event
             seen += 1
             if self.calls <= self.losses and seen == 3:
@@ -332,6 +333,52 @@ def newer(folder: Path, factor: float) -> None:
         part = expert_file(folder, index).with_suffix(".part")
         save_file({name: (value * factor).contiguous() for name, value in state.items()}, part)
         part.replace(expert_file(folder, index))
+
+
+def test_what_a_lost_replica_had_is_made_anew_by_the_same_weights(runs: dict[str, Path], tmp_path: Path) -> None:
+    async def test() -> None:
+        folder = tmp_path / "run"
+        shutil.copytree(runs["full"], folder)
+        settings = serving(folder)
+        stage = Stage(settings, stages_of(settings, 2)["experts"])
+        flaky = Flaky(stage, 1)
+        pipeline = Pipeline(settings, {"experts": flaky})
+        newer(folder, 1.1)
+        newest = await stage.refresh()
+        assert await pipeline.refresh() == newest and len(stage.revisions) == 2
+        *steps, right = [e async for e in Pipeline(settings, {"experts": stage}).watch(Ask("2", 2, 5, previews=True))]
+        made = await pipeline.make(Ask("2", 2, 5))
+        assert flaky.calls == 2 and made.revision == newest
+        assert isinstance(right, Made) and made.pictures == right.pictures
+        flaky.calls = 0
+        *again, last = [e async for e in pipeline.watch(Ask("2", 2, 5, previews=True))]
+        assert flaky.calls == 2 and isinstance(last, Made) and (last.revision, last.pictures) == (newest, made.pictures)
+        assert shown(again) == shown(steps)
+
+    run(test)
+
+
+def shown(steps: list[Any]) -> list[tuple[int, tuple[bytes, ...]]]:
+    return [(step.number, step.pictures) for step in steps]
+
+
+def test_a_stream_that_goes_over_to_other_weights_says_all_steps_anew(runs: dict[str, Path], tmp_path: Path) -> None:
+    async def test() -> None:
+        folder = tmp_path / "run"
+        shutil.copytree(runs["full"], folder)
+        settings = serving(folder)
+        stage, behind = (Stage(settings, stages_of(settings, 2)["experts"]) for _ in range(2))
+        pipeline = Pipeline(settings, {"experts": behind})
+        *old, before = [event async for event in pipeline.watch(Ask("2", 2, 5, previews=True))]
+        pipeline.links = {"experts": Flaky(stage, 1, behind)}
+        newer(folder, 1.1)
+        assert await stage.refresh() == await pipeline.refresh()
+        *steps, made = [event async for event in pipeline.watch(Ask("2", 2, 5, previews=True))]
+        assert isinstance(made, Made) and isinstance(before, Made)
+        assert (made.revision, made.pictures) == (before.revision, before.pictures)
+        assert [number for number, _ in shown(steps)] == [1, 2, 3, 1, 2, 3, 4] and shown(steps)[3:] == shown(old)
+
+    run(test)
 
 
 def test_newer_weights_are_taken_over_while_requests_go_on(runs: dict[str, Path], tmp_path: Path) -> None:

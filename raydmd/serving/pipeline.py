@@ -235,11 +235,12 @@ class Pipeline:
         Raises:
             Unavailable: replicas were lost again and again.
         """
-        began, said = time.perf_counter(), 0
+        began, said, misses = time.perf_counter(), 0, 0
         revisions = list(self._revisions)
+        revision = revisions[0]
 
         def once(step: Step) -> None:
-            """Say a step that was not said before the replica was lost."""
+            """Say a step that was not said before the replica was lost; by other weights, all are said anew."""
             nonlocal said
             if say is not None and step.number > said:
                 said = step.number
@@ -248,14 +249,16 @@ class Pipeline:
         for attempt in range(TRIES):
             if attempt:
                 await asyncio.sleep(min(1.0, PAUSE * 2 ** (attempt - 1)))
-            revision = revisions[attempt % len(revisions)]
             try:
                 piece = await self._pass(names, replace(parcel, revision=revision), once if say else None)
                 return piece, time.perf_counter() - began
             except NoRevision:
+                misses += 1
                 revisions = list(dict.fromkeys([*revisions, *self._revisions]))
+                another = revisions[misses % len(revisions)]
+                revision, said = another, said if another == revision else 0
             except Lost:
-                continue
+                continue  # made again by the same weights
         raise Unavailable("the replicas that make pictures were lost again and again; try again later")
 
     async def _pass(self, names: list[str], parcel: Parcel, say: Callable[[Step], None] | None) -> Piece:
