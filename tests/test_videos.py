@@ -1,5 +1,6 @@
 """The HTTP API for videos: jobs on a real tiny Wan with its VAE, by OpenAI's client and by plain requests."""
 
+import asyncio
 import io
 
 import av
@@ -17,13 +18,18 @@ from raydmd.data.prompts import write_prompts
 from raydmd.folders import expert_file
 from raydmd.models.experts import Experts
 from raydmd.runs import Run
+from raydmd.serving import pipeline as pipeline_module
+from raydmd.serving.contract import Ask, Unavailable
+from raydmd.serving.local import local_pipeline
+from raydmd.serving.settings import Serving
+from raydmd.serving.stage import NoRevision
 
 WIDTH, LENGTH = 16, 5
 LATENT = (4, 3, 4, 4)
 FRAMES, SIDE, STEPS = 9, 32, 4
 
 
-def make_video_run(folder):
+def make_video_run(folder, latent=LATENT, prompts=3):
     """Write a run on a tiny Wan whose experts are LoRA adapters with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -36,12 +42,12 @@ def make_video_run(folder):
             latents_mean=[0.3, -0.2, 0.1, 0.5], latents_std=[1.5, 0.7, 2.0, 1.1],
         ).save_pretrained(folder / "wan" / "vae")  # fmt: skip
     rng = np.random.default_rng(0)
-    rows = {f"{kind}prompt_embeds": rng.standard_normal((3, LENGTH, WIDTH)).astype(np.float32) * 3
+    rows = {f"{kind}prompt_embeds": rng.standard_normal((prompts, LENGTH, WIDTH)).astype(np.float32) * 3
             for kind in ("", "negative_")}  # fmt: skip
     write_prompts(folder / "prompts.parquet", rows)
     (folder / "plan.yaml").write_text(f"""
 iterations: 2
-teacher: {{family: wan, path: {folder}/wan, guidance_scale: 4.0, options: {{latent_shape: {list(LATENT)}}}}}
+teacher: {{family: wan, path: {folder}/wan, guidance_scale: 4.0, options: {{latent_shape: {list(latent)}}}}}
 prompts: {{path: {folder}/prompts.parquet}}
 method: {{name: phased, experts: {{kind: lora, rank: 2, alpha: 4}}}}
 """)
@@ -61,6 +67,13 @@ method: {{name: phased, experts: {{kind: lora, rank: 2, alpha: 4}}}}
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return make_video_run(tmp_path_factory.mktemp("video"))
+
+
+@pytest.fixture(scope="module", params=["shape", "prompts"])
+def unlike(request, tmp_path_factory):
+    """A run whose requests the first cannot do."""
+    more = {"latent": (4, 2, 4, 4)} if request.param == "shape" else {"prompts": 5}
+    return make_video_run(tmp_path_factory.mktemp(request.param), **more)
 
 
 @pytest.fixture(scope="module")
@@ -285,3 +298,42 @@ def test_forms(http):
                 http.delete(f"/v1/videos/{answer.json()['id']}")
             else:
                 assert answer.status_code == 400 and answer.json()["error"]["message"], (body, tail, answer.text)
+
+
+class Between:
+    """A stage; while it is asked for the first time, a link is pointed at another run, and the API has seen it."""
+
+    def __init__(self, pipeline, link, run):
+        self.pipeline, self.link, self.other = pipeline, link, run
+        self.stage, self.asked = pipeline.links["experts"], []
+
+    async def run(self, parcel):
+        self.asked.append(parcel.revision)
+        if len(self.asked) == 1:
+            self.link.unlink()
+            self.link.symlink_to(self.other)
+            await self.pipeline.refresh()
+            raise NoRevision(parcel.revision)
+        return await self.stage.run(parcel)
+
+
+def test_weights_of_another_kind_do_not_stand_in(run, unlike, tmp_path, monkeypatch):
+    """Until the stages have loaded what the API has seen, requests for it wait, and those of before are finished."""
+    monkeypatch.setattr(pipeline_module, "PAUSE", 0.0)
+    link = tmp_path / "link"
+    link.symlink_to(run)
+    pipeline = local_pipeline(Serving(run=str(link)))
+    before, stage = pipeline.card().revision, Between(pipeline, link, unlike)
+    pipeline.links = {"experts": stage}
+
+    async def test():
+        right = await stage.stage.run(pipeline._parcels(Ask("0", output_format="mp4"))[0])
+        made = await pipeline.make(Ask("0", output_format="mp4"))
+        assert stage.asked == [before] * 2 and made.pictures == right.files
+        newer = Ask("4" if unlike.parent.name.startswith("prompts") else "0", output_format="mp4")
+        with pytest.raises(Unavailable, match="not loaded"):
+            await pipeline.make(newer)
+        assert before not in stage.asked[2:]
+        assert await stage.stage.refresh() == (await pipeline.make(newer)).revision != before
+
+    asyncio.run(test())

@@ -126,13 +126,19 @@ class Pipeline:
         self._use(read_card(serving))
 
     def _use(self, card: Card) -> None:
+        run = Run(self.serving.run)
+        shapes = [run.family.shape_for(*size) for size in card.sizes]
+        texts = card.prompts or run.family.reads_text or run.recipe.prompts.path
         self._card = card
-        self._family: Family = Run(self.serving.run).family
+        self._family: Family = run.family
         self._chain = list(stages_of(self.serving, experts_of(card)))
+        self._terms = (card.kind, card.family, card.sizes, shapes, texts)  # weights alike in these can stand in
         self._revisions = [card.revision]
 
     async def refresh(self) -> str:
         """Serve what the run's folder holds now: its weights where they are loaded, meanwhile the ones before.
+
+        Requests that the ones before cannot do (of another shape, or for other prompts) wait for its weights.
 
         Raises:
             UserError: it cannot be served, or has other stages; the present run stays.
@@ -143,8 +149,11 @@ class Pipeline:
                 now, here = experts_of(card), experts_of(before)
                 raise UserError(f"run '{self.serving.run}' has {now} experts now, and {here} are served here: "
                                 f"start the server anew")  # fmt: skip
+            terms, revisions = self._terms, self._revisions
             self._use(card)
-            self._revisions.append(before.revision)
+            if self._terms == terms:
+                revisions[:] = [card.revision, before.revision]  # in place: requests on their way may go over to them
+                self._revisions = revisions
         return card.revision
 
     def card(self) -> Card:
@@ -233,10 +242,11 @@ class Pipeline:
         """Take a parcel through the stages; return the last one's piece, with all seconds, and the seconds in all.
 
         Raises:
-            Unavailable: replicas were lost again and again.
+            Unavailable: replicas were lost again and again, or do not load the weights.
         """
         began, said, misses = time.perf_counter(), 0, 0
-        revisions = list(self._revisions)
+        alike = self._revisions if parcel.revision in self._revisions else [parcel.revision]
+        revisions = list(alike)
         revision = revisions[0]
 
         def once(step: Step) -> None:
@@ -254,12 +264,13 @@ class Pipeline:
                 return piece, time.perf_counter() - began
             except NoRevision:
                 misses += 1
-                revisions = list(dict.fromkeys([*revisions, *self._revisions]))
+                revisions = list(dict.fromkeys([*revisions, *alike]))
                 another = revisions[misses % len(revisions)]
                 revision, said = another, said if another == revision else 0
             except Lost:
                 continue  # made again by the same weights
-        raise Unavailable("the replicas that make pictures were lost again and again; try again later")
+        why = "have not loaded the weights yet" if misses else "were lost again and again"
+        raise Unavailable(f"the replicas that make pictures {why}; try again later")
 
     async def _pass(self, names: list[str], parcel: Parcel, say: Callable[[Step], None] | None) -> Piece:
         """Go through the stages once."""
