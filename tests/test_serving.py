@@ -6,6 +6,7 @@ import shutil
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from raydmd.folders import expert_file
 from raydmd.methods.sampling import sample_student
 from raydmd.models.experts import fuse_lora
 from raydmd.runs import Run
+from raydmd.serving import reload as reload_module
 from raydmd.serving import stage as stage_module
 from raydmd.serving.admission import Admission
 from raydmd.serving.contract import Ask, BadAsk, Busy, Made, Step, Unavailable
@@ -424,6 +426,73 @@ def test_what_cannot_be_taken_over_leaves_the_present_weights(
         with pytest.raises(NoRevision):
             await stage.run(Parcel("another", "6", 0, 0, 1, (1, 8, 8), None, "png"))
         follower.cancel()
+
+    run(test)
+
+
+def test_what_could_not_be_taken_over_is_tried_again(
+    runs: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, tries = 0, []
+    look = reload_module._revision
+
+    def counted(folder: str) -> str | None:
+        nonlocal looks
+        looks += 1
+        return look(folder)
+
+    monkeypatch.setattr(reload_module, "_revision", counted)
+
+    async def test() -> None:
+        folder = tmp_path / "run"
+        shutil.copytree(runs["full"], folder)
+        settings, done = serving(folder, reload_seconds=0.001), asyncio.Event()
+        stage = Stage(settings, ("expert-1",))
+        (old,) = stage.revisions
+
+        async def refresh() -> str:
+            tries.append(looks)
+            if len(tries) < 5:
+                raise torch.OutOfMemoryError("no room yet")
+            done.set()
+            return await stage.refresh()
+
+        newer(folder, 1.1)
+        follower = asyncio.create_task(follow(settings, old, refresh))
+        await done.wait()
+        seen = looks
+        while looks < seen + 3:
+            await asyncio.sleep(0)
+        follower.cancel()
+        assert stage.revisions == [old, Run(folder).revision()]
+
+    run(test)
+    assert [later - earlier for earlier, later in pairwise(tries)] == [2, 3, 5, 9]
+    assert caplog.text.count("no room yet") == 1
+
+
+def test_the_oldest_weights_make_room_before_the_newest_are_loaded(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        folder = tmp_path / "run"
+        shutil.copytree(runs["full"], folder)
+        stage, held, load = Stage(serving(folder), ("expert-1",)), [], Engine.__init__
+
+        def loaded(*arguments: Any) -> None:
+            held.append(stage.revisions)
+            load(*arguments)
+
+        monkeypatch.setattr(Engine, "__init__", loaded)
+        revisions = stage.revisions
+        for _ in range(3):
+            newer(folder, 1.1)
+            revisions.append(await stage.refresh())
+        assert held == [[revision] for revision in revisions[:3]] and stage.revisions == revisions[2:]
+        expert_file(folder, 0).write_bytes(b"not weights")
+        with pytest.raises(Exception, match="header"):
+            await stage.refresh()
+        assert stage.revisions == revisions[3:]  # the present ones
 
     run(test)
 

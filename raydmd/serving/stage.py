@@ -155,7 +155,9 @@ class Stage:
         return list(self._engines)
 
     async def refresh(self) -> str:
-        """Load what the run's folder holds now, beside the present weights, which serve on; return its revision.
+        """Load what the run's folder holds now beside the present weights, which serve on; return its revision.
+
+        Requests for those before the present ones are `NoRevision` from then on.
 
         Raises:
             UserError: it cannot be loaded, or changed meanwhile; the present weights stay.
@@ -164,10 +166,10 @@ class Stage:
         engine = self._engines.pop(newest, None)
         if engine is None:
             latest = self._engines[self.revisions[-1]]
+            for old in self.revisions[: 1 - KEPT]:  # before the new ones are loaded: there may be no room for more
+                del self._engines[old]
             engine = await asyncio.to_thread(Engine, self.serving, self.parts, latest)
         self._engines[engine.revision] = engine
-        for old in list(self._engines)[:-KEPT]:
-            del self._engines[old]
         return engine.revision
 
     async def run(self, parcel: Parcel, glimpse: Callable[[Glimpse], None] | None = None) -> Piece:
