@@ -215,15 +215,36 @@ def test_a_list_of_jobs(http):
     refused(http.get("/v1/videos?sort=asc"), 400, "sort")
 
 
-def test_jobs_are_bounded_and_forgotten(run):
-    limits = {"jobs": 2, "stored_seconds": 2.0}
-    with api(run, limits=limits) as (url, _), httpx.Client(base_url=url, timeout=60) as http:
-        jobs = [begin(http), begin(http)]
+def test_jobs_are_forgotten(run):
+    with api(run, limits={"stored_seconds": 2.0}) as (url, _), httpx.Client(base_url=url, timeout=60) as http:
+        job = begin(http)
+        until(lambda: http.get(f"/v1/videos/{job['id']}").status_code == 404, "it is forgotten")
+
+
+def test_jobs_on_their_way_are_bounded_and_the_first_that_ended_makes_room(run):
+    with (
+        api(run, teacher=True, teacher_steps=LONG, limits={"jobs": 3}) as (url, _),
+        httpx.Client(base_url=url, timeout=60) as http,
+    ):
+        long = begin(http, model="tiny-teacher")
+        second = begin(http, model="tiny-teacher")
+        failed = ended(http, begin(http, prompt="17"))
+        http.delete(f"/v1/videos/{second['id']}")
+        made = ended(http, begin(http))
+        assert (failed["status"], made["status"]) == ("failed", "completed")
+
+        def kept():
+            return {video["id"] for video in http.get("/v1/videos").json()["data"]}
+
+        third = begin(http, model="tiny-teacher")
+        assert kept() == {long["id"], made["id"], third["id"]}
+        fourth = begin(http, model="tiny-teacher")
+        assert kept() == {long["id"], third["id"], fourth["id"]}
+        refused(content(http, made), 404)
         full = http.post("/v1/videos", json={"prompt": "0"})
-        assert "2 videos" in refused(full, 429) and int(full.headers["retry-after"]) >= 1
-        assert ended(http, jobs[0])["status"] == "completed"
-        until(lambda: http.get(f"/v1/videos/{jobs[0]['id']}").status_code == 404, "it is forgotten")
-        until(lambda: http.post("/v1/videos", json={"prompt": "0"}).status_code == 200, "there is room")
+        assert "3 videos are on their way" in refused(full, 429) and int(full.headers["retry-after"]) >= 1
+        http.delete(f"/v1/videos/{third['id']}")
+        assert ended(http, begin(http))["status"] == "completed"
 
 
 def test_the_oldest_video_makes_room(run):

@@ -56,18 +56,19 @@ class Jobs:
         self._jobs: dict[str, Job] = {}
 
     def start(self, job: Job) -> None:
-        """Begin to work on a job.
+        """Begin to work on a job; the one that ended first makes room for it.
 
         Raises:
-            ApiError: 429, there are too many.
+            ApiError: 429, too many are on their way.
         """
         self._forget()
         most = self.serving.limits.jobs
         if len(self._jobs) >= most:
-            ends = [job.ended for job in self._jobs.values() if job.ended is not None]
-            wait = min(ends) + self.serving.limits.stored_seconds - time.time() if ends else FULL
-            raise ApiError(429, f"{most} videos are kept or on their way already; delete some, or wait",
-                           code="too_many_jobs", headers=retry_after(wait))  # fmt: skip
+            over = {job.ended: job for job in self._jobs.values() if job.ended is not None}
+            if not over:
+                raise ApiError(429, f"{most} videos are on their way already; delete some, or wait",
+                               code="too_many_jobs", headers=retry_after(FULL))  # fmt: skip
+            self.delete(over[min(over)])
         self._jobs[job.id] = job
         job.task = asyncio.create_task(self._run(job))
 
