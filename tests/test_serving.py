@@ -328,6 +328,28 @@ def test_the_wait_is_reckoned_from_what_was_made_of_late(monkeypatch: pytest.Mon
         assert error.value.full_seconds == 0  # who asks for less is let in
 
 
+def test_one_of_several_replicas_does_not_refuse_for_the_others(runs: dict[str, Path]) -> None:
+    async def test() -> None:
+        for replicas in (1, 2):
+            settings = serving(
+                runs["full"], teacher=True, teacher_steps=200_000, queue_samples=9, stages={"api": {"max": replicas}}
+            )
+            pipeline = local_pipeline(settings)
+            leaver = asyncio.create_task(pipeline.make(Ask("7", maker="teacher")))  # somebody is always inside
+            await asyncio.gather(*(pipeline.make(Ask("1", seed=seed)) for seed in range(8)))
+            others = asyncio.create_task(pipeline.make(Ask("7", 8, maker="teacher")))
+            while pipeline.queued() < 9:
+                await asyncio.sleep(0)
+            with pytest.raises(Busy) as error:
+                await pipeline.make(Ask("1"))
+            assert (error.value.full_seconds > 0) == (replicas == 1) and error.value.retry_after >= 1
+            for task in (leaver, others):
+                task.cancel()
+            await asyncio.wait((leaver, others))
+
+    run(test)
+
+
 def newer(folder: Path, factor: float) -> None:
     """Change a run's experts in place, as a longer training would."""
     for index in (0, 1):

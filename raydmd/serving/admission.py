@@ -20,10 +20,11 @@ class Admission:
     Args:
         samples: that may be on their way at once.
         seconds: that a newcomer may have to wait.
+        alone: who is refused here would be let in by nobody else.
     """
 
-    def __init__(self, samples: int, seconds: float) -> None:
-        self.samples, self.seconds = samples, seconds
+    def __init__(self, samples: int, seconds: float, alone: bool = True) -> None:
+        self.samples, self.seconds, self.alone = samples, seconds, alone
         self.inside = 0
         self._done: deque[tuple[float, int]] = deque(maxlen=REMEMBERED)  # since it was last idle
         self._rate: float | None = None
@@ -39,7 +40,8 @@ class Admission:
         full = wait > self.seconds or self.inside >= self.samples
         if self.inside and (full or self.inside + count > self.samples):
             # a tenth of the queue makes no difference to who waits in it, and it does not run dry meanwhile
-            raise Busy(max(1.0, math.ceil(wait - self.seconds / 2)), min(MOST_FULL, wait / 10) if full else 0.0)
+            hold = min(MOST_FULL, wait / 10) if full and self.alone else 0.0
+            raise Busy(max(1.0, math.ceil(wait - self.seconds / 2)), hold)
         if not self.inside:
             self._done.clear()
         self.inside += count

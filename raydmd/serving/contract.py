@@ -122,7 +122,7 @@ class Busy(Exception):
 
     Attributes:
         retry_after: seconds after which to ask again.
-        full_seconds: for which it is full for everybody; 0: somebody who asks for less might be let in.
+        full_seconds: for which it is full for everybody; 0: somebody might be let in, for less or by another replica.
     """
 
     def __init__(self, retry_after: float, full_seconds: float) -> None:

@@ -121,7 +121,7 @@ class Pipeline:
 
     def __init__(self, serving: Serving, links: Mapping[str, Link]) -> None:
         self.links = links
-        self.admission = Admission(serving.queue_samples, serving.queue_seconds)
+        self.admission = Admission(serving.queue_samples, serving.queue_seconds, serving.api_replicas == 1)
         self.serving = serving
         self._use(read_card(serving))
 
