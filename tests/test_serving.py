@@ -5,6 +5,7 @@ import io
 import shutil
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -326,6 +327,54 @@ def test_the_wait_is_reckoned_from_what_was_made_of_late(monkeypatch: pytest.Mon
         with pytest.raises(Busy) as error, admission.admitted(1000):
             pass
         assert error.value.full_seconds == 0  # who asks for less is let in
+
+
+def room(admission: Admission) -> int:
+    """Return how many samples may be inside before one more is refused; those let in here leave undone."""
+    with pytest.raises(Busy), ExitStack() as inside:
+        while True:
+            inside.enter_context(admission.admitted(1))
+            most = admission.inside
+    return most
+
+
+def test_what_ends_all_at_once_took_the_time_since_work_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 0.0001  # between two looks
+        return now
+
+    monkeypatch.setattr("raydmd.serving.admission.time.monotonic", clock)
+    admission = Admission(samples=1000, seconds=2.0)
+    for _ in range(2):
+        with ExitStack() as batch:
+            for _ in range(16):
+                batch.enter_context(admission.admitted(1))
+            now += 1.6  # ten a second
+        assert room(admission) == 20
+        now += 3600.0  # without work
+
+
+def test_a_rate_is_forgotten_with_time_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("raydmd.serving.admission.time.monotonic", lambda: now)
+    admission = Admission(samples=1000, seconds=2.0)
+
+    def make(count: int, rate: float) -> None:
+        nonlocal now
+        for _ in range(count):
+            with admission.admitted(1):
+                now += 1 / rate
+
+    with admission.admitted(1):
+        make(300, 400.0)
+        assert room(admission) >= 799
+        make(300, 100.0)  # a light load for three seconds
+        assert room(admission) >= 600
+        make(300, 5.0)  # slower ones for a minute
+        assert room(admission) <= 11
 
 
 def test_one_of_several_replicas_does_not_refuse_for_the_others(runs: dict[str, Path]) -> None:

@@ -11,7 +11,7 @@ from raydmd.serving.contract import Busy
 REMEMBERED = 256  # completions from which the rate is measured
 ENOUGH = 8  # completions, before which it is not known
 MOST_FULL = 0.1  # seconds for which all may be refused without being looked at
-FORGET = 0.99  # at each completion: a light load shows less than can be made, so the best rate of late counts
+HALVED = 10.0  # seconds of work: a light load shows less than can be made, so the best rate counts, until forgotten
 
 
 class Admission:
@@ -26,7 +26,7 @@ class Admission:
     def __init__(self, samples: int, seconds: float, alone: bool = True) -> None:
         self.samples, self.seconds, self.alone = samples, seconds, alone
         self.inside = 0
-        self._done: deque[tuple[float, int]] = deque(maxlen=REMEMBERED)  # since it was last idle
+        self._done: deque[tuple[float, int]] = deque(maxlen=REMEMBERED)  # since work began
         self._rate: float | None = None
 
     @contextmanager
@@ -44,6 +44,7 @@ class Admission:
             raise Busy(max(1.0, math.ceil(wait - self.seconds / 2)), hold)
         if not self.inside:
             self._done.clear()
+            self._done.append((time.monotonic(), 0))
         self.inside += count
         try:
             yield
@@ -52,8 +53,9 @@ class Admission:
             self.inside -= count
 
     def _finished(self, count: int) -> None:
-        self._done.append((time.monotonic(), count))
-        (first, at_first), (last, _) = self._done[0], self._done[-1]
-        if len(self._done) >= ENOUGH and last > first:
-            rate = (sum(number for _, number in self._done) - at_first) / (last - first)
-            self._rate = max(rate, FORGET * (self._rate or 0.0))
+        before, now = self._done[-1][0], time.monotonic()
+        self._done.append((now, count))
+        first, at_first = self._done[0]
+        if len(self._done) > ENOUGH and now > first:
+            rate = (sum(number for _, number in self._done) - at_first) / (now - first)
+            self._rate = max(rate, (self._rate or 0.0) * 0.5 ** ((now - before) / HALVED))
