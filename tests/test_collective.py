@@ -4,8 +4,12 @@ import math
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +19,8 @@ from raydmd.config import Optimizer
 from raydmd.methods.collective import Alone, exact_sum
 from raydmd.methods.flat import FlatParameters
 from raydmd.models.points import PointsMLP
+from raydmd.runtime.process_group import ProcessGroup, Rendezvous
+from raydmd.runtime.workers import FakeWorker, Pulse
 
 
 class Others:
@@ -213,6 +219,38 @@ def test_two_processes_over_gloo_agree_with_one(tmp_path: Path) -> None:
         total, one, refused = torch.load(tmp_path / f"parts.pt.{rank}")
         assert torch.equal(total, alone(parts)) and torch.equal(one, parts[0])
         assert refused == [True] * 6
+
+
+def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "never came true"
+        time.sleep(0.01)
+
+
+def test_who_waits_for_a_peer_says_so(quick: Any) -> None:
+    """In a meeting, to which a newcomer may come late, and in a reduction: neither is time at work."""
+    worker = FakeWorker(quick("ring"), 0, torch.get_num_threads(), "cpu", lambda recipe, device: None)
+    peer, rendezvous = ProcessGroup(gpu=False), Rendezvous("127.0.0.1")
+    with ThreadPoolExecutor() as pool:
+        try:
+            joining = pool.submit(worker.join, 1, rendezvous.address, 0, 2)
+            until(lambda: worker.pulse().waiting)
+            assert worker.pulse().method == "join"
+            peer.join(rendezvous.address, "fake/1", 1, 2)
+            joining.result(60)
+            assert worker.pulse() == Pulse(None, 0.0, False)
+            with worker.turn("update"):
+                reducing = pool.submit(worker.collective.sum_, torch.ones(1))
+                until(lambda: worker.pulse().waiting)
+                late = time.monotonic()
+                peer.sum_(torch.ones(1))
+                assert float(reducing.result(60)) == 2.0
+                pulse = worker.pulse()
+                assert pulse.method == "update" and not pulse.waiting
+                assert pulse.seconds <= time.monotonic() - late
+        finally:
+            worker.drop(1)
 
 
 def gradients_of(network: nn.Module, step: int, micro: int) -> Tensor:

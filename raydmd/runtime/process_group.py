@@ -4,7 +4,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 CONNECT = timedelta(seconds=60)
-LONGEST = timedelta(minutes=30)  # an all-reduce that was given up ends by this at the latest
+LONGEST = timedelta(minutes=30)  # a meeting or an all-reduce that was given up ends by this at the latest
 
 
 # What was given up is kept: gloo's destructor would wait for it, for as long as a stopped peer's connection is open.
@@ -46,12 +47,16 @@ class ProcessGroup:
 
     Args:
         gpu: whether tensors are on a GPU.
+
+    Attributes:
+        waiting: whether it waits for peers to come or to reduce.
+        waited: seconds for which it has.
+        last_waited: time.monotonic() when it last did.
     """
 
     def __init__(self, gpu: bool) -> None:
         self.gpu = gpu
-        self.waited = 0.0  # seconds inside reductions
-        self.waiting = False
+        self.waiting, self.waited, self.last_waited = False, 0.0, 0.0
         self._dropped = False
         self._wake = threading.Event()
         self._group: Any = None
@@ -74,12 +79,19 @@ class ProcessGroup:
 
         def meet() -> Any:
             store = dist.PrefixStore(key, dist.TCPStore(host, port, timeout=CONNECT, wait_for_workers=False))
+            store.set(f"here/{rank}", "")
+            store.wait([f"here/{peer}" for peer in range(world)], LONGEST)
+            return store
+
+        def connect() -> Any:
             make: Any = dist.ProcessGroupNCCL if self.gpu else dist.ProcessGroupGloo
             group = make(store, rank, world, LONGEST)
             group.allreduce([torch.zeros(1, device="cuda" if self.gpu else "cpu")]).wait()
             return group
 
-        self._group = self._until_done_or_dropped(_in_thread(meet))
+        with self._wait():  # a newcomer may have much to take over before it comes
+            store = self._until_done_or_dropped(_in_thread(meet))
+        self._group = self._until_done_or_dropped(_in_thread(connect))
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum ``tensor`` over replicas, in place."""
@@ -97,14 +109,20 @@ class ProcessGroup:
     def _reduce(self, tensor: torch.Tensor, op: Any) -> torch.Tensor:
         options = dist.AllreduceOptions()
         options.reduceOp = op
-        since, self.waiting = time.perf_counter(), True
-        try:
+        with self._wait():
             shared = tensor.clone()  # may still be written to after it was given up
             self._until_done_or_dropped(lambda done: _issue(self._group, shared, options, done, self.gpu))
             return tensor.copy_(shared)
+
+    @contextmanager
+    def _wait(self) -> Iterator[None]:
+        since, self.waiting = time.monotonic(), True
+        try:
+            yield
         finally:
+            self.last_waited = time.monotonic()  # before it is seen to work
+            self.waited += self.last_waited - since
             self.waiting = False
-            self.waited += time.perf_counter() - since
 
     def _until_done_or_dropped(self, begin: Callable[[Callable[[], None]], Callable[[], Any]]) -> Any:
         """Begin something that calls back when it is done; wait for that or for ``drop``; return its result."""

@@ -79,7 +79,7 @@ class Pulse:
 
     Attributes:
         method: the call it is in, if any.
-        seconds: how long it has been in it.
+        seconds: how long it has been in it, or at work in it since it last waited for its group's peers.
         waiting: whether it waits for its group's peers.
     """
 
@@ -137,9 +137,12 @@ class Worker:
     @ray.method(concurrency_group=BESIDE)
     def pulse(self) -> Pulse:
         """Say what the worker is at."""
-        turn = self._turn
-        waiting = isinstance(self.collective, ProcessGroup) and self.collective.waiting
-        return Pulse(turn[0] if turn else None, time.monotonic() - turn[1] if turn else 0.0, waiting)
+        turn, group = self._turn, self.collective
+        waiting = isinstance(group, ProcessGroup) and group.waiting
+        if turn is None:
+            return Pulse(None, 0.0, waiting)
+        since = max(turn[1], group.last_waited) if isinstance(group, ProcessGroup) else turn[1]
+        return Pulse(turn[0], time.monotonic() - since, waiting)
 
     @contextmanager
     def turn(self, method: str) -> Iterator["Turn"]:
