@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from raydmd.config import Optimizer
 from raydmd.methods.collective import Alone, exact_sum
 from raydmd.methods.flat import FlatParameters
 from raydmd.models.points import PointsMLP
-from raydmd.runtime.process_group import ProcessGroup, Rendezvous
+from raydmd.runtime.process_group import LEFT_BEHIND, Begun, ProcessGroup, Rendezvous, StepDropped
 from raydmd.runtime.workers import FakeWorker, Pulse
 
 
@@ -251,6 +253,59 @@ def test_who_waits_for_a_peer_says_so(quick: Any) -> None:
                 assert pulse.seconds <= time.monotonic() - late
         finally:
             worker.drop(1)
+
+
+class Telling(ProcessGroup):
+    """Tells when a reduction is under way."""
+
+    def __init__(self) -> None:
+        super().__init__(gpu=False)
+        self.reducing = Event()
+
+    def _issue(self, *arguments: Any) -> Begun:
+        begun = super()._issue(*arguments)
+        self.reducing.set()
+        return begun
+
+
+def pair(pool: ThreadPoolExecutor, address: tuple[str, int], key: str) -> tuple[Telling, Telling]:
+    replicas = Telling(), Telling()
+    joining = [pool.submit(replica.join, address, key, rank, 2) for rank, replica in enumerate(replicas)]
+    for each in joining:
+        each.result(60)
+    return replicas
+
+
+def test_what_was_given_up_is_let_go_once_it_has_ended() -> None:
+    rendezvous = Rendezvous("127.0.0.1")
+
+    def give_up(replica: Telling) -> None:
+        reducing = pool.submit(replica.sum_, torch.ones(1))
+        assert replica.reducing.wait(60)
+        replica.drop()
+        error = reducing.exception(60)  # raised here, it would hold itself and the group
+        assert isinstance(error, StepDropped) and "given up" in str(error)
+
+    def reduce(replicas: tuple[Telling, Telling]) -> None:
+        answers = [pool.submit(replica.sum_, torch.ones(1)) for replica in replicas]
+        assert [float(answer.result(60)) for answer in answers] == [2.0, 2.0]
+
+    with ThreadPoolExecutor() as pool:
+        one, peer = pair(pool, rendezvous.address, "fake/1")
+        give_up(one)
+        group = weakref.ref(one._group)
+        del one
+        again = pair(pool, rendezvous.address, "fake/2")
+        reduce(again)
+        assert group() is not None and len(LEFT_BEHIND) == 1  # its peer may still come
+        del peer
+
+        def is_let_go() -> bool:
+            reduce(again)
+            return group() is None
+
+        until(is_let_go)
+        assert LEFT_BEHIND == []
 
 
 def gradients_of(network: nn.Module, step: int, micro: int) -> Tensor:

@@ -5,9 +5,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,8 +17,18 @@ CONNECT = timedelta(seconds=60)
 LONGEST = timedelta(minutes=30)  # a meeting or an all-reduce that was given up ends by this at the latest
 
 
-# What was given up is kept: gloo's destructor would wait for it, for as long as a stopped peer's connection is open.
-LEFT_BEHIND: list[Any] = []
+class Begun(NamedTuple):
+    """What is under way: how to take its result, or its error, and how to ask whether it has ended."""
+
+    result: Callable[[], Any]
+    ended: Callable[[], bool]
+
+
+Begin = Callable[[Callable[[], None]], Begun]  # calls its argument once what it began has ended
+
+# What was given up is kept until it has ended, at the latest when its peers' connections are closed: gloo's destructor
+# would wait for it.
+LEFT_BEHIND: list[tuple[Any, Begun]] = []
 
 
 class StepDropped(Exception):
@@ -43,7 +54,7 @@ class ProcessGroup:
 
     A dead peer's closed connection makes every reduction raise at once. Where no connection closes (a peer that is
     alive but will not come, a machine that vanished), ``drop`` does it: the reduction under way is left to itself, on a
-    copy of the tensor, and its caller goes on.
+    copy of the tensor, and its caller goes on. NCCL's is aborted, too: its kernel would wait on the GPU for the peer.
 
     Args:
         gpu: whether tensors are on a GPU.
@@ -75,7 +86,8 @@ class ProcessGroup:
         """
         host, port = address
         if host == "127.0.0.1":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo would listen on the host's own address
+            for kind in ("GLOO", "NCCL"):  # they would listen on the host's own address
+                os.environ.setdefault(f"{kind}_SOCKET_IFNAME", "lo")
 
         def meet() -> Any:
             store = dist.PrefixStore(key, dist.TCPStore(host, port, timeout=CONNECT, wait_for_workers=False))
@@ -84,14 +96,15 @@ class ProcessGroup:
             return store
 
         def connect() -> Any:
+            if self.gpu:  # an error is for us to raise: torch would end the process
+                os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
             make: Any = dist.ProcessGroupNCCL if self.gpu else dist.ProcessGroupGloo
-            group = make(store, rank, world, LONGEST)
-            group.allreduce([torch.zeros(1, device="cuda" if self.gpu else "cpu")]).wait()
-            return group
+            self._group = make(store, rank, world, LONGEST)
+            self._group.allreduce([torch.zeros(1, device="cuda" if self.gpu else "cpu")]).wait()
 
         with self._wait():  # a newcomer may have much to take over before it comes
             store = self._until_done_or_dropped(_in_thread(meet))
-        self._group = self._until_done_or_dropped(_in_thread(connect))
+        self._until_done_or_dropped(_in_thread(connect))
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum ``tensor`` over replicas, in place."""
@@ -104,14 +117,18 @@ class ProcessGroup:
     def drop(self) -> None:
         """Make the reduction under way, and all later ones, raise. Called from another thread."""
         self._dropped = True
-        self._wake.set()
+        try:
+            if self.gpu and self._group is not None:
+                self._group.abort()
+        finally:
+            self._wake.set()
 
     def _reduce(self, tensor: torch.Tensor, op: Any) -> torch.Tensor:
         options = dist.AllreduceOptions()
         options.reduceOp = op
         with self._wait():
             shared = tensor.clone()  # may still be written to after it was given up
-            self._until_done_or_dropped(lambda done: _issue(self._group, shared, options, done, self.gpu))
+            self._until_done_or_dropped(lambda done: self._issue(shared, options, done))
             return tensor.copy_(shared)
 
     @contextmanager
@@ -124,58 +141,59 @@ class ProcessGroup:
             self.waited += self.last_waited - since
             self.waiting = False
 
-    def _until_done_or_dropped(self, begin: Callable[[Callable[[], None]], Callable[[], Any]]) -> Any:
+    def _issue(self, tensor: torch.Tensor, options: Any, done: Callable[[], None]) -> Begun:
+        work = self._group.allreduce([tensor], options)
+        if not self.gpu:
+            work.get_future().add_done_callback(lambda _: done())
+            return Begun(work.wait, work.is_completed)
+
+        def poll() -> None:  # NCCL's futures are done once the work is queued; its works know when it ended
+            try:
+                while not self._dropped and not work.is_completed():
+                    time.sleep(0.0002)
+            finally:
+                done()
+
+        def result() -> None:
+            if (error := work.exception()) is not None:  # wait only queues a wait on the GPU
+                raise RuntimeError(str(error))
+            work.wait()
+
+        threading.Thread(target=poll, daemon=True).start()
+        return Begun(result, work.is_completed)
+
+    def _until_done_or_dropped(self, begin: Begin) -> Any:
         """Begin something that calls back when it is done; wait for that or for ``drop``; return its result."""
+        LEFT_BEHIND[:] = [left for left in LEFT_BEHIND if not left[1].ended()]
         self._wake.clear()
         if self._dropped:
             raise StepDropped("the group is being formed anew")
         try:
-            result = begin(self._wake.set)
+            begun = begin(self._wake.set)
             self._wake.wait()
             if self._dropped:
-                LEFT_BEHIND.append((self._group, result))
+                LEFT_BEHIND.append((self._group, begun))
                 raise StepDropped("the step was given up while its group reduced")
-            return result()
+            return begun.result()
         except RuntimeError as error:
             raise StepDropped(f"a peer of the trainer group is gone: {str(error).splitlines()[0]}") from None
 
 
-def _in_thread(work: Callable[[], Any]) -> Callable[[Callable[[], None]], Callable[[], Any]]:
-    def begin(done: Callable[[], None]) -> Callable[[], Any]:
-        answer: list[Any] = []
+def _in_thread(work: Callable[[], Any]) -> Begin:
+    def begin(done: Callable[[], None]) -> Begun:
+        answer: Future[Any] = Future()
 
         def run() -> None:
             try:
-                answer.append(work())
+                answer.set_result(work())
             except Exception as error:
-                answer.append(error)
+                answer.set_exception(RuntimeError(str(error)))
             done()
 
         threading.Thread(target=run, daemon=True).start()
-
-        def result() -> Any:
-            if isinstance(answer[0], Exception):
-                raise RuntimeError(str(answer[0]))
-            return answer[0]
-
-        return result
+        return Begun(answer.result, answer.done)
 
     return begin
-
-
-def _issue(group: Any, tensor: torch.Tensor, options: Any, done: Callable[[], None], gpu: bool) -> Callable[[], Any]:
-    work = group.allreduce([tensor], options)
-    if gpu:  # NCCL's futures are done once the work is queued; its works know when it ended
-        threading.Thread(target=_poll, args=(work, done), daemon=True).start()
-    else:
-        work.get_future().add_done_callback(lambda _: done())
-    return work.wait
-
-
-def _poll(work: Any, done: Callable[[], None]) -> None:
-    while not work.is_completed():
-        time.sleep(0.0002)
-    done()
 
 
 def listen(host: str) -> socket.socket:
