@@ -2,6 +2,7 @@
 
 import math
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
@@ -306,6 +308,25 @@ def test_what_was_given_up_is_let_go_once_it_has_ended() -> None:
 
         until(is_let_go)
         assert LEFT_BEHIND == []
+
+
+def own_addresses() -> list[str]:
+    """This machine's addresses, loopback first."""
+    found = [each.address for of in psutil.net_if_addrs().values() for each in of if each.family == socket.AF_INET]
+    return sorted(found, key=lambda address: not address.startswith("127."))
+
+
+@pytest.mark.parametrize("host", own_addresses())
+def test_it_listens_where_the_rendezvous_can_be_reached_whatever_the_machine_is_called(host: str) -> None:
+    rendezvous = Rendezvous(host)
+
+    def listening() -> set[Any]:
+        return {each.laddr for each in psutil.Process().net_connections("tcp") if each.status == psutil.CONN_LISTEN}
+
+    before = listening()
+    with ThreadPoolExecutor() as pool:
+        replicas = pair(pool, rendezvous.address, "fake/1")
+        assert {address.ip for address in listening() - before} == {host} and replicas
 
 
 def gradients_of(network: nn.Module, step: int, micro: int) -> Tensor:

@@ -85,9 +85,6 @@ class ProcessGroup:
             StepDropped: a peer did not come, or ``drop`` was called meanwhile.
         """
         host, port = address
-        if host == "127.0.0.1":
-            for kind in ("GLOO", "NCCL"):  # they would listen on the host's own address
-                os.environ.setdefault(f"{kind}_SOCKET_IFNAME", "lo")
 
         def meet() -> Any:
             store = dist.PrefixStore(key, dist.TCPStore(host, port, timeout=CONNECT, wait_for_workers=False))
@@ -96,10 +93,8 @@ class ProcessGroup:
             return store
 
         def connect() -> Any:
-            if self.gpu:  # an error is for us to raise: torch would end the process
-                os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-            make: Any = dist.ProcessGroupNCCL if self.gpu else dist.ProcessGroupGloo
-            self._group = make(store, rank, world, LONGEST)
+            make = _nccl if self.gpu else _gloo
+            self._group = make(store, rank, world, local_address(address))
             self._group.allreduce([torch.zeros(1, device="cuda" if self.gpu else "cpu")]).wait()
 
         with self._wait():  # a newcomer may have much to take over before it comes
@@ -179,6 +174,22 @@ class ProcessGroup:
             raise StepDropped(f"a peer of the trainer group is gone: {str(error).splitlines()[0]}") from None
 
 
+def _gloo(store: Any, rank: int, world: int, host: str) -> Any:
+    backend: Any = dist.ProcessGroupGloo
+    options = backend._Options()
+    options._timeout = LONGEST
+    options._devices = [backend.create_device(hostname=host)]  # by itself it takes what the machine's name resolves to
+    return backend(store, rank, world, options)
+
+
+def _nccl(store: Any, rank: int, world: int, host: str) -> Any:
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # torch would end the process at an error
+    if host == "127.0.0.1":
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # it would listen on the machine's own address
+    backend: Any = dist.ProcessGroupNCCL
+    return backend(store, rank, world, LONGEST)
+
+
 def _in_thread(work: Callable[[], Any]) -> Begin:
     def begin(done: Callable[[], None]) -> Begun:
         answer: Future[Any] = Future()
@@ -194,6 +205,13 @@ def _in_thread(work: Callable[[], Any]) -> Begin:
         return Begun(answer.result, answer.done)
 
     return begin
+
+
+def local_address(peer: tuple[str, int]) -> str:
+    """Return the address of this machine that connections to ``peer`` have, loopback for loopback; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(peer)
+        return str(probe.getsockname()[0])
 
 
 def listen(host: str) -> socket.socket:
