@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import secrets
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -220,13 +222,49 @@ def test_exit_codes_of_the_process(arguments: list[str], code: int, words: str, 
     assert list(here.iterdir()) == []
 
 
-def test_a_cluster_that_is_not_there(here: Path, teachers: dict[str, Path]) -> None:
-    """RAY_ADDRESS names a port at which nobody listens."""
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "RAY_ADDRESS": "127.0.0.1:9"}
+def joined(here: Path, teacher: Path, **environment: str) -> str:
+    """Distil on the cluster that the environment names; it must end with 2 and one line: return the line."""
     done = subprocess.run(
         [sys.executable, "-c", "from raydmd.cli import main; main()", "distill", "ring", "--set",
-         f"teacher.path={teachers['ring']}", "--out", "run"],
-        capture_output=True, text=True, cwd=here, env=environment, timeout=300,
+         f"teacher.path={teacher}", "--out", "run"],
+        capture_output=True, text=True, cwd=here, timeout=300,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(here), **environment},
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "RAY_ADDRESS" in done.stderr and "127.0.0.1:9" in done.stderr
+    assert done.stderr.startswith("raydmd: RAY_ADDRESS")
+    return done.stderr
+
+
+def test_a_cluster_that_is_not_there(here: Path, teachers: dict[str, Path]) -> None:
+    """RAY_ADDRESS names a port at which nobody listens, or nothing at all."""
+    assert "127.0.0.1:9" in joined(here, teachers["ring"], RAY_ADDRESS="127.0.0.1:9")
+    assert "Invalid address format: head" in joined(here, teachers["ring"], RAY_ADDRESS="head")
+
+
+def test_a_cluster_whose_token_is_not_given(here: Path, teachers: dict[str, Path]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as head:  # Ray looks for the token before it asks anybody
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        line = joined(here, teachers["ring"], RAY_ADDRESS=address, RAY_AUTH_MODE="token")
+    assert "no authentication token was found" in line
+
+
+ANOTHER = """
+import sys, ray
+ray.__version__ = "1.0.0"
+print(ray.init("local", num_cpus=1, include_dashboard=False).address_info["gcs_address"], flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_cluster_of_another_version(here: Path, teachers: dict[str, Path]) -> None:
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(here), **token}
+    command, pipe = [sys.executable, "-c", ANOTHER], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=here, env=environment) as head:
+        try:
+            assert head.stdout is not None
+            address = head.stdout.readline().strip()
+            line = joined(here, teachers["ring"], RAY_ADDRESS=address, **token)
+        finally:
+            head.communicate()  # at the end of its input it goes
+    assert "Version mismatch" in line and "Ray: 1.0.0" in line

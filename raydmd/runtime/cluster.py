@@ -34,7 +34,7 @@ def connect(recipe: Recipe) -> bool:
         Whether one was started, which the caller then shuts down.
 
     Raises:
-        UserError: nothing answers at RAY_ADDRESS.
+        UserError: RAY_ADDRESS names no cluster that can be joined.
         RunError: Ray does not start here.
     """
     roles = (recipe.runtime.teacher, recipe.runtime.fake, recipe.runtime.generator)
@@ -53,7 +53,7 @@ def join_or_start(claimed: float, object_store_mb: int) -> bool:
         Whether one was started, which the caller then shuts down.
 
     Raises:
-        UserError: nothing answers at RAY_ADDRESS.
+        UserError: RAY_ADDRESS names no cluster that can be joined.
         RunError: Ray does not start here.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -65,8 +65,8 @@ def join_or_start(claimed: float, object_store_mb: int) -> bool:
         _check_reachable(os.environ["RAY_ADDRESS"])
         try:
             ray.init(**quiet)
-        except ConnectionError as error:
-            raise UserError(f"RAY_ADDRESS: {' '.join(str(error).split())}") from None
+        except Exception as error:  # nobody answers; another Ray or Python there; no token; an address of no such form
+            raise UserError(f"RAY_ADDRESS: {' '.join(str(error).split())[:300]}") from None
         return False
     try:
         ray.init(
