@@ -2,6 +2,7 @@
 
 import io
 import json
+import threading
 import time
 from itertools import accumulate
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from disturbed import Story
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
@@ -203,6 +205,35 @@ def test_staleness_is_bounded_named_and_deterministic(nodes: dict[str, str], qui
     assert_same_bits(tmp_path / "run", stale_by_hand(recipe))
     with pytest.raises(AssertionError):  # and it is not the exact schedule's result
         assert_same_bits(tmp_path / "run", reference(recipe, prompts))
+
+
+def test_saves_do_not_queue_behind_a_store_that_is_slower_than_the_run(
+    nodes: dict[str, str], quick, prompts, tmp_path: Path
+) -> None:
+    """The archivist is held from near the start until the run has stopped: only that edge waits behind the held one."""
+    recipe = quick("ring", "method.name=dmd", "iterations=60", "checkpoint.every=1", "checkpoint.keep=60")
+    run, held = tmp_path / "run", []
+    story = Story(recipe, run, lambda story: None)
+
+    def hold() -> None:
+        story.until(lambda: story.events("started"))
+        (archivist,) = story.processes("Archivist")
+        archivist.suspend()
+        try:
+            held.append(len(story.lines()))
+            story.until(lambda: len(story.lines()) == 40)
+        finally:
+            archivist.resume()
+
+    thread = threading.Thread(target=hold, daemon=True)
+    thread.start()
+    assert distill(recipe, run, console=CONSOLE, until=40) is False
+    thread.join()
+    saved = [event["iteration"] for event in story.events("checkpoint")]
+    assert held[0] < 30 and saved[-1] == 40
+    assert sum(held[0] < iteration for iteration in saved) < 6  # a few may precede their lines
+    assert distill(recipe, run, console=CONSOLE) is True
+    assert_same_bits(run, reference(recipe, prompts))
 
 
 def test_a_role_that_cannot_be_placed(nodes: dict[str, str], quick, tmp_path: Path) -> None:

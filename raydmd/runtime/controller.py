@@ -145,7 +145,7 @@ class Controller:
                 if self.next < end and (
                     self.next % self.recipe.checkpoint.every == 0 or self.elastic.progress.owes_checkpoint
                 ):
-                    self._checkpoint(phase.index)
+                    self._checkpoint(phase.index, may_wait=True)
             if self.next < end:  # stopped
                 self._checkpoint(phase.index)
                 return
@@ -244,10 +244,17 @@ class Controller:
             await self._checkpoint(phase.index)
             raise StepDropped("the last worker of a role has to leave its node")
 
-    def _checkpoint(self, phase: int) -> asyncio.Task[None]:
-        """Have the state at this edge written in the background, once; at a phase's edge the experts are the state."""
+    def _checkpoint(self, phase: int, may_wait: bool = False) -> asyncio.Task[None]:
+        """Have the state at this edge written in the background, once; at a phase's edge the experts are the state.
+
+        States that wait for the archivist fill the object store: while it writes one, what ``may_wait`` is left to a
+        later edge. What may not wait is handed over at once, so that the archivist has it when its worker is gone.
+        """
         n, updates = self.next, self.recipe.method.fake_updates
         if self._checkpointed is not None and self._checkpointed[0] == n:
+            return self._checkpointed[1]
+        if may_wait and self._checkpointed is not None and not self._checkpointed[1].done():
+            self.elastic.progress.owes_checkpoint = True
             return self._checkpointed[1]
         manifest = Manifest(
             iteration=n,
