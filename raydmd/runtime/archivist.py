@@ -10,7 +10,7 @@ import ray
 from ray import ObjectRef
 
 from raydmd.folders import expert_file
-from raydmd.runtime.manifest import Archive, Manifest
+from raydmd.runtime.manifest import Archive, Manifest, Shards
 from raydmd.runtime.shards import pieces
 from raydmd.runtime.storage import Store
 
@@ -58,7 +58,7 @@ class Archivist:
             RunError: the store cannot be written.
         """
         self.archive.save_expert(index, weights)
-        self._keep(index, weights)
+        _keep(self.folder, index, weights)
 
     def restore(self) -> tuple[Manifest | None, list[str], dict[str, ObjectRef]]:
         """Read the newest whole manifest; write finished experts that the run's folder lacks.
@@ -73,15 +73,20 @@ class Archivist:
         found = self.archive.newest()
         if found.manifest is None:
             return None, found.skipped, {}
-        for index in range(found.manifest.experts):
-            name = f"expert-{index}"
-            if _sha256(expert_file(self.folder, index)) != found.manifest.files[name]["sha256"]:
-                self._keep(index, found.shards[name])
+        keep_experts(self.folder, found.manifest, found.shards)
         return found.manifest, found.skipped, {name: ray.put(found.shards.pop(name)) for name in list(found.shards)}
 
-    def _keep(self, index: int, weights: dict[str, np.ndarray]) -> None:
-        path = expert_file(self.folder, index).relative_to(self.folder)
-        Store(str(self.folder)).write(str(path), pieces(weights))
+
+def keep_experts(folder: Path, manifest: Manifest, shards: Shards) -> None:
+    """Write a manifest's finished experts, as far as the run's folder lacks them."""
+    for index in range(manifest.experts):
+        name = f"expert-{index}"
+        if _sha256(expert_file(folder, index)) != manifest.files[name]["sha256"]:
+            _keep(folder, index, shards[name])
+
+
+def _keep(folder: Path, index: int, weights: dict[str, np.ndarray]) -> None:
+    Store(str(folder)).write(str(expert_file(folder, index).relative_to(folder)), pieces(weights))
 
 
 def _sha256(path: Path) -> str | None:

@@ -15,17 +15,21 @@ from raydmd.config import Recipe, dump_recipe, load_recipe, parse_recipe
 from raydmd.data.embedded import EMBEDDED
 from raydmd.data.prompts import PromptTable, ensure_embedded_prompts
 from raydmd.errors import RunError, UserError
-from raydmd.folders import own_teacher
+from raydmd.folders import expert_file
 from raydmd.locations import absolute_location
 from raydmd.methods.plan import plan_iterations, plan_phases
+from raydmd.models.protocol import CONFIG_FILE, WEIGHTS_FILE
 from raydmd.runs import recipe_family, with_teacher
+from raydmd.runtime.archivist import keep_experts
 from raydmd.runtime.cluster import checkpoints, connect, launch
 from raydmd.runtime.controller import Controller
 from raydmd.runtime.manifest import Archive
 from raydmd.runtime.pretrain import pretrain
 from raydmd.runtime.recorder import Recorder
+from raydmd.runtime.storage import Store
 from raydmd.runtime.workers import Factory
 
+TEACHER = (f"teacher/{WEIGHTS_FILE}", f"teacher/{CONFIG_FILE}")  # in this order: with the last, it is whole
 FREE = {"name", "runtime", "checkpoint", "monitor", "evaluation"}  # may differ when a run is continued
 
 
@@ -39,7 +43,8 @@ def distill(
 ) -> bool:
     """Distil by ``recipe`` into ``folder``; return whether the run is finished (else it was stopped).
 
-    A recipe that names no teacher has its embedded one trained into ``folder/teacher`` first.
+    A recipe that names no teacher has its embedded one trained into ``folder/teacher`` first. Where checkpoints go
+    elsewhere, it goes there, too, so that the same command goes on with an empty folder.
 
     Args:
         recipe: the recipe.
@@ -55,17 +60,24 @@ def distill(
     console, recipe = console or Console(), absolute(recipe)
     check(recipe)
     done = prepare(recipe, folder, resume)
-    recipe = with_teacher(recipe, folder)
+    own, recipe = recipe.teacher.path is None, with_teacher(recipe, folder)
+    if own:
+        fetch_teacher(recipe, folder)
     phases = plan_phases(recipe, recipe_family(recipe).schedule.t_max)
     lengths = plan_iterations(recipe, phases)
-    if done == sum(lengths):
+    if done == sum(lengths) and has_experts(recipe, folder, len(phases)):
         console.print(f"{folder} is finished: nothing to do", highlight=False, soft_wrap=True)
         return True
+    trained = (folder / "teacher" / CONFIG_FILE).is_file()
+    if own and done and not trained:
+        raise UserError(f"--out {folder}: it lacks the teacher that the run trained; put it back: {folder}/teacher")
     owned = connect(recipe)
     recorder = None
     try:
-        if not done and recipe.teacher.path == own_teacher(folder) and not Path(own_teacher(folder)).is_dir():
+        if own and not trained:
             pretrain(recipe, folder / "teacher", console)
+        if own:
+            archive_teacher(recipe, folder)
         prompts = recipe.prompts.path or str(ensure_embedded_prompts(recipe_family(recipe), folder / "prompts"))
         recorder = Recorder(folder, recipe, sum(lengths), console)
 
@@ -161,6 +173,49 @@ def prepare(recipe: Recipe, folder: Path, resume: str) -> int:
         archive.write_text("recipe.yaml", dump_recipe(recipe))
     newest = archive.peek()
     return newest.iteration if newest else 0
+
+
+def has_experts(recipe: Recipe, folder: Path, count: int) -> bool:
+    """Whether a finished run's folder, which may be a new head's, has its experts; they are fetched if it lacks one.
+
+    Raises:
+        UserError: the store cannot be reached.
+    """
+    if all(expert_file(folder, index).is_file() for index in range(count)):
+        return True
+    found = Archive(checkpoints(recipe, folder)).newest()
+    if found.manifest is None or found.manifest.experts < count:  # the last one is broken: the run goes on from before
+        return False
+    keep_experts(folder, found.manifest, found.shards)
+    return True
+
+
+def fetch_teacher(recipe: Recipe, folder: Path) -> None:
+    """Write the teacher that the run trained itself, where its folder, which may be a new head's, lacks it.
+
+    Raises:
+        UserError: the store cannot be reached.
+    """
+    if recipe.checkpoint.path is None or (folder / "teacher" / CONFIG_FILE).is_file():
+        return
+    archive, here = Archive(recipe.checkpoint.path), Store(str(folder))
+    if archive.read_bytes(f"teacher/{CONFIG_FILE}") is not None:
+        for name in TEACHER:
+            here.write(name, [archive.read_bytes(name) or b""])
+
+
+def archive_teacher(recipe: Recipe, folder: Path) -> None:
+    """Have the teacher that the run trained itself where its checkpoints are.
+
+    Raises:
+        UserError: the store cannot be reached.
+    """
+    if recipe.checkpoint.path is None:
+        return
+    archive = Archive(recipe.checkpoint.path)
+    if archive.read_bytes(f"teacher/{CONFIG_FILE}") is None:
+        for name in TEACHER:
+            archive.write_bytes(name, (folder / name).read_bytes())
 
 
 def _same_recipe(kept: Recipe, given: Recipe, where: str) -> None:

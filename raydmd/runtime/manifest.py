@@ -6,6 +6,8 @@ Below the root of an archive:
     step-000050/generator.safetensors    trainers' states at that step
     experts/phase-1-0f3a....safetensors  finished experts, named by content, so that none is ever rewritten
     experts/phase-1.json                 which of them is the last that was finished
+    recipe.yaml, teacher/                where the archive is not in the run's folder: that run's recipe, and the
+                                         teacher that it trained itself
 """
 
 import hashlib
@@ -182,8 +184,7 @@ class Archive:
         Raises:
             UserError: the store cannot be written.
         """
-        with self._reaching("written", UserError):
-            self.store.write(name, [text.encode()])
+        self.write_bytes(name, text.encode())
 
     def read_text(self, name: str) -> str | None:
         """Return a small file at the root; None if there is none.
@@ -191,9 +192,27 @@ class Archive:
         Raises:
             UserError: the store cannot be reached, or not be read by this user.
         """
+        content = self.read_bytes(name)
+        return None if content is None else content.decode()
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write a file below the root; one that was cut short may be there in part.
+
+        Raises:
+            UserError: the store cannot be written.
+        """
+        with self._reaching("written", UserError):
+            self.store.write(name, [content])
+
+    def read_bytes(self, name: str) -> bytes | None:
+        """Return a file below the root; None if there is none.
+
+        Raises:
+            UserError: the store cannot be reached, or not be read by this user.
+        """
         with self._reaching("read", UserError):
             try:
-                return self.store.read(name).decode()
+                return self.store.read(name)
             except FileNotFoundError:
                 return None
 
