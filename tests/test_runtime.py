@@ -115,8 +115,8 @@ def test_many_workers_end_where_the_reference_does(nodes: dict[str, str], quick,
     assert [(e["phase"], e["iteration"], e["end"]) for e in events if e["event"] == "phase"] == [
         (1, 0, 0.5), (2, 2, 0.0),
     ]  # fmt: skip
-    saved = [(e["iteration"], e["seconds"] > 0) for e in events if e["event"] == "checkpoint"]
-    assert saved == [(1, True), (2, True), (3, True), (4, True)]
+    saved = [e["iteration"] for e in events if e["event"] == "checkpoint" and e["seconds"] > 0]
+    assert saved in ([1, 2, 3, 4], [1, 2, 4])  # the third is left out while the second is being written
     found = Archive(str(run / "checkpoints")).newest()
     last = found.manifest
     assert last is not None and found.skipped == []
