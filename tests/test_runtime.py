@@ -4,6 +4,7 @@ import io
 import json
 import threading
 import time
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,30 @@ def test_prompts_too_large_to_keep_are_streamed_in_the_files_order(
     for start, count in ((13, 20), (33, 9), (42, 4)):  # from the middle, over the end, on
         expected = labels[np.arange(start, start + count) % 40]
         assert ray.get(stream.rows.remote(start, count))["label"].tolist() == expected.tolist()
+    ray.kill(stream)
+
+
+def test_recoveries_and_previews_do_not_read_a_large_set_again(nodes: dict[str, str], quick, tmp_path: Path) -> None:
+    class Counted(PromptStream):
+        walked = 0
+
+        def _endless(self) -> Iterator[dict[str, np.ndarray]]:
+            for row in super()._endless():
+                self.walked += 1
+                yield row
+
+    labels = (np.arange(400) ** 2 % 10).astype(np.int64)
+    path = write_prompts(tmp_path / "labels.parquet", {"label": labels})
+    recipe = quick("digits", "prompts.cache_mb=0", "monitor.samples=9")
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    stream = ray.remote(Counted).options(num_cpus=0, scheduling_strategy=here).remote(recipe, f"local://{path}")
+    each = 3 * recipe.batch.size
+    for iteration in (0, 1, 2, 3, 4, 2, 3, 4, 5):  # at 4 a trainer is lost, and they say that they stand at 2
+        micros = ray.get(stream.take.remote(iteration))
+        taken = np.concatenate([micro["label"] for micro in micros])
+        assert taken.tolist() == labels[iteration * each : (iteration + 1) * each].tolist()
+        assert ray.get(stream.rows.remote(0, 9))["label"].tolist() == labels[:9].tolist()
+    assert ray.get(stream.__ray_call__.remote(lambda self: self.walked)) == 6 * each
     ray.kill(stream)
 
 

@@ -13,6 +13,8 @@ from raydmd.models.protocol import Family
 from raydmd.runs import recipe_family
 from raydmd.runtime.wire import to_wire
 
+KEPT = 3  # iterations: after a loss the one before the one under way may be taken again, and one is asked for ahead
+
 
 class Encoder:
     """Turns Parquet columns into condition arrays; an actor of Ray Data's pool."""
@@ -30,7 +32,8 @@ class PromptStream:
     """An actor that hands out the conditions of every micro-batch of an iteration, in order.
 
     Rows stay in the file's order. Encoded prompts that fit in ``prompts.cache_mb`` are kept after the first pass;
-    larger sets are streamed and encoded anew each pass.
+    larger sets are streamed and encoded anew each pass. A stream goes forward only, and to begin it anew reads all
+    rows before: so what a recovery asks for again is kept, and the previews' rows are read beside the stream, once.
     """
 
     def __init__(self, recipe: Recipe, path: str) -> None:
@@ -56,6 +59,8 @@ class PromptStream:
         self.dataset = dataset
         self._rows: Iterator[dict[str, np.ndarray]] | None = None
         self._position = -1
+        self._taken: dict[int, list[Any]] = {}  # the last iterations
+        self._previewed: dict[str, np.ndarray] | None = None
 
     def ready(self) -> str:
         """Return how many prompts there are, once the first pass can begin; small sets are encoded by then."""
@@ -64,9 +69,16 @@ class PromptStream:
 
     def take(self, iteration: int) -> list[Any]:
         """Return the conditions of all the iteration's micro-batches: fake updates' first, then the generator's."""
+        if iteration in self._taken:
+            return self._taken[iteration]
         size, draws = self.recipe.batch.size, self.recipe.method.fake_updates + 1
         first = iteration * draws * size
-        return [self.rows(first + start, self.micro) for start in range(0, draws * size, self.micro)]
+        taken = [self.rows(first + start, self.micro) for start in range(0, draws * size, self.micro)]
+        if self.cache is None:
+            if len(self._taken) == KEPT + self.recipe.runtime.max_staleness:
+                del self._taken[next(iter(self._taken))]
+            self._taken[iteration] = taken
+        return taken
 
     def rows(self, start: int, count: int) -> dict[str, np.ndarray]:
         """Return the conditions of the run's samples ``start .. start + count``."""
@@ -74,6 +86,11 @@ class PromptStream:
         if self.cache is not None:
             index = np.arange(start, start + count) % self.total
             return {name: values[index] for name, values in self.cache.items()}
+        if start == 0 and count == self.recipe.monitor.samples:
+            if self._previewed is None:
+                index, batch = np.arange(count) % self.total, self.dataset.take_batch(count, batch_format="numpy")
+                self._previewed = {name: values[index] for name, values in batch.items()}
+            return self._previewed
         if start != self._position:
             self._seek(start)
         parts: list[dict[str, np.ndarray]] = []
