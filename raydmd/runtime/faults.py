@@ -24,7 +24,8 @@ def own_fault(error: BaseException) -> BaseException | None:
 
 def is_gone(error: BaseException) -> bool:
     """Whether the very worker that was called is dead or cannot be reached, not one whose result it was to take."""
-    return isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
+    # every call to an actor that Ray's memory monitor killed is answered with an OutOfMemoryError
+    return isinstance(error, RayActorError | OutOfMemoryError) and not isinstance(error, RayTaskError)
 
 
 def first_own_fault(errors: list[Any]) -> BaseException | None:

@@ -1,0 +1,98 @@
+"""Workers that Ray's memory monitor kills are lost like any that die; when that comes again it ends the run."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import OutOfMemoryError, RayTaskError
+from rich.console import Console
+
+import raydmd.runtime  # before Ray  # noqa: F401
+from raydmd.config import Recipe
+from raydmd.folders import read_lines
+from raydmd.runtime.actors import Cluster
+from raydmd.runtime.crew import Crew, Member
+from raydmd.runtime.elastic import Elastic
+from raydmd.runtime.faults import is_gone, own_fault
+from raydmd.runtime.groups import TrainerGroup
+from raydmd.runtime.pool import ScorerPool
+from raydmd.runtime.process_group import Rendezvous
+from raydmd.runtime.recorder import Recorder
+from raydmd.runtime.workers import WORKERS, Identity
+
+
+def test_who_was_to_take_a_killed_ones_result_is_not_gone() -> None:
+    killed = OutOfMemoryError("1 worker(s) were killed due to the node running low on memory")
+    through = RayTaskError("update", "", killed).as_instanceof_cause()
+    assert is_gone(killed) and not is_gone(through)
+    assert own_fault(killed) is own_fault(through) is killed
+
+
+@pytest.fixture(scope="module")
+def short_of_memory() -> Iterator[None]:
+    """A Ray that thinks that a hundredth of the memory is all that may be used, and kills whatever is started."""
+    ray.init(
+        "local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False,
+        _system_config={"memory_usage_threshold": 0.01, "memory_monitor_refresh_ms": 100},
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def killed(short_of_memory: None) -> Callable[[str, int], Member]:
+    class Victim:  # in here, so that it travels by value: the workers do not have this file
+        def position(self) -> None:
+            time.sleep(600)  # it is killed meanwhile
+
+        def score(self, proposal: Any) -> None: ...
+
+    def make(role: str, number: int) -> Member:
+        member = Member(role, number, ray.remote(Victim).options(num_cpus=0).remote(), Identity("a node", 1))
+        with pytest.raises(OutOfMemoryError) as caught:
+            ray.get(member.actor.position.remote())
+        assert is_gone(caught.value) and own_fault(caught.value) is caught.value
+        return member
+
+    return make
+
+
+def test_a_trainer_that_was_killed_for_memory_is_taken_out(
+    killed: Callable[[str, int], Member], quick: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    async def mend() -> None:
+        recipe = quick("ring")
+        crews = {role: Crew(role, recipe) for role in WORKERS}
+        meeting = Rendezvous("127.0.0.1")
+        groups = [TrainerGroup(role, [], meeting) for role in ("generator", "fake")]
+        recorder = Recorder(tmp_path, recipe, 4, Console(quiet=True))
+        elastic = Elastic(recipe, Cluster(crews, *groups, ScorerPool(3), None, None, None), recorder, lambda: False)
+        crews["fake"].members.append(killed("fake", 0))
+        crews["fake"].close()
+        assert await elastic._positions() == {}
+        assert crews["fake"].members == []
+        recorder.close()
+
+    asyncio.run(mend())
+    (lost,) = read_lines(tmp_path / "events.jsonl")
+    assert lost["event"] == "worker-lost" and "low on memory" in lost["why"]
+
+
+def test_scorers_that_are_killed_for_memory_are_taken_out_and_end_the_batch_that_they_die_of(
+    killed: Callable[[str, int], Member],
+) -> None:
+    async def score() -> None:
+        losses: list[Member] = []
+        pool = ScorerPool(2, lambda member, error: losses.append(member))
+        members = [killed("teacher", number) for number in range(2)]
+        for member in members:
+            pool.add(member)
+        with pytest.raises(OutOfMemoryError):
+            await pool.map("score", [(0,)])
+        assert losses == members and pool.members == []
+
+    asyncio.run(score())
