@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,20 @@ def make_faulty(
     return faulty
 
 
+def start_the_first(folder: str, recipe: Any, device: str) -> Any:
+    """Start one, after it others only when there is the file well."""
+    part = make_part(Scorer, recipe, device)
+    try:
+        (Path(folder) / "first").touch(exist_ok=False)
+    except FileExistsError:
+        while not (Path(folder) / "up").exists():
+            time.sleep(0.01)
+        if not (Path(folder) / "well").exists():
+            raise RuntimeError("cannot load weights: no such device") from None
+    (Path(folder) / "up").touch()
+    return part
+
+
 def fail_to_start(recipe: Any, device: str) -> Any:
     raise RuntimeError("cannot load weights: shape mismatch")
 
@@ -120,6 +135,21 @@ def test_a_worker_that_cannot_start_ends_the_run(here: None, quick: Any, tmp_pat
     recipe = quick("ring", "runtime.max_failures=2")
     with pytest.raises(RunError, match="cannot load weights: shape mismatch"):
         distill(recipe, tmp_path / "run", console=Console(quiet=True), parts={**PARTS, "teacher": fail_to_start})
+
+
+def test_a_run_goes_on_without_a_worker_that_cannot_start_and_takes_it_in_once_it_can(
+    here: None, quick: Any, tmp_path: Path
+) -> None:
+    def plot(story: Story) -> None:
+        story.until(lambda: story.events("start-failed", role="teacher"))
+        assert story.events("start-failed")[0]["why"] == "RuntimeError: cannot load weights: no such device"
+        story.go_on(2)
+        (tmp_path / "well").touch()
+        story.complete()
+
+    recipe = quick("ring", "iterations=[6, 100000]", "runtime.teacher.max_workers=2")
+    parts = {**PARTS, "teacher": partial(start_the_first, str(tmp_path))}
+    assert Story(recipe, tmp_path / "run", plot, parts=parts).run().finished is False
 
 
 def test_whose_fault_an_error_is(here: None) -> None:

@@ -96,3 +96,20 @@ def test_scorers_that_are_killed_for_memory_are_taken_out_and_end_the_batch_that
         assert losses == members and pool.members == []
 
     asyncio.run(score())
+
+
+def test_workers_that_are_killed_for_memory_as_they_start_are_asked_for_again_but_not_for_ever(
+    short_of_memory: None, quick: Callable[..., Recipe]
+) -> None:
+    def wait(recipe: Recipe, device: str) -> Any:
+        time.sleep(600)  # it is killed meanwhile
+
+    async def start() -> None:
+        changed = asyncio.Event()
+        crew = Crew("teacher", quick("ring", "runtime.max_failures=2"), wait, changed.set)
+        crew.fill()
+        await asyncio.wait_for(changed.wait(), 300)
+        assert isinstance(crew.failure, OutOfMemoryError) and crew.coming == []
+        crew.close()
+
+    asyncio.run(start())

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 
 from raydmd.config import Recipe
 from raydmd.runtime.placement import actor_options, describe, worker_device
 from raydmd.runtime.workers import BESIDE, PARTS, WORKERS, Factory, Identity
 
-AGAIN = 1.0  # seconds until a worker that failed while starting is asked for again; doubles each time
+AGAIN = 1.0  # seconds until a worker that failed while starting is asked for again; doubles each time...
+RARELY = 600.0  # ...up to this
 
 
 @dataclass(eq=False)
@@ -54,6 +55,8 @@ class Crew:
         recipe: the run's recipe.
         part: what builds the role's part.
         changed: called when somebody has arrived or a start has failed for good.
+        failure: why workers fail whenever they are started, where the role has fewer than its min.
+        trouble: why they do, where it has its min and goes on; whoever tells of it sets it to None.
     """
 
     role: str
@@ -63,6 +66,7 @@ class Crew:
     members: list[Member] = field(default_factory=list)
     arrived: list[Member] = field(default_factory=list)
     failure: BaseException | None = None
+    trouble: BaseException | None = None
 
     def __post_init__(self) -> None:
         self.settings = getattr(self.recipe.runtime, self.role)
@@ -72,7 +76,8 @@ class Crew:
         self._numbers = 0
         self._coming: dict[Any, asyncio.Task[None]] = {}
         self._since: dict[Any, float] = {}
-        self._failed_starts = 0
+        self._needed = True  # at the last failed start
+        self._failed_starts, self._pause = 0, AGAIN  # in a row
         self._closed = False
 
     @property
@@ -127,7 +132,7 @@ class Crew:
         self._coming[actor] = asyncio.create_task(self._receive(actor, number))
 
     async def _receive(self, actor: Any, number: int) -> None:
-        """Wait for a worker to be up; if it fails at that, ask for another, but not for ever."""
+        """Wait for a worker to be up; if it fails at that, ask for another; for ever only where there are enough."""
         try:
             while True:
                 try:
@@ -135,19 +140,27 @@ class Crew:
                     break
                 except ActorUnavailableError:
                     await asyncio.sleep(AGAIN)
-        except (RayActorError, ray.exceptions.RayTaskError) as error:
+        except RayError as error:
             self._forget(actor)
+            ray.kill(actor)
+            needed = len(self.members) + len(self.arrived) < self.settings.min_workers
+            if needed != self._needed:
+                self._needed, self._failed_starts, self._pause = needed, 0, AGAIN
+            pause = self._pause
             if not (isinstance(error, ActorDiedError) and error.preempted):
                 self._failed_starts += 1
+                self._pause = min(2 * pause, RARELY)
             if self._failed_starts >= self.recipe.runtime.max_failures:
-                self.failure = error
-                self.changed()
-                return
-            await asyncio.sleep(AGAIN * 2 ** max(self._failed_starts - 1, 0))
+                if needed:
+                    self.failure = error
+                    self.changed()
+                    return
+                self.trouble = error
+            await asyncio.sleep(pause)
             self.fill()
             return
         self._forget(actor)
-        self._failed_starts = 0
+        self._failed_starts, self._pause = 0, AGAIN
         self.arrived.append(Member(self.role, number, actor, identity))
         self.changed()
 

@@ -47,5 +47,7 @@ def in_words(error: BaseException) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         return type(cause).__name__
+    if "creation task" in lines[0]:
+        return lines[-1][:300]
     told = [line for line in lines if "because" in line or "node" in line.lower()]
     return (told or lines)[0][:300]

@@ -12,7 +12,7 @@ from ray.exceptions import ActorUnavailableError
 from raydmd.errors import RunError
 from raydmd.runtime.crew import Crew, Member
 from raydmd.runtime.elastic import Elastic, Stopped
-from raydmd.runtime.faults import is_gone
+from raydmd.runtime.faults import in_words, is_gone
 from raydmd.runtime.workers import Pulse
 
 EVERY = 1.0
@@ -34,7 +34,7 @@ class Watch:
         Raises:
             Stopped: the run is to stop while it has no scorer.
             RunError: no scorer came in time.
-            ray.exceptions.RayError: a role's workers fail whenever they are started.
+            ray.exceptions.RayError: a role has too few workers, and they fail whenever they are started.
         """
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -50,6 +50,7 @@ class Watch:
                 if crew.failure is not None:
                     raise crew.failure
                 self._say_who_waits(crew)
+                self._say_who_fails(crew)
             self.elastic.resizing.leave_nodes(await asyncio.to_thread(draining_nodes))
             self.elastic.resizing.let_scorers_in()
             self._give_up_waiting()
@@ -103,6 +104,14 @@ class Watch:
             recorder = self.elastic.recorder
             recorder.say(f"going on without: {count} {crew.role} worker(s) wait for {crew.asks} each")
             recorder.event("waiting", role=crew.role, workers=count, asks=crew.asks)
+
+    def _say_who_fails(self, crew: Crew) -> None:
+        """Tell of workers that a role can do without and that fail whenever they are started."""
+        error, crew.trouble = crew.trouble, None
+        if error is not None:
+            why, recorder = in_words(error), self.elastic.recorder
+            recorder.say(f"going on without: a {crew.role} worker does not start: {why}")
+            recorder.event("start-failed", role=crew.role, why=why)
 
 
 def draining_nodes() -> dict[str, float]:
