@@ -20,6 +20,7 @@ from raydmd.methods.generator import Generator
 from raydmd.methods.scorer import Scorer
 from raydmd.runtime.faults import cause_of, own_fault
 from raydmd.runtime.launch import distill
+from raydmd.runtime.pool import ScorerPool
 from raydmd.runtime.workers import PARTS, make_part
 
 
@@ -120,15 +121,76 @@ def test_an_error_that_passes_is_borne(here: None, quick: Any, prompts: Any, tmp
     assert_bits_of_the_reference(story, prompts)
 
 
-def test_a_worker_that_always_dies_ends_the_run(here: None, quick: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("role", "kind", "method", "words", "losses"),
+    [
+        ("generator", Generator, "propose", "lost 4 times without a step between, the last time generator 2", 3),
+        ("teacher", Scorer, "score", "lost 4 times at one micro-batch, the last time teacher 3", 4),
+    ],
+)
+def test_a_worker_that_always_dies_ends_the_run(
+    here: None, quick: Any, tmp_path: Path, role: str, kind: type, method: str, words: str, losses: int
+) -> None:
     recipe = quick("ring", "iterations=[6, 6]", "runtime.max_failures=1")
-    parts = {**PARTS, "generator": partial(make_faulty, Generator, "propose", 3, "exit", str(tmp_path), 10**6)}
-    with pytest.raises(
-        RunError, match="lost 4 times without a step between, the last time generator 2: its process was"
-    ):
+    parts = {**PARTS, role: partial(make_faulty, kind, method, 3, "exit", str(tmp_path), 12)}
+    with pytest.raises(RunError, match=f"{words}: its process was"):
         distill(recipe, tmp_path / "run", console=Console(quiet=True), parts=parts)
     lost = [e for e in read_lines(tmp_path / "run/events.jsonl") if e["event"] == "worker-lost"]
-    assert len(lost) == 3 and all(event["role"] == "generator" for event in lost)
+    assert len(lost) == losses and all(event["role"] == role for event in lost)
+
+
+class Held:
+    """A fake that trains nothing while there is the file hold; it then writes its updates to the file held."""
+
+    def __init__(self, part: Fake, folder: str) -> None:
+        object.__setattr__(self, "part", part)
+        object.__setattr__(self, "folder", Path(folder))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.part, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.part, name, value)
+
+    def update(self, *arguments: Any) -> Any:
+        while (self.folder / "hold").exists():
+            (self.folder / "held.part").write_text(str(self.part.updates))
+            (self.folder / "held.part").rename(self.folder / "held")
+            time.sleep(0.01)
+        return self.part.update(*arguments)
+
+
+def make_held(folder: str, recipe: Any, device: str) -> Held:
+    return Held(make_part(Fake, recipe, device), folder)
+
+
+def test_a_lost_scorer_is_made_up_for_when_something_is_scored_without_it(
+    here: None, quick: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only one dies when it has scored an iteration whose fake updates go on: that commit shows nothing."""
+    scored, map_ = [], ScorerPool.map
+
+    async def counted(pool: ScorerPool, *arguments: Any) -> Any:
+        call = await map_(pool, *arguments)
+        scored.append(call)
+        return call
+
+    monkeypatch.setattr(ScorerPool, "map", counted)
+
+    def plot(story: Story) -> None:
+        story.go_on(8)
+        (tmp_path / "hold").touch()
+        story.until(lambda: (tmp_path / "held").exists())
+        iteration = int((tmp_path / "held").read_text()) // recipe.method.fake_updates
+        story.until(lambda: len(scored) == iteration + 1)
+        story.kill("teacher")
+        story.until(lambda: story.events("worker-lost", iteration=iteration))
+        (tmp_path / "hold").unlink()
+        (recovered,) = story.lost_and_recovered(1)
+        assert (recovered["iteration"], recovered["how"]) == (iteration + 1, "a new one took its micro-batches")
+
+    recipe = quick("ring", "iterations=[6, 100000]")
+    Story(recipe, tmp_path / "run", plot, parts={**PARTS, "fake": partial(make_held, str(tmp_path))}).run()
 
 
 def test_a_worker_that_cannot_start_ends_the_run(here: None, quick: Any, tmp_path: Path) -> None:

@@ -171,6 +171,7 @@ class Controller:
         self._prepare(phase, n + 1)
         await asyncio.gather(*proposal.receipts)
         real = self._note(n, await scorers.map("score", [(result,) for result in proposal.results]))
+        self.elastic.progress.scored = n + 1
         self._note(n, generators.consume("update", n, inputs=[real.results, generated.results]))
         self._commits.put_nowait((phase.index, n))
         self.next, self._fake_updates = n + 1, last

@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import ray
 from ray import ObjectRef
@@ -14,14 +13,13 @@ from raydmd.errors import RunError, UserError
 from raydmd.methods.plan import plan_phases
 from raydmd.runtime.actors import TRAINERS, Cluster
 from raydmd.runtime.crew import Crew, Member
-from raydmd.runtime.faults import cause_of, first_own_fault, in_words, is_gone
+from raydmd.runtime.faults import LOSSES_PER_FAILURE, cause_of, first_own_fault, in_words, is_gone
 from raydmd.runtime.process_group import StepDropped
 from raydmd.runtime.recorder import Recorder
 from raydmd.runtime.resizing import Progress, Resizing, hand_over
 from raydmd.runtime.workers import Position, Receipt
 
 ANSWER = 2.0  # seconds within which a living worker answers beside its work
-LOSSES_PER_FAILURE = 4  # rounds of losses without a step that are borne, for each failure that is
 
 
 class Stopped(Exception):
@@ -43,6 +41,16 @@ class Standing:
     experts: int | None
 
 
+@dataclass(eq=False)
+class _Loss:
+    """A lost worker, since when, what is done without it, and the iteration whose commit shows that it is mended."""
+
+    member: Member
+    since: float
+    how: str = ""
+    first: int = 0
+
+
 @dataclass
 class Elastic:
     """Mends a cluster after losses; knows nothing of the algorithm but where a step's edge is.
@@ -60,8 +68,8 @@ class Elastic:
     stopping: Callable[[], bool]
     failures: int = 0
     rounds: int = 0
-    _losses: list[dict[str, Any]] = field(default_factory=list)
-    _since: float = 0.0
+    _losses: list[_Loss] = field(default_factory=list)
+    _since: float = 0.0  # when mending began
     _steps_lost: int = 0
     _how: str = ""
     _last: str = ""
@@ -82,13 +90,13 @@ class Elastic:
         if member not in (*crew.members, *crew.arrived):
             return
         why = error if isinstance(error, str) else in_words(error)
-        if not self._losses:
-            self._since = time.monotonic()
-        self._losses.append({"role": member.role, "worker": member.number})
+        loss = _Loss(member, time.monotonic())
+        self._losses.append(loss)
+        crew.strike(member)
         if member.role == "teacher":
             self.cluster.scorers.remove(member)
-            self._how = self._how or "others took its micro-batches"
-        crew.strike(member)
+            loss.how = f"{'others' if crew.members else 'a new one'} took its micro-batches"
+            loss.first = self.progress.scored  # what is scored already needs no scorer
         self._last = f"{member.name}: {why}"
         self.recorder.say(f"lost {self._last}")
         self.recorder.event(
@@ -101,16 +109,19 @@ class Elastic:
         """Write down that what was lost is mended: a step was made since."""
         self.progress.committed, self.failures, self.rounds = iteration + 1, 0, 0
         self.progress.iteration_seconds = seconds
-        if self._losses or self._how:
-            roles = sorted({loss["role"] for loss in self._losses})
-            taken, lost = round(time.monotonic() - self._since, 3), self._steps_lost
+        mended = [loss for loss in self._losses if iteration >= loss.first]
+        if mended or self._how:
+            self._losses = [loss for loss in self._losses if loss not in mended]
+            roles = sorted({loss.member.role for loss in mended})
+            since = min([loss.since for loss in mended] + ([self._since] if self._how else []))
+            taken, lost, how = round(time.monotonic() - since, 3), self._steps_lost, self._how or mended[-1].how
             self.recorder.event(
-                "recovered", roles=roles, workers=[loss["worker"] for loss in self._losses], seconds=taken,
-                steps_lost=lost, how=self._how, iteration=iteration,
+                "recovered", roles=roles, workers=[loss.member.number for loss in mended], seconds=taken,
+                steps_lost=lost, how=how, iteration=iteration,
             )  # fmt: skip
-            self.recorder.recovered(roles, self._how, taken, lost)
-            self.recorder.say(f"recovered after {taken:.2f} s, {lost} steps lost: {self._how}")
-            self._losses, self._steps_lost, self._how = [], 0, ""
+            self.recorder.recovered(roles, how, taken, lost)
+            self.recorder.say(f"recovered after {taken:.2f} s, {lost} steps lost: {how}")
+            self._steps_lost, self._how = 0, ""
 
     def judge(self, errors: list[BaseException]) -> None:
         """Raise an error that would only come again: the user's, or one that came too often without a step between."""
@@ -154,7 +165,7 @@ class Elastic:
             ray.exceptions.RayError: somebody was lost meanwhile; call it again.
             UserError, RunError: there are no workers.
         """
-        if not self._since or not (self._losses or self._how):
+        if not self._how:
             self._since = time.monotonic()
         await self._drop_steps()
         positions = await self._positions()
@@ -174,7 +185,9 @@ class Elastic:
         for role, newcomers in joined.items():
             if newcomers and self.progress.standing:
                 self.resizing.resized(self.cluster.crews[role], joined=newcomers)
-        self.progress.standing = True
+        self.progress.standing, self.progress.scored = True, standing.iteration
+        for loss in self._losses:
+            loss.first = min(loss.first, standing.iteration)
         return standing
 
     async def _drop_steps(self) -> None:

@@ -6,6 +6,8 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayE
 
 from raydmd.runtime.process_group import StepDropped
 
+LOSSES_PER_FAILURE = 4  # losses without a step between, or at one micro-batch, that are borne for each failure that is
+
 
 def cause_of(error: BaseException) -> BaseException:
     """Return what lies under a chain of Ray's task errors."""

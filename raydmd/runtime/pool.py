@@ -11,8 +11,9 @@ from typing import Any
 
 from ray import ObjectRef
 
+from raydmd.errors import RunError
 from raydmd.runtime.crew import Member
-from raydmd.runtime.faults import is_gone, own_fault
+from raydmd.runtime.faults import LOSSES_PER_FAILURE, in_words, is_gone, own_fault
 from raydmd.runtime.groups import Call
 
 DEPTH = 2  # micro-batches that a worker holds at once, so that it need not wait for the next to arrive
@@ -28,6 +29,7 @@ class _Job:
     arguments: tuple[Any, ...]
     answer: asyncio.Future[tuple[ObjectRef, ObjectRef]]
     failures: int = 0
+    losses: int = 0  # workers that were lost while they had it
     again: bool = False  # a second worker was given it
 
 
@@ -92,6 +94,7 @@ class ScorerPool:
 
         Raises:
             ray.exceptions.RayError: an input failed for its own fault ``tries`` times, or is itself lost.
+            RunError: workers that had an input were lost again and again.
         """
         loop = asyncio.get_running_loop()
         jobs = [_Job(method, arguments, loop.create_future()) for arguments in inputs]
@@ -209,8 +212,14 @@ class ScorerPool:
         if job.answer.done():
             return
         job.failures += fault
+        job.losses += gone
         if job.failures >= self.tries or not (gone or fault):
             job.answer.set_exception(error)  # for ever its own fault, or what it was to score is lost
+        elif job.losses >= LOSSES_PER_FAILURE * self.tries:
+            last = f"{seat.member.name}: {in_words(error)}"
+            job.answer.set_exception(
+                RunError(f"workers were lost {job.losses} times at one micro-batch, the last time {last}")
+            )
         elif not any(job in other.held for other in self._seats):
             job.again = False
             self._queue.appendleft(job)

@@ -22,12 +22,14 @@ class Progress:
 
     Attributes:
         committed: iterations that are committed.
+        scored: iterations that the teacher has scored.
         iteration_seconds: how long the last one took.
         standing: whether all workers were of one state once: the run has begun.
         owes_checkpoint: whether a manifest is due at the next edge.
     """
 
     committed: int = 0
+    scored: int = 0
     iteration_seconds: float = 0.0
     standing: bool = False
     owes_checkpoint: bool = False

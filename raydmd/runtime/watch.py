@@ -26,7 +26,7 @@ class Watch:
     elastic: Elastic
     _heard: dict[Member, float] = field(default_factory=dict)
     _said: dict[str, int] = field(default_factory=dict)
-    _without: float = 0.0
+    _without: float = field(default_factory=time.monotonic)
 
     async def run(self) -> None:
         """Look until cancelled.
