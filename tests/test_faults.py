@@ -18,10 +18,16 @@ from raydmd.folders import read_lines
 from raydmd.methods.fake import Fake
 from raydmd.methods.generator import Generator
 from raydmd.methods.scorer import Scorer
+from raydmd.runtime.actors import Cluster
+from raydmd.runtime.crew import Crew
+from raydmd.runtime.elastic import Elastic
 from raydmd.runtime.faults import cause_of, own_fault
+from raydmd.runtime.groups import TrainerGroup
 from raydmd.runtime.launch import distill
 from raydmd.runtime.pool import ScorerPool
-from raydmd.runtime.workers import PARTS, make_part
+from raydmd.runtime.process_group import Rendezvous, StepDropped
+from raydmd.runtime.recorder import Recorder
+from raydmd.runtime.workers import PARTS, WORKERS, make_part
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +218,19 @@ def test_a_run_goes_on_without_a_worker_that_cannot_start_and_takes_it_in_once_i
     recipe = quick("ring", "iterations=[6, 100000]", "runtime.teacher.max_workers=2")
     parts = {**PARTS, "teacher": partial(start_the_first, str(tmp_path))}
     assert Story(recipe, tmp_path / "run", plot, parts=parts).run().finished is False
+
+
+def test_steps_that_are_given_up_without_a_loss_end_the_run_with_why(quick: Any, tmp_path: Path) -> None:
+    recipe = quick("ring", "runtime.max_failures=1")
+    groups = [TrainerGroup(role, [], Rendezvous("127.0.0.1")) for role in ("generator", "fake")]
+    crews = {role: Crew(role, recipe) for role in WORKERS}
+    recorder = Recorder(tmp_path, recipe, 4, Console(quiet=True))
+    elastic = Elastic(recipe, Cluster(crews, *groups, ScorerPool(1), None, None, None), recorder, lambda: False)
+    for _ in range(3):
+        elastic.judge([StepDropped("formation 3 was dropped")])
+    with pytest.raises(RunError, match="4 times without a step between, the last time a peer did not come"):
+        elastic.judge([StepDropped("a peer did not come")])
+    recorder.close()
 
 
 def test_whose_fault_an_error_is(here: None) -> None:

@@ -132,6 +132,7 @@ class Elastic:
                 raise error
         fault = first_own_fault(errors)
         self.rounds += 1
+        last, self._last = self._last or in_words(errors[0]), ""  # nobody need be lost: a group may have failed to meet
         if fault is not None:
             self.failures += 1
             self.recorder.event(
@@ -142,7 +143,7 @@ class Elastic:
             assert fault is not None
             raise fault
         if self.rounds >= LOSSES_PER_FAILURE * most:
-            raise RunError(f"workers were lost {self.rounds} times without a step between, the last time {self._last}")
+            raise RunError(f"workers were lost {self.rounds} times without a step between, the last time {last}")
 
     def measure(self, receipts: list[Receipt]) -> None:
         """Learn trainers' speeds from an iteration's receipts, for their shares of the batch."""
