@@ -36,9 +36,9 @@ s/^    option httplog$/&\n    option http-buffer-request/
 # when nobody is there to answer, that is what is said (Ray turns it into a 500)
 s#^    errorfile .*##
 s#^    log global$#&\n    errorfile 503 {folder}/503.http#
-/^frontend http_frontend$/r {folder}/rules
+/^frontend http_frontend$/r {folder}/refusals
 """
-RULES = """# while everybody would be refused, that is done here: it costs the replicas nothing
+REFUSALS = """# while everybody would be refused, that is done here: it costs the replicas nothing
     http-request set-var(txn.now) date(0,ms)
     http-request set-var(txn.left) var(proc.full_until),sub(txn.now)
     acl asks path /v1/images/generations
@@ -97,7 +97,7 @@ def write_haproxy(folder: Path) -> Path:
     file = folder / "haproxy"
     (folder / "503.http").write_text(NOBODY, encoding="utf-8", newline="")
     (folder / "429.json").write_text(REFUSED, encoding="utf-8")
-    (folder / "rules").write_text(RULES.format(folder=folder, full=FULL), encoding="utf-8")
+    (folder / "refusals").write_text(REFUSALS.format(folder=folder, full=FULL), encoding="utf-8")
     (folder / "edits").write_text(EDITS.format(folder=folder), encoding="utf-8")
     script = SCRIPT.format(binary=shlex.quote(get_haproxy_binary()), folder=folder)
     file.write_text(script, encoding="utf-8")
