@@ -62,11 +62,20 @@ def add_node(cluster: Cluster, resources: dict[str, float]) -> Any:
 
 def kill_node(node: Any) -> None:
     """Have a node vanish: its raylet and all below it at once."""
+    _signal_node(node, signal.SIGKILL)
+
+
+def freeze_node(node: Any) -> None:
+    """Have a node fall silent, as one that lost its power does: no connection to it closes."""
+    _signal_node(node, signal.SIGSTOP)
+
+
+def _signal_node(node: Any, number: signal.Signals) -> None:
     (raylet,) = [info.process for info in node.all_processes["raylet"]]
     family = psutil.Process(raylet.pid)
     for process in [family, *family.children(recursive=True)]:
         try:
-            process.kill()
+            process.send_signal(number)
         except psutil.NoSuchProcess:
             pass
 

@@ -5,8 +5,24 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import held
 import pytest
-from disturbed import Story, add_node, assert_bits_of_the_reference, drain, kill_node, on_node, several_nodes
+import ray
+from disturbed import (
+    Story,
+    add_node,
+    assert_bits_of_the_reference,
+    drain,
+    freeze_node,
+    kill_node,
+    on_node,
+    several_nodes,
+)
+
+from raydmd.methods.fake import Fake
+from raydmd.methods.scorer import Scorer
+from raydmd.runtime.groups import TrainerGroup
+from raydmd.runtime.workers import PARTS
 
 BOTH = {"generator", "fake", "teacher"}
 LONG = ["iterations=[6, 100000]", "checkpoint.every=10"]
@@ -26,6 +42,7 @@ def room(kind: str = "") -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def nodes():
+    ray.cloudpickle.register_pickle_by_value(held)  # the workers do not have this file
     with several_nodes(room(), room()) as cluster:
         yield cluster
 
@@ -158,4 +175,44 @@ def test_work_leaves_a_draining_node(nodes: Any, quick: Any, prompts: Any, tmp_p
         story.go_on(5)
 
     story = Story(quick("ring", *workers(2, kind="-d")), tmp_path / "run", plot).run()
+    assert_bits_of_the_reference(story, prompts)
+
+
+def test_who_leaves_is_freed_of_a_silent_peer_and_hands_its_state_on(
+    nodes: Any, quick: Any, prompts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trainers leave at an edge while fake updates before it go on; then the node of those that stay falls silent."""
+    stays, leaves = add_node(nodes, room("-l")), add_node(nodes, room("-l"))
+    formed, form = [], TrainerGroup.form
+
+    def noted(group: TrainerGroup, members: list[Any]) -> Any:
+        formed.append((group.role, [member.identity.node for member in members]))
+        return form(group, members)
+
+    monkeypatch.setattr(TrainerGroup, "form", noted)
+
+    def plot(story: Story) -> None:
+        story.complete()
+        for method in ("update", "score"):
+            (tmp_path / f"hold-{method}").touch()
+        story.until(lambda: (tmp_path / "held-update").exists() and (tmp_path / "held-score").exists())
+        drain(nodes, leaves, seconds=600)
+        story.until(lambda: len(story.events("notice")) == 3)
+        formed.clear()
+        (tmp_path / "hold-score").unlink()
+        story.until(lambda: sorted(formed) == [("fake", [stays.node_id]), ("generator", [stays.node_id])])
+        freeze_node(stays)
+        (tmp_path / "hold-update").unlink()
+        story.until(lambda: len(story.events("worker-lost")) >= 3)
+        add_node(nodes, room("-l"))
+        story.until(lambda: story.events("recovered"))
+        (recovered,) = story.events("recovered")
+        assert (recovered["steps_lost"], recovered["how"]) == (0, "the survivors went on")
+        story.until(lambda: not on_node(leaves))
+        story.go_on(5)
+        assert {event["node"] for event in story.events("worker-lost")} == {stays.node_id}
+        kill_node(stays)
+
+    parts = {**PARTS, "fake": held.held(Fake, "update", tmp_path), "teacher": held.held(Scorer, "score", tmp_path)}
+    story = Story(quick("ring", *workers(2, kind="-l")), tmp_path / "run", plot, parts=parts).run()
     assert_bits_of_the_reference(story, prompts)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import held
 import pytest
 import ray
 from disturbed import Story, assert_bits_of_the_reference
@@ -32,7 +33,8 @@ from raydmd.runtime.workers import PARTS, WORKERS, make_part
 
 @pytest.fixture(scope="module")
 def here():
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not have this file
+    for module in (sys.modules[__name__], held):
+        ray.cloudpickle.register_pickle_by_value(module)  # the workers do not have these files
     ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
@@ -145,31 +147,6 @@ def test_a_worker_that_always_dies_ends_the_run(
     assert len(lost) == losses and all(event["role"] == role for event in lost)
 
 
-class Held:
-    """A fake that trains nothing while there is the file hold; it then writes its updates to the file held."""
-
-    def __init__(self, part: Fake, folder: str) -> None:
-        object.__setattr__(self, "part", part)
-        object.__setattr__(self, "folder", Path(folder))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.part, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.part, name, value)
-
-    def update(self, *arguments: Any) -> Any:
-        while (self.folder / "hold").exists():
-            (self.folder / "held.part").write_text(str(self.part.updates))
-            (self.folder / "held.part").rename(self.folder / "held")
-            time.sleep(0.01)
-        return self.part.update(*arguments)
-
-
-def make_held(folder: str, recipe: Any, device: str) -> Held:
-    return Held(make_part(Fake, recipe, device), folder)
-
-
 def test_a_lost_scorer_is_made_up_for_when_something_is_scored_without_it(
     here: None, quick: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,18 +162,18 @@ def test_a_lost_scorer_is_made_up_for_when_something_is_scored_without_it(
 
     def plot(story: Story) -> None:
         story.go_on(8)
-        (tmp_path / "hold").touch()
-        story.until(lambda: (tmp_path / "held").exists())
-        iteration = int((tmp_path / "held").read_text()) // recipe.method.fake_updates
+        (tmp_path / "hold-update").touch()
+        story.until(lambda: (tmp_path / "held-update").exists())
+        iteration = int((tmp_path / "held-update").read_text()) // recipe.method.fake_updates
         story.until(lambda: len(scored) == iteration + 1)
         story.kill("teacher")
         story.until(lambda: story.events("worker-lost", iteration=iteration))
-        (tmp_path / "hold").unlink()
+        (tmp_path / "hold-update").unlink()
         (recovered,) = story.lost_and_recovered(1)
         assert (recovered["iteration"], recovered["how"]) == (iteration + 1, "a new one took its micro-batches")
 
     recipe = quick("ring", "iterations=[6, 100000]")
-    Story(recipe, tmp_path / "run", plot, parts={**PARTS, "fake": partial(make_held, str(tmp_path))}).run()
+    Story(recipe, tmp_path / "run", plot, parts={**PARTS, "fake": held.held(Fake, "update", tmp_path)}).run()
 
 
 def test_a_worker_that_cannot_start_ends_the_run(here: None, quick: Any, tmp_path: Path) -> None:

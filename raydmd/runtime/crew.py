@@ -48,7 +48,8 @@ class Crew:
     """The workers of one role.
 
     Whenever fewer than the role's max are at work or on their way, more are asked for: Ray's autoscaler sees the
-    actors that wait. Those that come up are found in ``arrived`` until someone takes them in with `enlist`.
+    actors that wait. Those that come up are found in ``arrived`` until someone takes them in with `enlist`; those that
+    are to go are found in ``leavers`` until they have done their last work.
 
     Args:
         role: its name.
@@ -65,6 +66,7 @@ class Crew:
     changed: Callable[[], None] = lambda: None
     members: list[Member] = field(default_factory=list)
     arrived: list[Member] = field(default_factory=list)
+    leavers: list[Member] = field(default_factory=list)
     failure: BaseException | None = None
     trouble: BaseException | None = None
 
@@ -86,6 +88,11 @@ class Crew:
         return [member for member in (*self.members, *self.arrived) if member.leaving is None]
 
     @property
+    def everyone(self) -> list[Member]:
+        """All that are up."""
+        return [*self.members, *self.arrived, *self.leavers]
+
+    @property
     def coming(self) -> list[Any]:
         """Handles of workers that are not up yet."""
         return list(self._coming)
@@ -105,9 +112,14 @@ class Crew:
         self.members += newcomers
         return newcomers
 
+    def let_go(self, member: Member) -> None:
+        """Give a member no more work; what it has, it may finish."""
+        self.members.remove(member)
+        self.leavers.append(member)
+
     def strike(self, member: Member) -> None:
-        """Take out a member that is dead or has left, make sure that it is, and ask for another."""
-        for group in (self.members, self.arrived):
+        """Take out a worker that is dead or has left, make sure that it is, and ask for another."""
+        for group in (self.members, self.arrived, self.leavers):
             if member in group:
                 group.remove(member)
         ray.kill(member.actor)
@@ -118,7 +130,7 @@ class Crew:
         self._closed = True
         for task in self._coming.values():
             task.cancel()
-        for actor in (*self._coming, *(member.actor for member in (*self.members, *self.arrived))):
+        for actor in (*self._coming, *(member.actor for member in self.everyone)):
             ray.kill(actor)
 
     def _ask(self) -> None:

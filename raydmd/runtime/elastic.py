@@ -87,10 +87,10 @@ class Elastic:
     def lost(self, member: Member, error: BaseException | str) -> None:
         """Write down that a worker is gone, and ask for another."""
         crew = self.cluster.crews[member.role]
-        if member not in (*crew.members, *crew.arrived):
+        if member not in crew.everyone:
             return
         why = error if isinstance(error, str) else in_words(error)
-        loss = _Loss(member, time.monotonic())
+        loss = _Loss(member, time.monotonic(), "it was leaving" if member in crew.leavers else "")
         self._losses.append(loss)
         crew.strike(member)
         if member.role == "teacher":
@@ -174,8 +174,8 @@ class Elastic:
         joined = {crew.role: self.resizing.let_in(crew) for crew in self.cluster.crews.values()}
         best = {}
         for role in TRAINERS:
-            members = self.cluster.crews[role].members
-            best[role] = max((positions.get(m, Position(-1, 0)) for m in members), default=Position(-1, 0))
+            known = [positions[m] for m in self._with_state(role) if m in positions]
+            best[role] = max(known, default=Position(-1, 0))
         generator, fake = best["generator"], best["fake"]
         if self._agree(generator, fake):
             await self._rejoin(positions, best)
@@ -186,6 +186,9 @@ class Elastic:
         for role, newcomers in joined.items():
             if newcomers and self.progress.standing:
                 self.resizing.resized(self.cluster.crews[role], joined=newcomers)
+        for role in TRAINERS:
+            for member in list(self.cluster.crews[role].leavers):
+                self.cluster.crews[role].strike(member)  # what it had to give, it gave
         self.progress.standing, self.progress.scored = True, standing.iteration
         for loss in self._losses:
             loss.first = min(loss.first, standing.iteration)
@@ -194,21 +197,19 @@ class Elastic:
     async def _drop_steps(self) -> None:
         """Free everyone who waits for a peer, and have calls of the old formation refused."""
         for role in TRAINERS:
-            group, members = self.cluster.groups[role], self.cluster.crews[role].members
-            if members and group.formation:
-                actors = [member.actor for member in members]
+            group, actors = self.cluster.groups[role], [member.actor for member in self._with_state(role)]
+            if actors and group.formation:
                 await self.cluster.warden.ask.remote(actors, "drop", (group.formation,), ANSWER)
 
     async def _positions(self) -> dict[Member, Position]:
         """Ask every trainer where it stands, behind all calls that it still has; strike those who do not know."""
         found: dict[Member, Position] = {}
-        members = [member for role in TRAINERS for member in self.cluster.crews[role].members]
-        for member in list(members):
+        for member in [member for role in TRAINERS for member in self.cluster.crews[role].members]:
             if member.leaving is not None and self.resizing.must_go(member):
                 self.lost(member, "its node goes away")
-                members.remove(member)
-        answers = await asyncio.gather(*(m.actor.position.remote() for m in members), return_exceptions=True)
-        for member, answer in zip(members, answers, strict=True):
+        asked = [member for role in TRAINERS for member in self._with_state(role)]
+        answers = await asyncio.gather(*(m.actor.position.remote() for m in asked), return_exceptions=True)
+        for member, answer in zip(asked, answers, strict=True):
             if isinstance(answer, Position):
                 found[member] = answer
             elif isinstance(answer, Exception) and is_gone(answer):
@@ -258,10 +259,14 @@ class Elastic:
         for role in TRAINERS:
             members, at = self.cluster.crews[role].members, best[role]
             behind = [member for member in members if positions.get(member) != at]
-            donor = next(member for member in members if member not in behind)
+            donor = next(member for member in self._with_state(role) if positions.get(member) == at)
             waits += hand_over(donor, behind, at)
             waits += self.cluster.groups[role].form(members)
         await asyncio.gather(*waits)
+
+    def _with_state(self, role: str) -> list[Member]:
+        """Return a trained role's members, then those who are leaving it: they know the group's state, too."""
+        return [*self.cluster.crews[role].members, *self.cluster.crews[role].leavers]
 
     async def _rewind(self) -> Standing:
         """Put every trainer into the last manifest's state."""

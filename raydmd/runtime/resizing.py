@@ -73,7 +73,6 @@ class Resizing:
             waits += hand_over(donor, newcomers, at[role])
             waits += group.form([member for member in crew.members if member not in leavers])
             for member in leavers:
-                crew.members.remove(member)
                 self._retire(crew, member, list(waits))
             self._task(self._tell(crew, newcomers, leavers, list(waits)))
         return waits
@@ -121,10 +120,21 @@ class Resizing:
         )
 
     def _retire(self, crew: Crew, member: Member, after: list[ObjectRef]) -> None:
-        """End a worker once it has answered all its calls."""
+        """Let a worker go: it ends once it has answered all its calls and others stand where it does.
+
+        Args:
+            crew: its role's.
+            member: the worker.
+            after: calls by which the others come to stand there. If one fails, the worker's state may be the last of
+                its kind: it stays among the leavers until the cluster is mended.
+        """
+        crew.let_go(member)
 
         async def end() -> None:
-            await asyncio.gather(*after, return_exceptions=True)
+            try:
+                await asyncio.gather(*after)
+            except ray.exceptions.RayError:
+                return
             try:
                 if member.role == "teacher":
                     while self.cluster.scorers.holds(member):
@@ -178,7 +188,6 @@ class Resizing:
         for member in leavers:
             if stay:
                 self.cluster.scorers.remove(member)
-                crew.members.remove(member)
                 self._retire(crew, member, [])
                 self.resized(crew, left=[member])
 

@@ -71,7 +71,7 @@ class Watch:
         while True:
             await asyncio.sleep(EVERY)
             crews = self.elastic.cluster.crews.values()
-            members = [member for crew in crews for member in (*crew.members, *crew.arrived)]
+            members = [member for crew in crews for member in crew.everyone]
             actors = [member.actor for member in members]
             try:
                 pulses = await self.elastic.cluster.warden.ask.remote(actors, "pulse", (), EVERY)
