@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_folders import make_run
 
 import raydmd.runtime  # before Ray: what it starts here then listens on loopback only  # noqa: F401
 from raydmd.config import Recipe, load_recipe
@@ -64,3 +65,17 @@ def prompts(tmp_path_factory: pytest.TempPathFactory):
         return PromptTable(ensure_embedded_prompts(made, root), made.condition_columns)
 
     return table
+
+
+@pytest.fixture(scope="session")
+def served_runs(quick, prompts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs on digits: full experts, LoRA experts, and steps with fresh noise."""
+    root = tmp_path_factory.mktemp("runs")
+    more = {
+        "full": [],
+        "lora": ["method.experts.kind=lora", "method.experts.rank=4", "optimizer.generator.lr=0.01"],
+        "renoise": ["method.solver=renoise"],
+    }
+    for name, overrides in more.items():
+        make_run(quick("digits", *overrides), root / name, prompts("digits"))
+    return {name: root / name for name in more}

@@ -1,77 +1,31 @@
-"""Serving in one process: the same pictures however they are made, batches, cancellation, admission, newer weights."""
+"""Serving in one process: the same pictures however they are made, batches, cancellation, what is refused."""
 
 import asyncio
 import io
 import shutil
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from local_serving import Flaky, expected, pixels, run, serving
 from PIL import Image
 from run_folders import make_run
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from raydmd.config import Recipe
 from raydmd.errors import UserError
-from raydmd.folders import expert_file
-from raydmd.methods.sampling import sample_student
 from raydmd.models.experts import fuse_lora
 from raydmd.runs import Run
-from raydmd.serving import reload as reload_module
 from raydmd.serving import stage as stage_module
 from raydmd.serving.contract import Ask, BadAsk, Busy, Made, Step, Unavailable
 from raydmd.serving.local import local_pipeline
-from raydmd.serving.pipeline import TRIES, Lost, Pipeline, read_card, stages_of
-from raydmd.serving.reload import follow
-from raydmd.serving.settings import Serving, load_serving, parse_serving
-from raydmd.serving.stage import Engine, NoRevision, Parcel, Piece, Stage
-
-
-@pytest.fixture(scope="module")
-def runs(quick: Callable[..., Recipe], prompts: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs on digits: full experts, LoRA experts, and steps with fresh noise."""
-    root = tmp_path_factory.mktemp("runs")
-    more = {
-        "full": [],
-        "lora": ["method.experts.kind=lora", "method.experts.rank=4", "optimizer.generator.lr=0.01"],
-        "renoise": ["method.solver=renoise"],
-    }
-    for name, overrides in more.items():
-        make_run(quick("digits", *overrides), root / name, prompts("digits"))
-    return {name: root / name for name in more}
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    async def within() -> None:
-        await asyncio.wait_for(test(), 300)
-
-    asyncio.run(within())
-
-
-def serving(folder: Path, **settings: Any) -> Serving:
-    return parse_serving({"run": str(folder), **settings}, "test")
-
-
-def pixels(file: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(file))).astype(int)
-
-
-def expected(folder: Path, digit: int, seed: int, count: int) -> np.ndarray:
-    """Return what the run's own sampling makes, [count, 8, 8]."""
-    opened = Run(folder)
-    conditions = opened.family.conditions({"label": np.full(count, digit)})
-    made = sample_student(
-        opened.family, opened.experts(opened.teacher()), opened.trained_phases(), conditions, count,
-        seed=seed, solver=opened.recipe.method.solver,
-    )  # fmt: skip
-    return (opened.family.decode(made.latents)[:, 0] * 255).round().numpy().astype(int)
-
+from raydmd.serving.pipeline import TRIES, Pipeline, read_card, stages_of
+from raydmd.serving.settings import load_serving
+from raydmd.serving.stage import Engine, Stage
 
 WAYS = [
     {"layout": "colocated"},
@@ -82,11 +36,11 @@ WAYS = [
 
 
 @pytest.mark.parametrize("name", ["full", "lora", "renoise"])
-def test_a_seed_is_a_picture_alone_in_a_batch_and_in_any_layout(runs: dict[str, Path], name: str) -> None:
+def test_a_seed_is_a_picture_alone_in_a_batch_and_in_any_layout(served_runs: dict[str, Path], name: str) -> None:
     async def test() -> None:
-        want = expected(runs[name], 3, 11, 5)
+        want = expected(served_runs[name], 3, 11, 5)
         for way in WAYS:
-            pipeline = local_pipeline(serving(runs[name], **way))
+            pipeline = local_pipeline(serving(served_runs[name], **way))
             others = [pipeline.make(Ask(str(digit), 2, digit)) for digit in range(6)]
             made, alone, *_ = await asyncio.gather(
                 pipeline.make(Ask("3", 5, 11)), pipeline.make(Ask("3", 1, 11)), *others
@@ -101,8 +55,8 @@ def test_a_seed_is_a_picture_alone_in_a_batch_and_in_any_layout(runs: dict[str, 
     run(test)
 
 
-def test_fused_weights_are_the_adapters(runs: dict[str, Path]) -> None:
-    opened = Run(runs["lora"])
+def test_fused_weights_are_the_adapters(served_runs: dict[str, Path]) -> None:
+    opened = Run(served_runs["lora"])
     state, kind = load_file(opened.expert_file(1)), opened.recipe.method.experts
     x, t = torch.randn(4, 1, 8, 8), torch.full((4,), 0.3, dtype=torch.float64)
     labels = {"label": torch.arange(4)}
@@ -116,10 +70,10 @@ def test_fused_weights_are_the_adapters(runs: dict[str, Path]) -> None:
         fuse_lora(opened.teacher(), wrong, kind.rank, kind.alpha)
 
 
-def test_watching_says_each_step_and_ends_with_the_same(runs: dict[str, Path]) -> None:
+def test_watching_says_each_step_and_ends_with_the_same(served_runs: dict[str, Path]) -> None:
     async def test() -> None:
         for way in WAYS:
-            pipeline = local_pipeline(serving(runs["full"], teacher=True, **way))
+            pipeline = local_pipeline(serving(served_runs["full"], teacher=True, **way))
             *steps, made = [event async for event in pipeline.watch(Ask("4", 3, 1, previews=True))]
             assert isinstance(made, Made) and made.pictures == (await pipeline.make(Ask("4", 3, 1))).pictures
             plan = pipeline.card().steps
@@ -137,9 +91,9 @@ def test_watching_says_each_step_and_ends_with_the_same(runs: dict[str, Path]) -
     run(test)
 
 
-def test_requests_gather_in_batches_while_the_network_works(runs: dict[str, Path]) -> None:
+def test_requests_gather_in_batches_while_the_network_works(served_runs: dict[str, Path]) -> None:
     async def test() -> None:
-        pipeline = local_pipeline(serving(runs["full"], max_batch=8))
+        pipeline = local_pipeline(serving(served_runs["full"], max_batch=8))
         first = asyncio.create_task(pipeline.make(Ask("1")))
         made = await asyncio.gather(first, *(pipeline.make(Ask("1", seed=seed)) for seed in range(1, 13)))
         sizes = [each.batches["expert-1"] for each in made]
@@ -162,10 +116,10 @@ def held(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 
 def test_who_leaves_is_left_out_and_neighbours_do_not_notice(
-    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    served_runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test() -> None:
-        pipeline = local_pipeline(serving(runs["full"]))
+        pipeline = local_pipeline(serving(served_runs["full"]))
         stage: Any = pipeline.links["experts"]
         right = (await pipeline.make(Ask("7", seed=3))).pictures
         gate = held(stage, monkeypatch)
@@ -187,9 +141,9 @@ def test_who_leaves_is_left_out_and_neighbours_do_not_notice(
     run(test)
 
 
-def test_a_batch_that_nobody_waits_for_is_not_finished(runs: dict[str, Path]) -> None:
+def test_a_batch_that_nobody_waits_for_is_not_finished(served_runs: dict[str, Path]) -> None:
     async def test() -> None:
-        pipeline = local_pipeline(serving(runs["full"], teacher=True, teacher_steps=2000))
+        pipeline = local_pipeline(serving(served_runs["full"], teacher=True, teacher_steps=2000))
         seen = []
         async for event in pipeline.watch(Ask("7", 1, 3, "teacher")):
             seen.append(event)
@@ -205,10 +159,10 @@ def test_a_batch_that_nobody_waits_for_is_not_finished(runs: dict[str, Path]) ->
 
 
 def test_an_error_in_a_batch_is_said_to_its_requests_and_to_no_later_one(
-    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    served_runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test() -> None:
-        pipeline = local_pipeline(serving(runs["full"]))
+        pipeline = local_pipeline(serving(served_runs["full"]))
         with monkeypatch.context() as context:
             context.setattr(stage_module, "_do", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
@@ -226,9 +180,9 @@ def test_an_error_in_a_batch_is_said_to_its_requests_and_to_no_later_one(
         (Ask("1", output_format="mp4"), "output_format"),
     ],
 )  # fmt: skip
-def test_what_the_model_cannot_do_is_refused_by_name(runs: dict[str, Path], ask: Ask, param: str) -> None:
+def test_what_the_model_cannot_do_is_refused_by_name(served_runs: dict[str, Path], ask: Ask, param: str) -> None:
     async def test() -> None:
-        pipeline = local_pipeline(serving(runs["full"]))
+        pipeline = local_pipeline(serving(served_runs["full"]))
         with pytest.raises(BadAsk) as error:
             await pipeline.make(ask)
         assert error.value.param == param and pipeline.queued() == 0
@@ -237,9 +191,9 @@ def test_what_the_model_cannot_do_is_refused_by_name(runs: dict[str, Path], ask:
     run(test)
 
 
-def test_larger_sizes_and_other_formats(runs: dict[str, Path]) -> None:
+def test_larger_sizes_and_other_formats(served_runs: dict[str, Path]) -> None:
     async def test() -> None:
-        pipeline = local_pipeline(serving(runs["full"], sizes=[[64, 64]]))
+        pipeline = local_pipeline(serving(served_runs["full"], sizes=[[64, 64]]))
         small, large = [(await pipeline.make(Ask("5", size=size))).pictures[0] for size in ((8, 8), (64, 64))]
         assert (pixels(large)[::8, ::8] == pixels(small)).all() and pixels(large).shape == (64, 64)
         for output_format in ("jpeg", "webp"):
@@ -249,35 +203,9 @@ def test_larger_sizes_and_other_formats(runs: dict[str, Path]) -> None:
     run(test)
 
 
-class Flaky:
-    """A stage whose replica is lost on some calls; ``other`` answers the rest, if there is one."""
-
-    def __init__(self, stage: Stage, losses: int, other: Stage | None = None) -> None:
-        self.stage, self.losses, self.calls = stage, losses, 0
-        self.other = other or stage
-
-    async def run(self, parcel: Parcel) -> Piece:
-        self.calls += 1
-        if self.calls <= self.losses:
-            raise Lost("killed")
-        return await self.other.run(parcel)
-
-    async def watch(self, parcel: Parcel) -> Any:
-        self.calls += 1
-        seen = 0
-        async for event in (self.stage if self.calls <= self.losses else self.other).watch(parcel):
-            yield event
-            seen += 1
-            if self.calls <= self.losses and seen == 3:
-                raise Lost("killed")
-
-    async def preview(self, revision: str, latents: np.ndarray) -> tuple[bytes, ...]:
-        return await self.stage.preview(revision, latents)
-
-
-def test_what_a_lost_replica_had_is_made_anew(runs: dict[str, Path]) -> None:
+def test_what_a_lost_replica_had_is_made_anew(served_runs: dict[str, Path]) -> None:
     async def test() -> None:
-        settings = serving(runs["full"])
+        settings = serving(served_runs["full"])
         stage = Stage(settings, stages_of(settings, 2)["experts"])
         right = await Pipeline(settings, {"experts": stage}).make(Ask("2", 2, 5))
         flaky = Flaky(stage, 2)
@@ -293,11 +221,15 @@ def test_what_a_lost_replica_had_is_made_anew(runs: dict[str, Path]) -> None:
     run(test)
 
 
-def test_one_of_several_replicas_does_not_refuse_for_the_others(runs: dict[str, Path]) -> None:
+def test_one_of_several_replicas_does_not_refuse_for_the_others(served_runs: dict[str, Path]) -> None:
     async def test() -> None:
         for replicas in (1, 2):
             settings = serving(
-                runs["full"], teacher=True, teacher_steps=200_000, queue_samples=9, stages={"api": {"max": replicas}}
+                served_runs["full"],
+                teacher=True,
+                teacher_steps=200_000,
+                queue_samples=9,
+                stages={"api": {"max": replicas}},
             )
             pipeline = local_pipeline(settings)
             leaver = asyncio.create_task(pipeline.make(Ask("7", maker="teacher")))  # somebody is always inside
@@ -315,219 +247,34 @@ def test_one_of_several_replicas_does_not_refuse_for_the_others(runs: dict[str, 
     run(test)
 
 
-def newer(folder: Path, factor: float) -> None:
-    """Change a run's experts in place, as a longer training would."""
-    for index in (0, 1):
-        state = load_file(expert_file(folder, index))
-        part = expert_file(folder, index).with_suffix(".part")
-        save_file({name: (value * factor).contiguous() for name, value in state.items()}, part)
-        part.replace(expert_file(folder, index))
-
-
-def test_what_a_lost_replica_had_is_made_anew_by_the_same_weights(runs: dict[str, Path], tmp_path: Path) -> None:
-    async def test() -> None:
-        folder = tmp_path / "run"
-        shutil.copytree(runs["full"], folder)
-        settings = serving(folder)
-        stage = Stage(settings, stages_of(settings, 2)["experts"])
-        flaky = Flaky(stage, 1)
-        pipeline = Pipeline(settings, {"experts": flaky})
-        newer(folder, 1.1)
-        newest = await stage.refresh()
-        assert await pipeline.refresh() == newest and len(stage.revisions) == 2
-        *steps, right = [e async for e in Pipeline(settings, {"experts": stage}).watch(Ask("2", 2, 5, previews=True))]
-        made = await pipeline.make(Ask("2", 2, 5))
-        assert flaky.calls == 2 and made.revision == newest
-        assert isinstance(right, Made) and made.pictures == right.pictures
-        flaky.calls = 0
-        *again, last = [e async for e in pipeline.watch(Ask("2", 2, 5, previews=True))]
-        assert flaky.calls == 2 and isinstance(last, Made) and (last.revision, last.pictures) == (newest, made.pictures)
-        assert shown(again) == shown(steps)
-
-    run(test)
-
-
-def shown(steps: list[Any]) -> list[tuple[int, tuple[bytes, ...]]]:
-    return [(step.number, step.pictures) for step in steps]
-
-
-def test_a_stream_that_goes_over_to_other_weights_says_all_steps_anew(runs: dict[str, Path], tmp_path: Path) -> None:
-    async def test() -> None:
-        folder = tmp_path / "run"
-        shutil.copytree(runs["full"], folder)
-        settings = serving(folder)
-        stage, behind = (Stage(settings, stages_of(settings, 2)["experts"]) for _ in range(2))
-        pipeline = Pipeline(settings, {"experts": behind})
-        *old, before = [event async for event in pipeline.watch(Ask("2", 2, 5, previews=True))]
-        pipeline.links = {"experts": Flaky(stage, 1, behind)}
-        newer(folder, 1.1)
-        assert await stage.refresh() == await pipeline.refresh()
-        *steps, made = [event async for event in pipeline.watch(Ask("2", 2, 5, previews=True))]
-        assert isinstance(made, Made) and isinstance(before, Made)
-        assert (made.revision, made.pictures) == (before.revision, before.pictures)
-        assert [number for number, _ in shown(steps)] == [1, 2, 3, 1, 2, 3, 4] and shown(steps)[3:] == shown(old)
-
-    run(test)
-
-
-def test_newer_weights_are_taken_over_while_requests_go_on(runs: dict[str, Path], tmp_path: Path) -> None:
-    async def test() -> None:
-        folder = tmp_path / "run"
-        shutil.copytree(runs["full"], folder)
-        settings = serving(folder, layout="pipelined", reload_seconds=0.05)
-        pipeline = local_pipeline(settings)
-        stages: list[Any] = [pipeline.links["expert-1"], pipeline.links["expert-2"]]
-        old = await pipeline.make(Ask("6", 2, 8))
-        followers = [asyncio.create_task(follow(settings, old.revision, each.refresh)) for each in (pipeline, *stages)]
-        newer(folder, 1.1)
-        right = await local_pipeline(settings).make(Ask("6", 2, 8))
-        seen: list[Made] = []
-        while not seen or seen[-1].revision == old.revision:
-            seen.append(await pipeline.make(Ask("6", 2, 8)))
-        assert seen[-1].revision == right.revision != old.revision
-        by_revision = {each.revision: each.pictures for each in seen}
-        assert by_revision.get(old.revision, old.pictures) == old.pictures  # never a mixture of the two
-        assert by_revision[right.revision] == right.pictures != old.pictures
-        for follower in followers:
-            follower.cancel()
-
-    run(test)
-
-
-def test_what_cannot_be_taken_over_leaves_the_present_weights(
-    runs: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def test() -> None:
-        folder = tmp_path / "run"
-        shutil.copytree(runs["full"], folder)
-        settings = serving(folder, reload_seconds=0.02)
-        pipeline = local_pipeline(settings)
-        stage: Any = pipeline.links["experts"]
-        old = await pipeline.make(Ask("6", 2, 8))
-        follower = asyncio.create_task(follow(settings, old.revision, stage.refresh))
-        expert_file(folder, 1).write_bytes(b"not weights")
-        while "not taken over" not in caplog.text:
-            await asyncio.sleep(0.01)
-        assert stage.revisions == [old.revision]
-        assert (await pipeline.make(Ask("6", 2, 8))).pictures == old.pictures
-        with pytest.raises(NoRevision):
-            await stage.run(Parcel("another", "6", 0, 0, 1, (1, 8, 8), None, "png"))
-        follower.cancel()
-
-    run(test)
-
-
-def test_what_could_not_be_taken_over_is_tried_again(
-    runs: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looks, tries = 0, []
-    look = reload_module._revision
-
-    def counted(folder: str) -> str | None:
-        nonlocal looks
-        looks += 1
-        return look(folder)
-
-    monkeypatch.setattr(reload_module, "_revision", counted)
-
-    async def test() -> None:
-        folder = tmp_path / "run"
-        shutil.copytree(runs["full"], folder)
-        settings, done = serving(folder, reload_seconds=0.001), asyncio.Event()
-        stage = Stage(settings, ("expert-1",))
-        (old,) = stage.revisions
-
-        async def refresh() -> str:
-            tries.append(looks)
-            if len(tries) < 5:
-                raise torch.OutOfMemoryError("no room yet")
-            done.set()
-            return await stage.refresh()
-
-        newer(folder, 1.1)
-        follower = asyncio.create_task(follow(settings, old, refresh))
-        await done.wait()
-        seen = looks
-        while looks < seen + 3:
-            await asyncio.sleep(0)
-        follower.cancel()
-        assert stage.revisions == [old, Run(folder).revision()]
-
-    run(test)
-    assert [later - earlier for earlier, later in pairwise(tries)] == [2, 3, 5, 9]
-    assert caplog.text.count("no room yet") == 1
-
-
-def test_the_oldest_weights_make_room_before_the_newest_are_loaded(
-    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def test() -> None:
-        folder = tmp_path / "run"
-        shutil.copytree(runs["full"], folder)
-        stage, held, load = Stage(serving(folder), ("expert-1",)), [], Engine.__init__
-
-        def loaded(*arguments: Any) -> None:
-            held.append(stage.revisions)
-            load(*arguments)
-
-        monkeypatch.setattr(Engine, "__init__", loaded)
-        revisions = stage.revisions
-        for _ in range(3):
-            newer(folder, 1.1)
-            revisions.append(await stage.refresh())
-        assert held == [[revision] for revision in revisions[:3]] and stage.revisions == revisions[2:]
-        expert_file(folder, 0).write_bytes(b"not weights")
-        with pytest.raises(Exception, match="header"):
-            await stage.refresh()
-        assert stage.revisions == revisions[3:]  # the present ones
-
-    run(test)
-
-
-def test_a_link_may_be_pointed_at_another_run(runs: dict[str, Path], tmp_path: Path) -> None:
-    async def test() -> None:
-        link = tmp_path / "current"
-        link.symlink_to(runs["full"])
-        pipeline = local_pipeline(serving(link))
-        old = pipeline.card().revision
-        link.unlink()
-        link.symlink_to(runs["renoise"])
-        stage: Any = pipeline.links["experts"]
-        assert await stage.refresh() == await pipeline.refresh() != old
-        want = expected(runs["renoise"], 1, 2, 1)
-        assert abs(pixels((await pipeline.make(Ask("1", 1, 2))).pictures[0]) - want[0]).max() <= 1
-
-    run(test)
-
-
-def test_a_card_says_what_is_served(runs: dict[str, Path]) -> None:
-    card = read_card(serving(runs["lora"], teacher=True, sizes=[[16, 16]], name="mine"))
+def test_a_card_says_what_is_served(served_runs: dict[str, Path]) -> None:
+    card = read_card(serving(served_runs["lora"], teacher=True, sizes=[[16, 16]], name="mine"))
     assert (card.name, card.kind, card.family, card.sizes) == ("mine", "image", "digits", ((8, 8), (16, 16)))
     assert card.prompts == tuple("0123456789") and card.teacher_steps == 25 and card.guidance_scale == 1.5
     assert len(card.steps) == 4 and card.steps[0].t == 1.0 and card.steps[-1].t_next == 0.0
 
 
-def test_only_the_experts_of_a_stage_are_loaded(runs: dict[str, Path]) -> None:
-    engine = Engine(serving(runs["full"], layout="pipelined"), ("expert-2", "decode"))
+def test_only_the_experts_of_a_stage_are_loaded(served_runs: dict[str, Path]) -> None:
+    engine = Engine(serving(served_runs["full"], layout="pipelined"), ("expert-2", "decode"))
     assert list(engine.walks) == ["expert-2"] and engine.encoder is None and engine.decoder is not None
     with pytest.raises(UserError, match="has 2 experts; 3 are served here"):
-        Engine(serving(runs["full"]), ("expert-3",))
+        Engine(serving(served_runs["full"]), ("expert-3",))
 
 
 def test_runs_that_cannot_be_served_are_refused(
-    runs: dict[str, Path], quick: Callable[..., Recipe], prompts: Any, tmp_path: Path
+    served_runs: dict[str, Path], quick: Callable[..., Recipe], prompts: Any, tmp_path: Path
 ) -> None:
     make_run(quick("ring"), tmp_path / "ring", prompts("ring"))
     with pytest.raises(UserError, match="points in the plane"):
         read_card(serving(tmp_path / "ring"))
-    shutil.copytree(runs["full"], tmp_path / "half")
+    shutil.copytree(served_runs["full"], tmp_path / "half")
     shutil.rmtree(tmp_path / "half" / "experts" / "phase-2")
     with pytest.raises(UserError, match="1 of 2 phases"):
         read_card(serving(tmp_path / "half"))
     with pytest.raises(UserError, match="no run in"):
         read_card(serving(tmp_path / "nothing"))
     with pytest.raises(UserError, match="8x8 pixels"):
-        read_card(serving(runs["full"], sizes=[[12, 12]]))
+        read_card(serving(served_runs["full"], sizes=[[12, 12]]))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,68 @@
+"""A pipeline in the test's own process, what its pictures are to be, and a stage whose replicas are lost."""
+
+import asyncio
+import io
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from raydmd.methods.sampling import sample_student
+from raydmd.runs import Run
+from raydmd.serving.pipeline import Lost
+from raydmd.serving.settings import Serving, parse_serving
+from raydmd.serving.stage import Parcel, Piece, Stage
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    async def within() -> None:
+        await asyncio.wait_for(test(), 300)
+
+    asyncio.run(within())
+
+
+def serving(folder: Path, **settings: Any) -> Serving:
+    return parse_serving({"run": str(folder), **settings}, "test")
+
+
+def pixels(file: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(file))).astype(int)
+
+
+def expected(folder: Path, digit: int, seed: int, count: int) -> np.ndarray:
+    """Return what the run's own sampling makes, [count, 8, 8]."""
+    opened = Run(folder)
+    conditions = opened.family.conditions({"label": np.full(count, digit)})
+    made = sample_student(
+        opened.family, opened.experts(opened.teacher()), opened.trained_phases(), conditions, count,
+        seed=seed, solver=opened.recipe.method.solver,
+    )  # fmt: skip
+    return (opened.family.decode(made.latents)[:, 0] * 255).round().numpy().astype(int)
+
+
+class Flaky:
+    """A stage whose replica is lost on some calls; ``other`` answers the rest, if there is one."""
+
+    def __init__(self, stage: Stage, losses: int, other: Stage | None = None) -> None:
+        self.stage, self.losses, self.calls = stage, losses, 0
+        self.other = other or stage
+
+    async def run(self, parcel: Parcel) -> Piece:
+        self.calls += 1
+        if self.calls <= self.losses:
+            raise Lost("killed")
+        return await self.other.run(parcel)
+
+    async def watch(self, parcel: Parcel) -> Any:
+        self.calls += 1
+        seen = 0
+        async for event in (self.stage if self.calls <= self.losses else self.other).watch(parcel):
+            yield event
+            seen += 1
+            if self.calls <= self.losses and seen == 3:
+                raise Lost("killed")
+
+    async def preview(self, revision: str, latents: np.ndarray) -> tuple[bytes, ...]:
+        return await self.stage.preview(revision, latents)
