@@ -7,7 +7,8 @@ and the posterior mean of x_s. Coefficients are float64; tensors keep their own 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,8 +25,16 @@ Time = float | Tensor
 """A time in [0, t_max]: a number, or a tensor [B] with one for each sample."""
 
 
-def broadcast(c: Tensor, like: Tensor) -> Tensor:
-    """Give a coefficient ([] or [B]) the trailing axes, the dtype and the device of `like` ([B, ...])."""
+C = TypeVar("C", float, Tensor)
+
+
+def broadcast(c: C, like: Tensor) -> C:
+    """Give a coefficient ([] or [B]) the trailing axes, the dtype and the device of `like` ([B, ...]).
+
+    A number stays one: what it is multiplied by gives it its dtype, and nothing is copied to a GPU.
+    """
+    if isinstance(c, float):
+        return c
     return c.to(device=like.device, dtype=like.dtype).reshape(c.shape + (1,) * (like.ndim - c.ndim))
 
 
@@ -36,6 +45,11 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def _float64(t: Time) -> Tensor:
     return torch.as_tensor(t, dtype=torch.float64)
+
+
+@lru_cache(maxsize=4096)
+def _numbers(schedule: "Schedule", t: float) -> tuple[float, float]:
+    return float(schedule.alpha(t)), float(schedule.sigma(t))
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,10 @@ class Schedule(ABC):
     @abstractmethod
     def sigma(self, t: Time) -> Tensor:
         """The noise's coefficient, float64, of t's shape."""
+
+    def coefficients(self, t: Time) -> tuple[Any, Any]:
+        """Alpha and sigma: numbers at a number (computed once: samplers ask at few times), else tensors as t."""
+        return (self.alpha(t), self.sigma(t)) if isinstance(t, Tensor) else _numbers(self, t)
 
     def snr(self, t: Time) -> Tensor:
         """The signal-to-noise ratio (alpha_t / sigma_t)^2, float64; infinite at t = 0."""
@@ -87,14 +105,14 @@ class Schedule(ABC):
         Half-precision input is worked in float32. Raises ValueError for an unknown source.
         """
         x, p = at_least_float32(x_t), at_least_float32(prediction)
-        alpha, sigma = self.alpha(t), self.sigma(t)
+        alpha, sigma = self.coefficients(t)
         a, s = broadcast(alpha, x), broadcast(sigma, x)
         match source:
             case "flow":
                 total = broadcast(alpha + sigma, x)
                 x0, eps = (x - s * p) / total, (x + a * p) / total
             case "v":
-                total = broadcast(alpha.square() + sigma.square(), x)
+                total = broadcast(alpha * alpha + sigma * sigma, x)
                 x0, eps = (a * x - s * p) / total, (s * x + a * p) / total
             case "eps":
                 x0, eps = (x - s * p) / a, p

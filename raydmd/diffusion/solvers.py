@@ -16,7 +16,8 @@ def euler_step(schedule: Schedule, prediction: Tensor, x_t: Tensor, t: Time, t_n
     It is DDIM's step, and for rectified flow Euler's on the flow, x_t + (t_next - t) v. t_next may be 0.
     """
     x0, eps = schedule.denoised_pair(at_least_float32(prediction), x_t, t, source)
-    x_next = broadcast(schedule.alpha(t_next), x0) * x0 + broadcast(schedule.sigma(t_next), x0) * eps
+    alpha, sigma = schedule.coefficients(t_next)
+    x_next = broadcast(alpha, x0) * x0 + broadcast(sigma, x0) * eps
     return x_next.to(x_t.dtype)
 
 

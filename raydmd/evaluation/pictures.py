@@ -27,7 +27,11 @@ BLUE = "#2f6fde"
 def to_image(picture: Pictures) -> Image.Image:
     """Return one picture [1 or 3, H, W] in [0, 1] as an 8-bit image; values outside are clipped, NaN is black."""
     values = np.nan_to_num(np.asarray(picture, dtype=np.float64), nan=0.0)
-    pixels = np.rint(values.clip(0.0, 1.0) * 255).astype(np.uint8)
+    return from_pixels(np.rint(values.clip(0.0, 1.0) * 255).astype(np.uint8))
+
+
+def from_pixels(pixels: np.ndarray) -> Image.Image:
+    """Return one picture [1 or 3, H, W], uint8, as an image."""
     if pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
         raise ValueError(f"a picture is [1 or 3, H, W], not {list(pixels.shape)}")
     return Image.fromarray(pixels[0] if pixels.shape[0] == 1 else pixels.transpose(1, 2, 0))

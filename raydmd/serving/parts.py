@@ -19,7 +19,7 @@ from raydmd.diffusion.random import normal
 from raydmd.diffusion.solvers import euler_step, renoise_step
 from raydmd.diffusion.times import step_grid
 from raydmd.errors import UserError
-from raydmd.evaluation.pictures import to_image
+from raydmd.evaluation.pictures import from_pixels
 from raydmd.evaluation.prompts import from_text, own_prompts
 from raydmd.methods.phase import Phase
 from raydmd.methods.rollout import renoise_key
@@ -205,7 +205,7 @@ class Decoder:
 
     def file(self, frames: np.ndarray, size: Size | None, output_format: Format) -> bytes:
         """Return frames [F, 1 or 3, H, W], uint8, as a file; enlarged without smoothing where they are smaller."""
-        images = [to_image(frame.astype(np.float64) / 255) for frame in frames]
+        images = [from_pixels(frame) for frame in frames]
         if size is not None and images[0].size != size:
             images = [image.resize(size, Image.Resampling.NEAREST) for image in images]
         return video(images, self.fps) if output_format == "mp4" else picture(images[0], output_format)
