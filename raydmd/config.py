@@ -152,7 +152,7 @@ class Prompts(Section):
 
     path: str | None = Field(None, description="Parquet; null: those that ship with the embedded family")
     cache_mb: NonNegative = Field(256, description="encoded prompts are kept when they fit in this much memory")
-    encoders: Positive = Field(1, description="actors that encode prompts")
+    encoders: Positive = Field(1, description="actors that encode prompts where they do not fit")
 
 
 class Role(Section):

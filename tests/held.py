@@ -1,5 +1,6 @@
 """A role's part that is held at one method while there is a file: a moment of a run, for as long as a test needs it."""
 
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -11,13 +12,12 @@ from raydmd.runtime.workers import Factory, make_part
 class Held:
     """A part whose ``method`` waits while there is the file hold-<method>; it then writes the file held-<method>.
 
-    What it writes is the number of updates that the part has made, for one that is trained.
+    What it writes, and at each call to at-<method>, is the number of updates that the part has made, if it is trained.
     """
 
     def __init__(self, part: Any, method: str, folder: str) -> None:
         object.__setattr__(self, "part", part)
-        object.__setattr__(self, "hold", Path(folder, f"hold-{method}"))
-        object.__setattr__(self, "held", Path(folder, f"held-{method}"))
+        object.__setattr__(self, "folder", Path(folder))
         object.__setattr__(self, method, partial(self.call, method))
 
     def __getattr__(self, name: str) -> Any:
@@ -27,12 +27,16 @@ class Held:
         setattr(self.part, name, value)
 
     def call(self, method: str, *arguments: Any) -> Any:
-        while self.hold.exists():
-            whole = self.held.with_suffix(f".{id(self)}")
-            whole.write_text(str(getattr(self.part, "updates", "")))
-            whole.rename(self.held)
+        self.tell(f"at-{method}")
+        while (self.folder / f"hold-{method}").exists():
+            self.tell(f"held-{method}")
             time.sleep(0.01)
         return getattr(self.part, method)(*arguments)
+
+    def tell(self, name: str) -> None:
+        whole = self.folder / f"{name}.{os.getpid()}"
+        whole.write_text(str(getattr(self.part, "updates", "")))
+        whole.rename(self.folder / name)
 
 
 def _make(kind: type, method: str, folder: str, recipe: Any, device: str) -> Held:

@@ -20,6 +20,7 @@ from disturbed import (
 )
 
 from raydmd.methods.fake import Fake
+from raydmd.methods.generator import Generator
 from raydmd.methods.scorer import Scorer
 from raydmd.runtime.groups import TrainerGroup
 from raydmd.runtime.workers import PARTS
@@ -176,6 +177,41 @@ def test_work_leaves_a_draining_node(nodes: Any, quick: Any, prompts: Any, tmp_p
 
     story = Story(quick("ring", *workers(2, kind="-d")), tmp_path / "run", plot).run()
     assert_bits_of_the_reference(story, prompts)
+
+
+def test_a_fake_score_that_is_ahead_on_stale_rollouts_is_no_reason_to_go_back(
+    nodes: Any, quick: Any, tmp_path: Path
+) -> None:
+    """The generator's update is held while the fake score trains on the next iteration's; then a generator is lost."""
+    for role in ("fake", "generator"):
+        (tmp_path / role).mkdir()
+
+    def plot(story: Story) -> None:
+        story.go_on(12)
+        (tmp_path / "generator/hold-update").touch()
+        story.until(lambda: (tmp_path / "generator/held-update").exists())
+        iteration = int((tmp_path / "generator/held-update").read_text())
+        ahead = (iteration + 2) * recipe.method.fake_updates - 1
+        story.until(lambda: int((tmp_path / "fake/at-update").read_text()) >= ahead)
+        story.kill("generator")
+        story.until(lambda: story.events("worker-lost"))
+        (tmp_path / "generator/hold-update").unlink()
+        (recovered,) = story.lost_and_recovered(1)
+        assert (recovered["steps_lost"], recovered["how"]) == (0, "the survivors went on")
+        assert recovered["iteration"] == iteration
+        story.until(lambda: story.events("checkpoint", iteration=40))
+        story.go_on(3)
+
+    recipe = quick("ring", *workers(2, "checkpoint.every=40", "runtime.max_staleness=1", "runtime.fake.max_workers=1"))
+    parts = {
+        **PARTS,
+        "fake": held.held(Fake, "update", tmp_path / "fake"),
+        "generator": held.held(Generator, "update", tmp_path / "generator"),
+    }
+    story = Story(recipe, tmp_path / "run", plot, parts=parts).run()
+    lines = story.lines()
+    assert [line["iteration"] for line in lines] == list(range(len(lines)))
+    assert [line["staleness"] for line in lines[-4:]].count(1) >= 3
 
 
 def test_who_leaves_is_freed_of_a_silent_peer_and_hands_its_state_on(

@@ -150,19 +150,27 @@ def test_large_networks_with_embedded_prompts(nodes: dict[str, str], tmp_path: P
     assert_same_bits(tmp_path / "run", run_large(recipe).experts)
 
 
-def test_prompts_too_large_to_keep_are_streamed_in_the_files_order(
-    nodes: dict[str, str], quick, tmp_path: Path
+@pytest.mark.parametrize("cache_mb", [0, 256])
+def test_prompts_are_in_the_files_order_streamed_or_kept(
+    nodes: dict[str, str], quick, tmp_path: Path, cache_mb: int
 ) -> None:
+    """Only what is too large to keep is encoded by actors of Ray Data."""
     labels = (np.arange(40) ** 2 % 10).astype(np.int64)
     path = write_prompts(tmp_path / "labels.parquet", {"other": np.zeros(40), "label": labels})
-    recipe = quick("digits", "prompts.cache_mb=0")
+    recipe, before = quick("digits", f"prompts.cache_mb={cache_mb}"), encoders()
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     stream = ray.remote(PromptStream).options(num_cpus=0, scheduling_strategy=here).remote(recipe, f"local://{path}")
     assert ray.get(stream.ready.remote()) == "40 prompts"
     for start, count in ((13, 20), (33, 9), (42, 4)):  # from the middle, over the end, on
         expected = labels[np.arange(start, start + count) % 40]
         assert ray.get(stream.rows.remote(start, count))["label"].tolist() == expected.tolist()
+    assert (encoders() > before) == (cache_mb == 0)
     ray.kill(stream)
+
+
+def encoders() -> int:
+    """How many actors Ray Data has started so far to encode prompts."""
+    return sum("MapWorker" in actor["ActorClassName"] for actor in ray._private.state.actors().values())
 
 
 def test_recoveries_and_previews_do_not_read_a_large_set_again(nodes: dict[str, str], quick, tmp_path: Path) -> None:

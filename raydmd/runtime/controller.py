@@ -163,18 +163,19 @@ class Controller:
         """One iteration, or what is left of it: the algorithm."""
         generators, fakes, scorers = self.cluster.generators, self.cluster.fakes, self.cluster.scorers
         first, last = n * self.recipe.method.fake_updates, (n + 1) * self.recipe.method.fake_updates
+        scored_at = max(last, self._fake_updates)  # ahead only where stale rollouts were trained on before a loss
         self._roll_out_up_to(min(n + self.recipe.runtime.max_staleness, self._edge(n) - 1))
         for update, rollout in self._rollouts.pop(n).items():
             self._note(n, fakes.consume("update", first + update, inputs=[rollout.results]))
         proposal = self._note(n, generators.produce("propose", n, inputs=self._draw(n, last - first)))
-        generated = self._note(n, fakes.produce("score", last, inputs=proposal.results))
+        generated = self._note(n, fakes.produce("score", scored_at, inputs=proposal.results))
         self._prepare(phase, n + 1)
         await asyncio.gather(*proposal.receipts)
         real = self._note(n, await scorers.map("score", [(result,) for result in proposal.results]))
         self.elastic.progress.scored = n + 1
         self._note(n, generators.consume("update", n, inputs=[real.results, generated.results]))
         self._commits.put_nowait((phase.index, n))
-        self.next, self._fake_updates = n + 1, last
+        self.next, self._fake_updates = n + 1, scored_at
         self._prompts.pop(n)
         if n + 1 < self.ends[-1]:
             self._draw(n + 1, 0)  # ask ahead
@@ -251,7 +252,7 @@ class Controller:
         States that wait for the archivist fill the object store: while it writes one, what ``may_wait`` is left to a
         later edge. What may not wait is handed over at once, so that the archivist has it when its worker is gone.
         """
-        n, updates = self.next, self.recipe.method.fake_updates
+        n, fakes = self.next, self._fake_updates
         if self._checkpointed is not None and self._checkpointed[0] == n:
             return self._checkpointed[1]
         if may_wait and self._checkpointed is not None and not self._checkpointed[1].done():
@@ -261,13 +262,13 @@ class Controller:
             iteration=n,
             phase=phase,
             generator_version=n,
-            fake_version=n * updates,
-            cursor=n * (updates + 1) * self.recipe.batch.size,
+            fake_version=fakes,
+            cursor=n * (self.recipe.method.fake_updates + 1) * self.recipe.batch.size,
             seed=self.recipe.seed,
             experts=self.experts,
         )
         groups = {} if n in self.ends else self.cluster.groups
-        at = {"generator": n, "fake": n * updates}
+        at = {"generator": n, "fake": fakes}
         states = [group.one("state", at[role]) for role, group in groups.items()]
         self.elastic.progress.owes_checkpoint = False
 

@@ -245,13 +245,14 @@ class Elastic:
         return len(crew.members) + len(crew.arrived) < crew.settings.min_workers
 
     def _agree(self, generator: Position, fake: Position) -> bool:
-        """Whether these two can be of one run: the fake is between the generator's version and the next."""
-        first = generator.updates * self.recipe.method.fake_updates
+        """Whether these two can be of one run: the fake is at most an iteration, and what is stale, ahead."""
+        updates, ahead = self.recipe.method.fake_updates, 1 + self.recipe.runtime.max_staleness
+        first = generator.updates * updates
         if generator.phase < 0 or fake.phase < 0:
             return False
         if generator.phase != fake.phase:
             return fake.updates == first  # at a phase's edge
-        return first <= fake.updates <= first + self.recipe.method.fake_updates
+        return first <= fake.updates <= first + ahead * updates
 
     async def _rejoin(self, positions: dict[Member, Position], best: dict[str, Position]) -> None:
         """Give those who are behind a survivor's state, and form the groups."""
@@ -274,7 +275,7 @@ class Elastic:
         for words in skipped:
             self.recorder.say(words)
         iteration, phase, experts = (manifest.iteration, manifest.phase, manifest.experts) if manifest else (0, 0, 0)
-        fakes = iteration * self.recipe.method.fake_updates
+        fakes = manifest.fake_version if manifest else 0
         kept = [shards[f"expert-{index}"] for index in range(experts)]
         waits: list[ObjectRef] = []
         for role, updates, more in (("generator", iteration, [None, *kept]), ("fake", fakes, [])):

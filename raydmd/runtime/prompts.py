@@ -17,7 +17,7 @@ KEPT = 3  # iterations: after a loss the one before the one under way may be tak
 
 
 class Encoder:
-    """Turns Parquet columns into condition arrays; an actor of Ray Data's pool."""
+    """Turns Parquet columns into condition arrays; for large sets an actor of Ray Data's pool."""
 
     def __init__(self, family: Family, path: str) -> None:
         self.family, self.path = family, path
@@ -31,9 +31,10 @@ class Encoder:
 class PromptStream:
     """An actor that hands out the conditions of every micro-batch of an iteration, in order.
 
-    Rows stay in the file's order. Encoded prompts that fit in ``prompts.cache_mb`` are kept after the first pass;
-    larger sets are streamed and encoded anew each pass. A stream goes forward only, and to begin it anew reads all
-    rows before: so what a recovery asks for again is kept, and the previews' rows are read beside the stream, once.
+    Rows stay in the file's order. Encoded prompts that fit in ``prompts.cache_mb`` are encoded here and kept;
+    larger sets are streamed and encoded anew each pass, by actors of their own. A stream goes forward only, and to
+    begin it anew reads all rows before: so what a recovery asks for again is kept, and the previews' rows are read
+    beside the stream, once.
     """
 
     def __init__(self, recipe: Recipe, path: str) -> None:
@@ -49,13 +50,15 @@ class PromptStream:
         self.cache: dict[str, np.ndarray] | None = {} if not columns else None
         self._fits = not columns
         if columns:
-            first = Encoder(self.family, path)(dataset.take_batch(1, batch_format="pyarrow"))
+            self._encode = Encoder(self.family, path)
+            first = self._encode(dataset.take_batch(1, batch_format="pyarrow"))
             each = sum(value.nbytes for value in first.values())
             self._fits = each * self.total <= recipe.prompts.cache_mb * 2**20
-            dataset = dataset.map_batches(
-                Encoder, fn_constructor_args=(self.family, path), concurrency=recipe.prompts.encoders, num_cpus=0.1,
-                batch_size=max(self.micro, 256), batch_format="pyarrow",
-            )  # fmt: skip
+            if not self._fits:
+                dataset = dataset.map_batches(
+                    Encoder, fn_constructor_args=(self.family, path), concurrency=recipe.prompts.encoders, num_cpus=0.1,
+                    batch_size=max(self.micro, 256), batch_format="pyarrow",
+                )  # fmt: skip
         self.dataset = dataset
         self._rows: Iterator[dict[str, np.ndarray]] | None = None
         self._position = -1
@@ -103,7 +106,8 @@ class PromptStream:
     def _keep(self) -> None:
         """Encode a small set, unless that is done; the actor may have been restarted."""
         if self.cache is None and self._fits:
-            parts = list(self.dataset.iter_batches(batch_size=1024, batch_format="numpy"))
+            blocks = self.dataset.iter_batches(batch_size=1024, batch_format="pyarrow")
+            parts = [self._encode(block) for block in blocks]
             self.cache = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _seek(self, start: int) -> None:
