@@ -1,4 +1,4 @@
-"""A pipeline in the test's own process, what its pictures are to be, and a stage whose replicas are lost."""
+"""A pipeline in the test's own process, what its pictures are to be, newer weights, a stage whose replicas are lost."""
 
 import asyncio
 import io
@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from raydmd.folders import expert_file
 from raydmd.methods.sampling import sample_student
 from raydmd.runs import Run
 from raydmd.serving.pipeline import Lost
@@ -40,6 +42,15 @@ def expected(folder: Path, digit: int, seed: int, count: int) -> np.ndarray:
         seed=seed, solver=opened.recipe.method.solver,
     )  # fmt: skip
     return (opened.family.decode(made.latents)[:, 0] * 255).round().numpy().astype(int)
+
+
+def newer(folder: Path, factor: float) -> None:
+    """Change a run's experts in place, as a longer training would."""
+    for index in (0, 1):
+        state = load_file(expert_file(folder, index))
+        part = expert_file(folder, index).with_suffix(".part")
+        save_file({name: (value * factor).contiguous() for name, value in state.items()}, part)
+        part.replace(expert_file(folder, index))
 
 
 class Flaky:

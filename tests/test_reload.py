@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from local_serving import Flaky, expected, pixels, run, serving
-from safetensors.torch import load_file, save_file
+from local_serving import Flaky, expected, newer, pixels, run, serving
 
 from raydmd.folders import expert_file
 from raydmd.runs import Run
@@ -25,15 +24,6 @@ from raydmd.serving.stage import Engine, NoRevision, Parcel, Stage
 def folder(served_runs: dict[str, Path], tmp_path: Path) -> Path:
     """A run that may be changed."""
     return Path(shutil.copytree(served_runs["full"], tmp_path / "run"))
-
-
-def newer(folder: Path, factor: float) -> None:
-    """Change a run's experts in place, as a longer training would."""
-    for index in (0, 1):
-        state = load_file(expert_file(folder, index))
-        part = expert_file(folder, index).with_suffix(".part")
-        save_file({name: (value * factor).contiguous() for name, value in state.items()}, part)
-        part.replace(expert_file(folder, index))
 
 
 def test_what_a_lost_replica_had_is_made_anew_by_the_same_weights(folder: Path) -> None:

@@ -20,11 +20,11 @@ import numpy as np
 import psutil
 import pytest
 import yaml
+from local_serving import expected, newer, pixels, serving
 from ports import free_ports
 from ray.serve.schema import ServeDeploySchema
 from run_folders import make_run
 from served import until
-from test_serving import expected, newer, pixels, serving
 
 from raydmd.cli import run as command
 from raydmd.config import Recipe

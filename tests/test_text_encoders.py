@@ -8,9 +8,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from local_serving import newer, pixels, serving
 from run_folders import make_run
 from test_large_families import SHAPES, WIDTH, large_recipe
-from test_serving import newer, pixels, serving
 from text_encoders import put_text_encoder
 
 from raydmd.cli import run as command
