@@ -1,14 +1,44 @@
 """Errors that end a command: the user's to mend (exit code 2), or a run that broke (1). One line, no traceback."""
 
 import difflib
+import pickle
 from collections.abc import Iterable
+from typing import Any
 
 
-class UserError(Exception):
+class PortableError(Exception):
+    """Base of all errors of this package: pickled with its attributes, whatever its constructor takes.
+
+    `Exception` itself is unpickled by calling the class with ``args``, which fails in the process that receives an
+    error whose constructor takes anything but its message.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how it is made anew: without its constructor."""
+        return _remade, (type(self), self.args, self.__dict__)
+
+
+def _remade(kind: type[PortableError], args: tuple[Any, ...], attributes: dict[str, Any]) -> PortableError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
+
+
+def portable(error: Exception) -> Exception:
+    """Return an error that another process can unpickle: ``error``, or its words where a library's own cannot be."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever a foreign class does when it is pickled or made anew
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+class UserError(PortableError):
     """A mistake in what the user gave: its message is one line naming the key, file or value."""
 
 
-class RunError(Exception):
+class RunError(PortableError):
     """A run that ended for another reason than the user's input: one line, exit code 1; details lie in a file."""
 
 

@@ -97,7 +97,7 @@ def server(run: Path, log: Path, *arguments: str) -> Iterator[Server]:
                     pass
 
 
-def ask(url: str, digit: int, seed: int, n: int = 1, **more: Any) -> httpx.Response:
+def ask(url: str, digit: int | str, seed: int, n: int = 1, **more: Any) -> httpx.Response:
     body = {"prompt": str(digit), "n": n, "seed": seed, **more}
     return httpx.post(f"{url}/v1/images/generations", json=body, timeout=60)
 
@@ -239,6 +239,10 @@ def test_pipelined_experts(folder: Path, tmp_path: Path) -> None:
         watch_the_teacher_and_leave(url)
         refused = ask(url, 7, 21, size="9x9")
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "size"
+        for model in ("run", "run-teacher"):
+            unknown = ask(url, "elephant", 21, model=model)
+            error = unknown.json()["error"]
+            assert unknown.status_code == 400 and error["param"] == "prompt" and "elephant" in error["message"], error
         assert listening_elsewhere(started) == []
         assert any(process.name() == "haproxy" for process in started.family())
 

@@ -9,7 +9,7 @@ import ray
 from ray import ObjectRef
 
 from raydmd.config import Recipe
-from raydmd.errors import RunError, UserError
+from raydmd.errors import PortableError, RunError, UserError
 from raydmd.methods.plan import plan_phases
 from raydmd.runtime.actors import TRAINERS, Cluster
 from raydmd.runtime.crew import Crew, Member
@@ -22,7 +22,7 @@ from raydmd.runtime.workers import Position, Receipt
 ANSWER = 2.0  # seconds within which a living worker answers beside its work
 
 
-class Stopped(Exception):
+class Stopped(PortableError):
     """The run was asked to stop while it waited for workers."""
 
 

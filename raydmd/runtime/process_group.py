@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from raydmd.errors import PortableError
+
 CONNECT = timedelta(seconds=60)
 LONGEST = timedelta(minutes=30)  # a meeting or an all-reduce that was given up ends by this at the latest
 
@@ -31,7 +33,7 @@ Begin = Callable[[Callable[[], None]], Begun]  # calls its argument once what it
 LEFT_BEHIND: list[tuple[Any, Begun]] = []
 
 
-class StepDropped(Exception):
+class StepDropped(PortableError):
     """The call belongs to a step that was given up: a peer was lost, or the group is being formed anew."""
 
 

@@ -1,7 +1,8 @@
 """The deployments on Ray Serve: the API, and the stages behind it; `build` is what a Serve config names."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from raydmd.errors import UserError
+from raydmd.errors import PortableError, UserError, portable
 from raydmd.runs import Run
 from raydmd.serving.contract import Unavailable
 from raydmd.serving.loopback import keep_replica_at_home
@@ -38,18 +39,20 @@ class StageReplica:
     async def run(self, parcel: Parcel) -> Piece:
         """Do the stage's parts for a parcel; see `Stage.run`."""
         self._follow()
-        return _packed(await self.stage.run(await _unpacked(parcel)), parcel)
+        with _sent_errors():
+            return _packed(await self.stage.run(await _unpacked(parcel)), parcel)
 
     async def watch(self, parcel: Parcel) -> AsyncGenerator[Glimpse | Piece, None]:
         """Do as `run`, and yield each step before the piece."""
         self._follow()
-        events = self.stage.watch(await _unpacked(parcel))
-        async for event in events:
-            yield _packed(event, parcel) if isinstance(event, Piece) else event
+        with _sent_errors():
+            async for event in self.stage.watch(await _unpacked(parcel)):
+                yield _packed(event, parcel) if isinstance(event, Piece) else event
 
     async def preview(self, revision: str, latents: np.ndarray) -> tuple[bytes, ...]:
         """Return a PNG of each of some latents."""
-        return await self.stage.preview(revision, latents)
+        with _sent_errors():
+            return await self.stage.preview(revision, latents)
 
     async def ready(self) -> None:
         """Return: it is there to be asked."""
@@ -62,6 +65,17 @@ class StageReplica:
         serving = self.stage.serving
         if self._follower is None and serving.reload_seconds:
             self._follower = asyncio.create_task(follow(serving, self.stage.revisions[-1], self.stage.refresh))
+
+
+@contextmanager
+def _sent_errors() -> Iterator[None]:
+    """Let errors out as the API's process can read them."""
+    try:
+        yield
+    except Exception as error:
+        if (sent := portable(error)) is error:
+            raise
+        raise sent from error
 
 
 def _packed(piece: Piece, came: Parcel) -> Piece:
@@ -134,7 +148,11 @@ def _translated(error: Exception) -> Exception:
         return Unavailable("the replicas that make pictures cannot be reached")
     if isinstance(cause, RayServeException):
         return Lost(str(cause))
-    return cause if isinstance(cause, Exception) else error
+    if not isinstance(cause, Exception):
+        return error
+    if isinstance(error, RayTaskError) and not isinstance(cause, PortableError):
+        cause.add_note(f"in the stage's replica:\n{error.traceback_str}")  # for the log
+    return cause
 
 
 @serve.ingress()

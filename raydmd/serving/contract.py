@@ -4,6 +4,8 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from raydmd.errors import PortableError
+
 Maker = Literal["student", "teacher"]
 Format = Literal["png", "jpeg", "webp", "mp4"]
 Size = tuple[int, int]
@@ -117,7 +119,7 @@ class Card:
     created: int
 
 
-class Busy(Exception):
+class Busy(PortableError):
     """More is asked for than can be made soon; nothing was begun.
 
     Attributes:
@@ -130,11 +132,11 @@ class Busy(Exception):
         self.retry_after, self.full_seconds = retry_after, full_seconds
 
 
-class Unavailable(Exception):
+class Unavailable(PortableError):
     """There is nobody to do it: replicas start, or died again and again."""
 
 
-class BadAsk(Exception):
+class BadAsk(PortableError):
     """A request that this model cannot do.
 
     Attributes:

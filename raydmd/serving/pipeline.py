@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from raydmd.errors import UserError
+from raydmd.errors import PortableError, UserError
 from raydmd.evaluation.prompts import own_prompts
 from raydmd.models.protocol import Family
 from raydmd.runs import Run
@@ -25,7 +25,7 @@ TRIES = 8
 PAUSE = 0.1  # seconds before a second try; each next one waits twice as long, up to a second
 
 
-class Lost(Exception):
+class Lost(PortableError):
     """A stage's replica died, or what it held did: the samples can be made anew."""
 
 

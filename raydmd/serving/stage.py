@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raydmd.errors import UserError
+from raydmd.errors import PortableError, UserError
 from raydmd.models.protocol import Family
 from raydmd.runs import Run
 from raydmd.serving.contract import Format, Size, Step
@@ -21,7 +21,7 @@ from raydmd.serving.settings import Serving
 KEPT = 2  # revisions: requests that began with the one before are finished with it
 
 
-class NoRevision(Exception):
+class NoRevision(PortableError):
     """A request is for weights that this replica does not have."""
 
 

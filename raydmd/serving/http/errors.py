@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from raydmd.errors import nearest
+from raydmd.errors import PortableError, nearest
 from raydmd.serving.contract import BadAsk, Busy, Unavailable
 
 log = logging.getLogger("raydmd.serving.http")
@@ -22,7 +22,7 @@ FULL = "x-raydmd-full"  # milliseconds for which anybody would be refused: the p
 M = TypeVar("M", bound=BaseModel)
 
 
-class ApiError(Exception):
+class ApiError(PortableError):
     """An answer that is an error.
 
     Attributes:
@@ -62,7 +62,7 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, self.headers)
 
 
-class ClientGone(Exception):
+class ClientGone(PortableError):
     """The client left before its answer was made; nobody is told anything."""
 
 
