@@ -13,6 +13,7 @@ from raydmd.methods.phase import Phase
 from raydmd.methods.plan import plan_phases
 from raydmd.models.experts import Experts
 from raydmd.models.families import build_family
+from raydmd.models.fingerprint import fingerprint_teacher
 from raydmd.models.protocol import Denoiser, Family
 
 
@@ -44,6 +45,15 @@ class Run:
     def teacher(self) -> Denoiser:
         """Load the teacher, frozen."""
         return self.family.load_teacher()
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of the teacher that the run was made with: as the run wrote it, else as it is now.
+
+        Raises:
+            UserError: the run did not write it, and the teacher is not there.
+        """
+        started = [event for event in self.events() if event.get("event") == "started" and "teacher" in event]
+        return str(started[-1]["teacher"]) if started else fingerprint_teacher(self.family)
 
     def trained_phases(self) -> list[Phase]:
         """Return the phases whose experts are there, in order.

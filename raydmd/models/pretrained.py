@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from raydmd.diffusion.schedule import RectifiedFlow
 from raydmd.errors import UserError, nearest
+from raydmd.models.hub import HUB
 from raydmd.models.protocol import Conditions, Denoiser, Family, no_folder, one_line, require_column
+from raydmd.models.teacher_folder import TeacherFolder, find_teacher
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HUB = "hf://"
 SPATIAL, TEMPORAL = 8, 4  # pixels along a latent's side, and frames to a latent's, of the VAEs of Qwen-Image and Wan
 PATCH = 2  # latents along the side of a token
 
@@ -97,6 +98,24 @@ class PretrainedFamily(Family):
         if self.options["gradient_checkpointing"]:
             network.checkpoint_activations(checkpoint)
         return network
+
+    def teacher_folder(self) -> TeacherFolder:
+        """Return where the teacher lies on this machine.
+
+        Raises:
+            UserError: no path, or nothing there.
+        """
+        if self.path is None:
+            raise UserError(f"teacher.path: family '{self.name}' needs the teacher's folder, or {HUB}owner/name")
+        return find_teacher(self.path, self.options["subfolder"])
+
+    def teacher_files(self) -> dict[str, Path]:
+        """Return the transformer's config and weights, and what of the pipeline training depends on."""
+        return self.teacher_folder().files()
+
+    def teacher_revision(self) -> str | None:
+        """Return the hub's commit, of a teacher from there."""
+        return self.teacher_folder().revision
 
     def conditions(self, rows: Mapping[str, np.ndarray]) -> Conditions:
         """Return the prompts' embeddings [B, L, D] and, where given, the null prompt's."""

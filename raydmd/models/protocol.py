@@ -76,6 +76,22 @@ class Family(ABC):
             UserError: the path is missing, or holds something else.
         """
 
+    def teacher_files(self) -> dict[str, Path]:
+        """Return the files on this machine that the denoiser is made of, by a name that does not tell where they lie.
+
+        By default the folder's own configs and safetensors files.
+
+        Raises:
+            UserError: there is no teacher.
+        """
+        if self.path is None or not Path(self.path).is_dir():
+            raise no_folder(Path(self.path or "."))
+        return {file.name: file for file in Path(self.path).iterdir() if file.suffix in (".json", ".safetensors")}
+
+    def teacher_revision(self) -> str | None:
+        """Return the hub's commit that the teacher's files are of, where they come from it."""
+        return None
+
     @abstractmethod
     def conditions(self, rows: Mapping[str, np.ndarray]) -> Conditions:
         """Turn prompt rows (``condition_columns`` by name, each [B, ...]) into condition tensors.
@@ -156,6 +172,11 @@ class EmbeddedFamily(Family):
             raise UserError(f"sizes: family '{self.name}' makes pictures of {own_width}x{own_height} pixels, or "
                             f"enlarged by a whole factor, not {width}x{height}")  # fmt: skip
         return self.latent_shape
+
+    def teacher_files(self) -> dict[str, Path]:
+        """Return the config and the weights."""
+        read_teacher_config(self.path or ".", self.name)
+        return {name: Path(self.path or ".") / name for name in (CONFIG_FILE, WEIGHTS_FILE)}
 
     def load_teacher(self) -> Denoiser:
         """Load the frozen teacher from ``path``.

@@ -44,6 +44,7 @@ class Controller:
         recorder: where figures go.
         until: stop once this many iterations are committed.
         began: time.perf_counter() when the run began.
+        teacher: the teacher's fingerprint.
     """
 
     recipe: Recipe
@@ -53,6 +54,7 @@ class Controller:
     recorder: Recorder
     until: int | None = None
     began: float = field(default_factory=time.perf_counter)
+    teacher: str = ""
 
     def __post_init__(self) -> None:
         self.ends = list(accumulate(self.lengths))
@@ -127,7 +129,8 @@ class Controller:
             self._stood = True
             facts = {"resumed": self.next} if self.next else {}
             seconds = round(time.perf_counter() - self.began, 3)
-            self.recorder.event("started", workers=self.cluster.sizes, seconds=seconds, **facts)
+            told = {"seconds": seconds, "teacher": self.teacher, **facts}
+            self.recorder.event("started", workers=self.cluster.sizes, **told)
             self.recorder.begin()
 
     async def _train(self) -> None:
@@ -266,6 +269,7 @@ class Controller:
             cursor=n * (self.recipe.method.fake_updates + 1) * self.recipe.batch.size,
             seed=self.recipe.seed,
             experts=self.experts,
+            teacher=self.teacher,
         )
         groups = {} if n in self.ends else self.cluster.groups
         at = {"generator": n, "fake": fakes}

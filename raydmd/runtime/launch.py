@@ -13,11 +13,20 @@ from raydmd.config import Recipe
 from raydmd.data.prompts import ensure_embedded_prompts
 from raydmd.errors import RunError, UserError
 from raydmd.methods.plan import plan_iterations, plan_phases
+from raydmd.models.fingerprint import fingerprint_teacher
 from raydmd.models.protocol import CONFIG_FILE
 from raydmd.runs import recipe_family, with_teacher
 from raydmd.runtime.cluster import connect, launch
 from raydmd.runtime.controller import Controller
-from raydmd.runtime.preparation import absolute, archive_teacher, check, fetch_teacher, has_experts, prepare
+from raydmd.runtime.preparation import (
+    absolute,
+    archive_teacher,
+    check,
+    check_fingerprint,
+    fetch_teacher,
+    has_experts,
+    prepare,
+)
 from raydmd.runtime.pretrain import pretrain
 from raydmd.runtime.recorder import Recorder
 from raydmd.runtime.workers import Factory
@@ -53,12 +62,14 @@ def distill(
     own, recipe = recipe.teacher.path is None, with_teacher(recipe, folder)
     if own:
         fetch_teacher(recipe, folder)
+    trained = (folder / "teacher" / CONFIG_FILE).is_file()
+    if done and (trained or not own):
+        check_fingerprint(recipe, folder, fingerprint_teacher(recipe_family(recipe)))
     phases = plan_phases(recipe, recipe_family(recipe).schedule.t_max)
     lengths = plan_iterations(recipe, phases)
     if done == sum(lengths) and has_experts(recipe, folder, len(phases)):
         console.print(f"{folder} is finished: nothing to do", highlight=False, soft_wrap=True)
         return True
-    trained = (folder / "teacher" / CONFIG_FILE).is_file()
     if own and done and not trained:
         raise UserError(f"--out {folder}: it lacks the teacher that the run trained; put it back: {folder}/teacher")
     owned = connect(recipe)
@@ -68,6 +79,7 @@ def distill(
             pretrain(recipe, folder / "teacher", console)
         if own:
             archive_teacher(recipe, folder)
+        fingerprint = fingerprint_teacher(recipe_family(recipe))
         prompts = recipe.prompts.path or str(ensure_embedded_prompts(recipe_family(recipe), folder / "prompts"))
         recorder = Recorder(folder, recipe, sum(lengths), console)
 
@@ -75,7 +87,7 @@ def distill(
             since = time.perf_counter()
             cluster = await launch(recipe, folder, prompts, recorder, parts)
             try:
-                controller = Controller(recipe, phases, lengths, cluster, recorder, until, since)
+                controller = Controller(recipe, phases, lengths, cluster, recorder, until, since, fingerprint)
                 with _Interrupts(asyncio.get_running_loop(), controller, recorder):
                     await controller.run()
             finally:

@@ -48,6 +48,7 @@ class Manifest:
         experts: finished experts.
         files: shard name ("generator", "fake", "expert-0", ...) to {"path", "sha256", "bytes"}.
         format: number of this record's layout.
+        teacher: the teacher's fingerprint; "" where none was taken.
     """
 
     iteration: int
@@ -59,6 +60,7 @@ class Manifest:
     experts: int
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     format: int = FORMAT
+    teacher: str = ""
 
 
 @dataclass(frozen=True)
@@ -312,8 +314,10 @@ def _parse(content: bytes) -> Manifest:
     manifest = Manifest(**tree)
     for each in fields(Manifest):
         value = getattr(manifest, each.name)
-        if each.name != "files" and (type(value) is not int or value < 0):
+        if each.type is int and (type(value) is not int or value < 0):
             raise ValueError(f"{each.name} is {value!r}")
+    if not isinstance(manifest.teacher, str):
+        raise ValueError(f"teacher is {manifest.teacher!r}")
     if not isinstance(manifest.files, dict):
         raise ValueError("its files are not a record")
     for name, record in manifest.files.items():

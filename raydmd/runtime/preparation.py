@@ -12,6 +12,7 @@ from raydmd.errors import UserError
 from raydmd.folders import expert_file
 from raydmd.locations import absolute_location
 from raydmd.methods.plan import plan_iterations, plan_phases
+from raydmd.models.fingerprint import same_teacher
 from raydmd.models.protocol import CONFIG_FILE, WEIGHTS_FILE
 from raydmd.runs import recipe_family
 from raydmd.runtime.archivist import keep_experts
@@ -80,6 +81,24 @@ def prepare(recipe: Recipe, folder: Path, resume: str) -> int:
         archive.write_text("recipe.yaml", dump_recipe(recipe))
     newest = archive.peek()
     return newest.iteration if newest else 0
+
+
+def check_fingerprint(recipe: Recipe, folder: Path, fingerprint: str) -> None:
+    """Refuse to continue a run with another teacher than the one that it was begun with.
+
+    Args:
+        recipe: the run's recipe, with its teacher's place.
+        folder: the run's folder.
+        fingerprint: of the teacher that is there now.
+
+    Raises:
+        UserError: another one was there when the run's newest manifest was written.
+    """
+    newest = Archive(checkpoints(recipe, folder)).peek()
+    if newest is not None and newest.teacher and not same_teacher(newest.teacher, fingerprint):
+        raise UserError(f"teacher.path: '{recipe.teacher.path}' holds another teacher than the run in {folder} began "
+                        f"with (fingerprint {fingerprint}, not {newest.teacher}); put that one back, or choose "
+                        f"another --out")  # fmt: skip
 
 
 def has_experts(recipe: Recipe, folder: Path, count: int) -> bool:

@@ -1,0 +1,63 @@
+"""A teacher's fingerprint: whether the weights under a path are those that a run was made with, told in seconds."""
+
+from hashlib import blake2b
+from pathlib import Path
+
+from raydmd.errors import UserError
+from raydmd.models.protocol import Family
+from raydmd.models.safetensors_files import read_header
+
+SAMPLE_BYTES = 64 * 2**10  # of every tensor: half from its begin, half from its end
+REVISION = "@"  # between the hash and the hub's revision
+
+
+def fingerprint_teacher(family: Family) -> str:
+    """Return the fingerprint of a family's teacher: 32 hexadecimal digits; of the hub's, ``@`` and the commit follow.
+
+    It covers what the denoiser is made of (`Family.teacher_files`): each config whole, of each safetensors file the
+    header, the size and 64 KiB of every tensor. Nothing is loaded: a folder of 40 GB takes seconds. Where the folder
+    lies does not matter.
+
+    Raises:
+        UserError: ``teacher.path: ...``: no teacher there, or a file that cannot be read.
+    """
+    digest = blake2b(digest_size=16)
+    for label, file in sorted(family.teacher_files().items()):
+        content = _content(file)
+        digest.update(f"{label}\0{len(content)}\0".encode() + content)
+    revision = family.teacher_revision()
+    return digest.hexdigest() + (f"{REVISION}{revision}" if revision else "")
+
+
+def same_teacher(one: str, other: str) -> bool:
+    """Whether two fingerprints are of the same weights, wherever these came from."""
+    return one.partition(REVISION)[0] == other.partition(REVISION)[0]
+
+
+def _content(file: Path) -> bytes:
+    """Return what is hashed of a file: a small hash of a large one.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        if file.suffix != ".safetensors":
+            return file.read_bytes()
+        header, digest = read_header(file), blake2b()
+        digest.update(header.text)
+        with file.open("rb", buffering=0) as stream:
+            for entry in sorted(header.tensors.values(), key=lambda entry: entry.begin):
+                for begin, end in _sampled(entry.begin, entry.end):
+                    stream.seek(begin)
+                    digest.update(stream.read(end - begin))
+        return header.size_bytes.to_bytes(8, "little") + digest.digest()
+    except OSError as error:
+        raise UserError(f"teacher.path: {file} is not readable: {error.strerror}") from error
+
+
+def _sampled(begin: int, end: int) -> list[tuple[int, int]]:
+    """Return which bytes of a tensor's are read."""
+    if end - begin <= SAMPLE_BYTES:
+        return [(begin, end)]
+    half = SAMPLE_BYTES // 2
+    return [(begin, begin + half), (end - half, end)]
