@@ -30,6 +30,9 @@ class Teacher(Section):
     )
     guidance_scale: float = Field(1.5, ge=0, description="w in u + w (c - u); 1 means no guidance")
     steps: Positive = Field(25, description="steps of its own many-step sampler, for evaluation and ODE pairs")
+    timestep_shift: Rate | None = Field(
+        None, description="shift of that sampler's times; null: as its scheduler_config.json says, 1 without one"
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="what the family's network takes")
 
 

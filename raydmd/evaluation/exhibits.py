@@ -19,7 +19,7 @@ from raydmd.evaluation.prompts import in_turn
 from raydmd.methods.phase import Phase
 from raydmd.methods.sampling import StudentSamples, initial_noise, sample_student
 from raydmd.methods.scorer import Scorer
-from raydmd.models.pretrained import HUB
+from raydmd.models.hub import HUB
 from raydmd.runs import Run
 
 SEED = 0

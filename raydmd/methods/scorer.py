@@ -5,7 +5,6 @@ import torch
 from raydmd.config import Recipe
 from raydmd.diffusion.random import Key, normal
 from raydmd.diffusion.solvers import integrate
-from raydmd.diffusion.times import step_grid
 from raydmd.methods.batch import Noised, Score
 from raydmd.methods.pairs import Pairs
 from raydmd.models.protocol import Conditions, Denoiser, Family
@@ -36,6 +35,13 @@ class Scorer:
         """Predict on the generator's proposal."""
         return Score(proposal.stamp, self.predict(proposal.x_t, proposal.t, proposal.conditions))
 
+    def times(self, steps: int, shape: tuple[int, ...] | None = None) -> list[float]:
+        """Return the ``steps`` + 1 falling times of the teacher's own sampler for latents of ``shape``.
+
+        They are the model's (`Family.teacher_times`), unless the recipe has ``teacher.timestep_shift``.
+        """
+        return self.family.teacher_times(steps, self.recipe.teacher.timestep_shift, shape)
+
     def sample(
         self, x: torch.Tensor, conditions: Conditions, *, steps: int, start: float | None = None, method: str = "heun"
     ) -> torch.Tensor:
@@ -45,7 +51,7 @@ class Scorer:
         """
         t_max = self.family.schedule.t_max
         start = t_max if start is None else start
-        grid = [start, *(t for t in step_grid(steps, t_max=t_max) if t < start - 1e-9)]
+        grid = [start, *(t for t in self.times(steps, tuple(x.shape[1:])) if t < start - 1e-9)]
 
         def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
             return self.predict(x, torch.full((x.shape[0],), t, dtype=torch.float64), conditions)

@@ -3,6 +3,7 @@
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 
 from raydmd.diffusion.schedule import RectifiedFlow
 from raydmd.errors import UserError, nearest
+from raydmd.models.config_files import read_config
 from raydmd.models.hub import HUB
 from raydmd.models.protocol import Conditions, Denoiser, Family, no_folder, one_line, require_column
+from raydmd.models.sampler_grid import SamplerGrid, sampler_grid
 from raydmd.models.teacher_folder import TeacherFolder, find_teacher
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,6 +60,7 @@ class PretrainedFamily(Family):
     pipeline_class: ClassVar[str]
     transformer_class: ClassVar[str]
     vae_class: ClassVar[str]
+    gives_sigmas: ClassVar[bool] = False  # whether the pipeline gives its scheduler sigmas and mu
     defaults: ClassVar[Mapping[str, Any]] = {
         "latent_shape": None, "dtype": "float32", "subfolder": "transformer", "negative_prompt": "",
         "gradient_checkpointing": False,
@@ -201,6 +205,29 @@ class PretrainedFamily(Family):
         if width % step or height % step:
             raise UserError(f"sizes: {width}x{height} is not of sides that {step} divides")
         return (*self.latent_shape[:-2], height // SPATIAL, width // SPATIAL)
+
+    def teacher_times(
+        self, steps: int, shift: float | None = None, shape: tuple[int, ...] | None = None
+    ) -> list[float]:
+        """Return the times of the teacher's own sampler: without ``shift``, those of its scheduler_config.json."""
+        grid = self.sampler_grid if shift is None else None
+        if grid is None:
+            return super().teacher_times(steps, shift, shape)
+        return grid.times(steps, self._tokens(shape or self.latent_shape))
+
+    @cached_property
+    def sampler_grid(self) -> SamplerGrid | None:
+        """The law of its own sampler's times; None where there is no scheduler beside the transformer.
+
+        Raises:
+            UserError: the scheduler is one that is not followed here.
+        """
+        config = None if self.path is None else read_config(self.path, "scheduler", "scheduler_config.json")
+        return None if config is None else sampler_grid(config, sigmas_given=self.gives_sigmas)
+
+    def _tokens(self, shape: tuple[int, ...]) -> int:
+        """Return how many tokens the network makes of latents of a shape."""
+        return shape[-2] // PATCH * (shape[-1] // PATCH)
 
     def _embeddings(self, rows: Mapping[str, np.ndarray], name: str) -> Tensor:
         """Return one column as a tensor: masks [B, L] bool, all else float32."""

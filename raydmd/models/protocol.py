@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from raydmd.diffusion.schedule import Prediction, Schedule
+from raydmd.diffusion.times import step_grid
 from raydmd.errors import UserError, nearest
 
 Conditions = dict[str, Tensor]
@@ -120,6 +121,21 @@ class Family(ABC):
             UserError: the family cannot, or its text encoder cannot be loaded.
         """
         raise UserError(f"family '{self.name}' has no text encoder")
+
+    def teacher_times(
+        self, steps: int, shift: float | None = None, shape: tuple[int, ...] | None = None
+    ) -> list[float]:
+        """Return the ``steps`` + 1 falling times [t_max, ..., 0] of the teacher's own many-step sampler.
+
+        Args:
+            steps: of the sampler.
+            shift: of evenly spaced times toward noise; None: what the model itself has, 1 where it says nothing.
+            shape: of the latents of a sample; default ``latent_shape``. A model's shift may depend on it.
+
+        Raises:
+            UserError: fewer than 1 step, or the model names a sampler that is not followed here.
+        """
+        return step_grid(steps, 1.0 if shift is None else shift, self.schedule.t_max)
 
     @property
     def frames(self) -> int:

@@ -60,6 +60,7 @@ class QwenImageFamily(PretrainedFamily):
     pipeline_class: ClassVar[str] = "QwenImagePipeline"
     transformer_class: ClassVar[str] = "QwenImageTransformer2DModel"
     vae_class: ClassVar[str] = "AutoencoderKLQwenImage"
+    gives_sigmas: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Any]] = {
         **PretrainedFamily.defaults, "latent_shape": [16, 1, 166, 166], "negative_prompt": " ",
     }  # fmt: skip

@@ -25,6 +25,7 @@ from raydmd.runtime.preparation import (
     check_fingerprint,
     fetch_teacher,
     has_experts,
+    notes,
     prepare,
 )
 from raydmd.runtime.pretrain import pretrain
@@ -58,6 +59,8 @@ def distill(
     """
     console, recipe = console or Console(), absolute(recipe)
     check(recipe)
+    for note in notes(recipe):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     done = prepare(recipe, folder, resume)
     own, recipe = recipe.teacher.path is None, with_teacher(recipe, folder)
     if own:

@@ -13,7 +13,9 @@ from raydmd.folders import expert_file
 from raydmd.locations import absolute_location
 from raydmd.methods.plan import plan_iterations, plan_phases
 from raydmd.models.fingerprint import same_teacher
+from raydmd.models.pretrained import PretrainedFamily
 from raydmd.models.protocol import CONFIG_FILE, WEIGHTS_FILE
+from raydmd.models.sampler_grid import SCHEDULER_FILE
 from raydmd.runs import recipe_family
 from raydmd.runtime.archivist import keep_experts
 from raydmd.runtime.cluster import checkpoints
@@ -47,12 +49,22 @@ def check(recipe: Recipe) -> None:
     plan_iterations(recipe, plan_phases(recipe, family.schedule.t_max))
     if recipe.teacher.path is not None:
         family.load_teacher()
+        family.teacher_times(recipe.teacher.steps, recipe.teacher.timestep_shift)
     elif family.name not in EMBEDDED:
         raise UserError(f"teacher.path: family '{family.name}' needs a folder or a hub's name of its weights")
     if recipe.prompts.path is not None:
         family.conditions(PromptTable(recipe.prompts.path, family.condition_columns).rows(0, 1))
     elif family.name not in EMBEDDED:
         raise UserError(f"prompts.path: family '{family.name}' ships no prompts; give a Parquet file")
+
+
+def notes(recipe: Recipe) -> list[str]:
+    """Return what is worth saying of a recipe that `check` accepts, a line each."""
+    family = recipe_family(recipe)
+    if isinstance(family, PretrainedFamily) and recipe.teacher.timestep_shift is None and family.sampler_grid is None:
+        return [f"teacher.timestep_shift: '{family.path}' has no {SCHEDULER_FILE}: the teacher's own sampler takes "
+                f"evenly spaced times"]  # fmt: skip
+    return []
 
 
 def prepare(recipe: Recipe, folder: Path, resume: str) -> int:

@@ -17,7 +17,6 @@ from torch import Tensor
 from raydmd.config import Recipe
 from raydmd.diffusion.random import normal
 from raydmd.diffusion.solvers import euler_step, renoise_step
-from raydmd.diffusion.times import step_grid
 from raydmd.errors import UserError
 from raydmd.evaluation.pictures import from_pixels
 from raydmd.evaluation.prompts import from_text, own_prompts
@@ -145,14 +144,15 @@ class TeacherSteps:
     """The teacher's many Euler steps with guidance: twice the network's work a step."""
 
     def __init__(self, scorer: Scorer, steps: int) -> None:
-        self.scorer, self.family = scorer, scorer.family
-        self.times = step_grid(steps, t_max=self.family.schedule.t_max)
+        self.scorer, self.family, self.steps = scorer, scorer.family, steps
+        scorer.times(steps)  # refused now, not at the first request
 
     def walk(self, x: Tensor, conditions: Conditions, noises: list[Noise]) -> Iterator[Move]:
         """Make the steps from ``x`` [B, ...] one by one."""
         schedule, source = self.family.schedule, self.family.prediction
         x = x.to(self.scorer.device)
-        for number, (t, t_next) in enumerate(pairwise(self.times), start=1):
+        times = self.scorer.times(self.steps, tuple(x.shape[1:]))
+        for number, (t, t_next) in enumerate(pairwise(times), start=1):
             prediction = self.scorer.predict(x, torch.full((len(x),), t, dtype=torch.float64), conditions)
             clean = partial(_clean, self.family, prediction, x, t)
             x = euler_step(schedule, prediction, x, t, t_next, source)

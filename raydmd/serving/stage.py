@@ -103,7 +103,7 @@ class Engine:
             )
         if "teacher" in parts:
             teacher = teacher_steps(self.run, serving.teacher_steps, self.device)
-            self.walks["teacher"], self.steps = teacher, len(teacher.times) - 1
+            self.walks["teacher"], self.steps = teacher, teacher.steps
         if self.run.revision() != self.revision:
             raise UserError(f"run '{serving.run}' changed while it was loaded")
 
