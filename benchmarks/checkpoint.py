@@ -49,7 +49,10 @@ def on_ray(recipe: Recipe, folder: Path, skip: int) -> tuple[float, int]:
 def write_and_read(folder: Path, shards: dict[str, dict[str, np.ndarray]]) -> dict[str, float]:
     """Return bytes, the seconds to write one manifest and to read it back, and MB/s of both."""
     shutil.rmtree(folder, ignore_errors=True)
-    record = Manifest(iteration=1, phase=0, generator_version=1, fake_version=5, cursor=1536, seed=0, experts=0)
+    record = Manifest(
+        iteration=1, phase=0, generator_version=1, fake_version=5, fake_cursor=1280, generator_cursor=256, seed=0,
+        experts=0,
+    )  # fmt: skip
     since = time.perf_counter()
     written = Archive(str(folder)).save(record, shards)
     middle = time.perf_counter()

@@ -151,10 +151,14 @@ class Batch(Section):
 
 
 class Prompts(Section):
-    """What is generated: rows of a Parquet file; the k-th sample of a run uses row k mod N."""
+    """What is generated: rows of a Parquet file.
+
+    The fake score's rollouts, the generator's batches and the ODE pairs each walk all rows, once an epoch, in an order
+    that follows from the seed.
+    """
 
     path: str | None = Field(None, description="Parquet; null: those that ship with the embedded family")
-    cache_mb: NonNegative = Field(256, description="encoded prompts are kept when they fit in this much memory")
+    cache_mb: NonNegative = Field(256, description="encoded prompts are kept when they fit in this many MB of memory")
     encoders: Positive = Field(1, description="actors that encode prompts where they do not fit")
 
 

@@ -16,8 +16,9 @@ from raydmd.runtime.storage import Store
 
 
 def manifest(iteration: int, **changes: Any) -> Manifest:
-    facts = {"phase": 0, "generator_version": iteration, "fake_version": 5 * iteration, "cursor": 96 * iteration}
-    return Manifest(iteration=iteration, **{**facts, "seed": 3, "experts": 0, **changes})
+    versions = {"generator_version": iteration, "fake_version": 5 * iteration}
+    cursors = {"generator_cursor": 16 * iteration, "fake_cursor": 80 * iteration}
+    return Manifest(iteration=iteration, **{"phase": 0, **versions, **cursors, "seed": 3, "experts": 0, **changes})
 
 
 def shards(iteration: int) -> dict[str, dict[str, np.ndarray]]:
@@ -44,7 +45,7 @@ def is_of(found: Found, iteration: int, experts: tuple[int, ...] = (), edge: boo
     expected = {} if edge else shards(iteration)
     expected |= {f"expert-{index}": expert(kind) for index, kind in enumerate(experts)}
     kept = found.manifest
-    assert kept.iteration == iteration and kept.cursor == 96 * iteration and kept.seed == 3
+    assert kept.iteration == iteration and kept.fake_cursor == 80 * iteration and kept.seed == 3
     assert found.shards.keys() == expected.keys() == kept.files.keys()
     assert all(same(found.shards[name], tensors) for name, tensors in expected.items())
     return True

@@ -40,7 +40,7 @@ def test_columns_come_back_as_they_were(table_path):
         assert np.array_equal(rows[name], values)
 
 
-def test_sample_k_uses_row_k_mod_n(table_path):
+def test_rows_begin_again_after_the_last(table_path):
     table = PromptTable(table_path, ["embeds", "label"])
     assert table.columns == ["embeds", "label"]
     for start, count in [(0, 3), (8, 5), (10, 1), (97, 26), (10**12 + 7, 4), (3, 0), (29, 1)]:
@@ -54,14 +54,20 @@ def test_row_groups_and_chunking_do_not_show(tmp_path, monkeypatch):
     big = {"label": np.arange(101), "embeds": RNG.standard_normal((101, 2, 3))}
     monkeypatch.setattr(prompts, "GROUP_BYTES", 400)
     path = write_prompts(tmp_path / "p.parquet", big)
-    assert pq.ParquetFile(path).num_row_groups > 3 * prompts.CACHED_GROUPS
+    monkeypatch.setattr(prompts, "CACHED_BYTES", 2000)
+    assert pq.ParquetFile(path).num_row_groups > 12
     table = PromptTable(path)
     whole = table.rows(40, 150)
     parts = [table.rows(k, 1) for k in range(40, 190)]
     for name, values in big.items():
         assert np.array_equal(whole[name], np.concatenate([part[name] for part in parts]))
         assert np.array_equal(whole[name], values[np.arange(40, 190) % 101])
-    assert len(table._cache) <= prompts.CACHED_GROUPS
+    assert 2 < len(table._cache) and sum(table.groups[kept].size for kept in table._cache) <= 2000
+    mixed = RNG.permutation(101)[:60]
+    assert np.array_equal(table.take(mixed)["label"], mixed) and len(table.take(mixed[:0])["embeds"]) == 0
+    for wrong in ([101], [3, -1]):
+        with pytest.raises(IndexError):
+            table.take(np.array(wrong))
     again = PromptTable(path)  # a seek needs nothing before it
     assert np.array_equal(again.rows(77, 3)["embeds"], big["embeds"][77:80]) and len(again._cache) == 1
 

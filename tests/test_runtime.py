@@ -22,7 +22,8 @@ from test_large_families import large_recipe, run_large
 
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.config import Recipe, load_recipe
-from raydmd.data.prompts import write_prompts
+from raydmd.data.prompts import PromptTable, write_prompts
+from raydmd.data.row_order import PromptOrder
 from raydmd.errors import RunError, UserError
 from raydmd.folders import expert_file
 from raydmd.methods.fake import Fake
@@ -122,7 +123,10 @@ def test_many_workers_end_where_the_reference_does(nodes: dict[str, str], quick,
     last = found.manifest
     assert last is not None and found.skipped == []
     assert (last.iteration, last.phase, last.experts, last.generator_version, last.fake_version) == (4, 2, 2, 4, 8)
-    assert last.cursor == 4 * 3 * 24 and set(found.shards) == {"expert-0", "expert-1"}
+    assert (last.fake_cursor, last.generator_cursor) == (8 * 24, 4 * 24) and set(found.shards) == {
+        "expert-0",
+        "expert-1",
+    }
     assert load_recipe(str(run / "recipe.yaml")) == recipe
     assert sorted(path.name for path in run.iterdir()) == [
         "checkpoints", "events.jsonl", "experts", "metrics.jsonl", "prompts", "recipe.yaml",
@@ -145,25 +149,37 @@ def test_regression_and_more_workers_than_micro_batches(nodes: dict[str, str], q
 
 def test_large_networks_with_embedded_prompts(nodes: dict[str, str], tmp_path: Path) -> None:
     """Qwen-Image's classes, LoRA experts, guidance 4, prompts' embeddings through Ray Data."""
-    recipe = large_recipe("qwen_image", tmp_path, "batch.micro=4")
+    recipe = large_recipe("qwen_image", tmp_path, "batch.micro=4", "prompts.cache_mb=0")
     assert distill(recipe, tmp_path / "run", console=CONSOLE)
     assert_same_bits(tmp_path / "run", run_large(recipe).experts)
 
 
+def prompt_stream(kind: type[PromptStream], recipe: Recipe, path: Path) -> Any:
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(kind).options(num_cpus=0, scheduling_strategy=here).remote(recipe, str(path))
+
+
+def labels_of(conditions: Any) -> list[int]:
+    return np.concatenate([micro["label"] for micro in conditions]).tolist()
+
+
 @pytest.mark.parametrize("cache_mb", [0, 256])
-def test_prompts_are_in_the_files_order_streamed_or_kept(
+def test_the_stream_hands_out_the_rows_of_the_order_streamed_or_kept(
     nodes: dict[str, str], quick, tmp_path: Path, cache_mb: int
 ) -> None:
-    """Only what is too large to keep is encoded by actors of Ray Data."""
+    """Also from the middle, as on resume. Only what is too large to keep is encoded by actors of Ray Data."""
     labels = (np.arange(40) ** 2 % 10).astype(np.int64)
     path = write_prompts(tmp_path / "labels.parquet", {"other": np.zeros(40), "label": labels})
     recipe, before = quick("digits", f"prompts.cache_mb={cache_mb}"), encoders()
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    stream = ray.remote(PromptStream).options(num_cpus=0, scheduling_strategy=here).remote(recipe, f"local://{path}")
+    order = PromptOrder(recipe, PromptTable(path).groups)
+    stream, each = prompt_stream(PromptStream, recipe, path), 3 * recipe.batch.size
     assert ray.get(stream.ready.remote()) == "40 prompts"
-    for start, count in ((13, 20), (33, 9), (42, 4)):  # from the middle, over the end, on
-        expected = labels[np.arange(start, start + count) % 40]
-        assert ray.get(stream.rows.remote(start, count))["label"].tolist() == expected.tolist()
+    for iteration in (7, 8):
+        micros = ray.get(stream.take.remote(iteration))
+        assert [len(micro["label"]) for micro in micros] == [4] * 12
+        assert labels_of(micros) == labels[order.samples(iteration * each, each)].tolist()
+    assert ray.get(stream.pairs.remote(30, 20))["label"].tolist() == labels[order.pairs(30, 20)].tolist()
+    assert ray.get(stream.rows.remote(33, 9))["label"].tolist() == labels[np.arange(33, 42) % 40].tolist()
     assert (encoders() > before) == (cache_mb == 0)
     ray.kill(stream)
 
@@ -175,25 +191,22 @@ def encoders() -> int:
 
 def test_recoveries_and_previews_do_not_read_a_large_set_again(nodes: dict[str, str], quick, tmp_path: Path) -> None:
     class Counted(PromptStream):
-        walked = 0
+        begun = 0
 
-        def _endless(self) -> Iterator[dict[str, np.ndarray]]:
-            for row in super()._endless():
-                self.walked += 1
-                yield row
+        def _execute(self, iteration: int) -> Iterator[dict[str, np.ndarray]]:
+            self.begun += 1
+            return super()._execute(iteration)
 
     labels = (np.arange(400) ** 2 % 10).astype(np.int64)
     path = write_prompts(tmp_path / "labels.parquet", {"label": labels})
     recipe = quick("digits", "prompts.cache_mb=0", "monitor.samples=9")
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    stream = ray.remote(Counted).options(num_cpus=0, scheduling_strategy=here).remote(recipe, f"local://{path}")
-    each = 3 * recipe.batch.size
+    stream, each = prompt_stream(Counted, recipe, path), 3 * recipe.batch.size
+    order = PromptOrder(recipe, PromptTable(path).groups)
     for iteration in (0, 1, 2, 3, 4, 2, 3, 4, 5):  # at 4 a trainer is lost, and they say that they stand at 2
-        micros = ray.get(stream.take.remote(iteration))
-        taken = np.concatenate([micro["label"] for micro in micros])
-        assert taken.tolist() == labels[iteration * each : (iteration + 1) * each].tolist()
+        taken = labels_of(ray.get(stream.take.remote(iteration)))
+        assert taken == labels[order.samples(iteration * each, each)].tolist()
         assert ray.get(stream.rows.remote(0, 9))["label"].tolist() == labels[:9].tolist()
-    assert ray.get(stream.__ray_call__.remote(lambda self: self.walked)) == 6 * each
+    assert ray.get(stream.__ray_call__.remote(lambda self: self.begun)) == 1
     ray.kill(stream)
 
 

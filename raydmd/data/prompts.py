@@ -1,7 +1,6 @@
-"""Prompt tables in Parquet: written once, read by row number, so that sample k of a run has one prompt for good."""
+"""Prompt tables in Parquet: written once, read by row number; `raydmd.data.row_order` says which row a sample uses."""
 
 import os
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -12,11 +11,12 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
+from raydmd.data.row_order import WINDOW_BYTES, RowGroup
 from raydmd.errors import UserError, nearest
 from raydmd.models.protocol import Family
 
 GROUP_BYTES = 16 * 2**20
-CACHED_GROUPS = 4
+CACHED_BYTES = 3 * WINDOW_BYTES  # the windows of two streams, and what a chunk has of the next one
 
 
 def write_prompts(path: str | Path, rows: Mapping[str, np.ndarray | Sequence[object]]) -> Path:
@@ -44,9 +44,11 @@ def write_prompts(path: str | Path, rows: Mapping[str, np.ndarray | Sequence[obj
 
 
 class PromptTable:
-    """A Parquet file (or a folder of them, by name) as an endless sequence of rows: row k is row k mod N.
+    """A Parquet file (or a folder of them, by name) as rows that can be read in any order, and again and again.
 
-    Only the row groups in use are held, so a table of embeddings may be larger than memory.
+    A row group is read as a whole and the last few are held, so a table of embeddings may be larger than memory. Where
+    a run reads in an order of its own (`raydmd.data.row_order`), it holds windows of row groups: those of some ten
+    megabytes, as `write_prompts` makes them, cost least; a group larger than that is held as a whole.
 
     Args:
         path: a file or folder; also a URI that pyarrow.fs knows (``s3://``, ``gs://``).
@@ -54,6 +56,7 @@ class PromptTable:
 
     Attributes:
         columns: the names that `rows` returns.
+        groups: the row groups in file order.
 
     Raises:
         UserError: no such file, not Parquet, no rows, or a column that it lacks.
@@ -62,9 +65,10 @@ class PromptTable:
     def __init__(self, path: str | Path, columns: Sequence[str] | None = None) -> None:
         self.path = str(path)
         self._files = [self._open(file) for file in self._list_files()]
-        self._groups = [(file, i) for file in self._files for i in range(file.num_row_groups)]
-        sizes = [file.metadata.row_group(i).num_rows for file, i in self._groups]
-        self._ends = list(accumulate(sizes))
+        self._places = [(file, i) for file in self._files for i in range(file.num_row_groups)]
+        found = [file.metadata.row_group(i) for file, i in self._places]
+        self.groups = [RowGroup(group.num_rows, group.total_byte_size) for group in found]
+        self._ends = list(accumulate(group.rows for group in self.groups))
         if not self._ends or not self._ends[-1]:
             raise UserError(f"prompts: '{self.path}' has no rows")
         names = self._files[0].schema_arrow.names
@@ -80,45 +84,57 @@ class PromptTable:
         return self._ends[-1]
 
     def rows(self, start: int, count: int) -> dict[str, np.ndarray]:
-        """Return samples ``start .. start + count`` of a run, in order: sample k uses row k mod N.
-
-        Columns of numbers come as [count], fixed-size lists as [count, ...], text as [count] objects.
+        """Return ``count`` rows from row ``start`` on in the file's order, which begins again after the last.
 
         Raises:
             ValueError: a negative start or count.
-            UserError: a list column whose rows are of unequal lengths, or has empty values.
+            UserError: as `take`.
         """
         if start < 0 or count < 0:
             raise ValueError(f"rows start and count from 0, not {start} and {count}")
+        return self.take((np.arange(count) + start) % len(self))
+
+    def take(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Return rows by number, in the order given.
+
+        Columns of numbers come as [count], fixed-size lists as [count, ...], text as [count] objects.
+
+        Args:
+            rows: whole numbers [count], 0 to N - 1.
+
+        Raises:
+            IndexError: a number that is no row's.
+            UserError: a list column whose rows are of unequal lengths, or has empty values.
+        """
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"rows 0..{len(self) - 1}, not {rows.min()}..{rows.max()}")
+        group_of = np.searchsorted(self._ends, rows, side="right")
+        found, firsts = np.unique(group_of, return_index=True)
+        wanted = found[np.argsort(firsts)].tolist() or [0]  # by first use: what is needed last stays in the cache
         parts: dict[str, list[np.ndarray]] = {name: [] for name in self.columns}
-        at, end = start, start + count
-        while at < end or not count:
-            row = at % len(self)
-            index = bisect_right(self._ends, row)
-            first = self._ends[index - 1] if index else 0
-            low, high = row - first, min(self._ends[index] - first, row - first + end - at)
+        places = [np.flatnonzero(group_of == index) for index in wanted]
+        for index, place in zip(wanted, places, strict=True):
+            inside = rows[place] - (self._ends[index] - self.groups[index].rows)
             for name, values in self._group(index).items():
-                parts[name].append(values[low:high])
-            at += high - low
-            if not count:
-                break
-        return {name: values[0] if len(values) == 1 else self._join(name, values) for name, values in parts.items()}
+                parts[name].append(values[inside])
+        back = np.argsort(np.concatenate(places), kind="stable")
+        return {name: self._join(name, values)[back] for name, values in parts.items()}
 
     def _join(self, name: str, parts: list[np.ndarray]) -> np.ndarray:
         if len({part.shape[1:] for part in parts}) > 1:
             raise UserError(f"prompts: column '{name}' of '{self.path}' has lists of unequal lengths; pad them")
-        return np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _group(self, index: int) -> dict[str, np.ndarray]:
-        """Return a row group's columns; the last few are kept."""
+        """Return a row group's columns; the last `CACHED_BYTES` are kept, and two groups whatever their size."""
         if index in self._cache:
             self._cache.move_to_end(index)
             return self._cache[index]
-        file, number = self._groups[index]
+        file, number = self._places[index]
         table = file.read_row_group(number, columns=self.columns)
         group = {name: to_numpy(table.column(name), name, self.path) for name in self.columns}
         self._cache[index] = group
-        if len(self._cache) > CACHED_GROUPS:
+        while len(self._cache) > 2 and sum(self.groups[kept].size for kept in self._cache) > CACHED_BYTES:
             self._cache.popitem(last=False)
         return group
 

@@ -84,3 +84,14 @@ def integer(key: Key, high: int) -> int:
         raise ValueError(f"high must be at least 1, not {high}")
     word = int(_raw(key, "integer", 0, 1, 1)[0, 0])
     return (word * high) >> 64  # uneven by at most high / 2^64
+
+
+def permutation(key: Key, count: int) -> np.ndarray:
+    """A uniformly random order of 0..count-1, int64 [count]; the same on every machine and with every numpy.
+
+    Raises ValueError for a negative count.
+    """
+    if count < 0:
+        raise ValueError(f"count must not be negative, not {count}")
+    words = _raw(key, "permutation", 0, math.ceil(count / _WORDS), 1).reshape(-1)[:count]
+    return np.argsort(words, kind="stable")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from raydmd.config import Recipe
+from raydmd.data.row_order import RowGroup, RowOrder
 from raydmd.diffusion.random import Key, normal, uniform
 from raydmd.methods.batch import Noised, Samples, Score, Stamp
 from raydmd.methods.collective import Alone, Collective
@@ -52,6 +53,7 @@ class Generator:
         )
         self.draws = recipe.method.fake_updates + 1
         self.pairs: Pairs | None = None
+        self._pair_order = RowOrder(recipe.seed, "regression", [RowGroup(recipe.method.regression.pairs, 0)])
         self.updates, self.ended = 0, False  # over all phases; whether the phase's expert is fixed
         self._kept: dict[int, tuple[torch.Tensor, Noised]] = {}
         self._entries: dict[tuple[int, int], torch.Tensor] = {}
@@ -173,10 +175,13 @@ class Generator:
         )
 
     def _regression(self, stamp: Stamp, count: int) -> torch.Tensor:
-        """L2 between the student's and the teacher's result from the same noise (DMD Sec. 3.3)."""
+        """L2 between the student's and the teacher's result from the same noise (DMD Sec. 3.3).
+
+        The batches walk all pairs, in a new order each time round.
+        """
         assert self.pairs is not None
         first = stamp.draw // self.draws * self.recipe.batch.size + stamp.start
-        noise, target, conditions = self.pairs.batch(first, count)
+        noise, target, conditions = self.pairs.take(self._pair_order.rows(first, count))
         t = torch.full((count,), self.phase.times[0], dtype=torch.float64, device=self.device)
         prediction = self.experts.expert(self.phase.index)(noise, t, conditions)
         x0 = self.family.schedule.convert(prediction, noise, t, self.family.prediction, "x0")

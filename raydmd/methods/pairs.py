@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from raydmd.models.protocol import Conditions
@@ -9,7 +10,7 @@ from raydmd.models.protocol import Conditions
 
 @dataclass(frozen=True)
 class Pairs:
-    """Noise [N, ...], the teacher's result [N, ...] and its conditions; sample i uses pair i mod N."""
+    """Noise [N, ...], the teacher's result [N, ...] and its conditions."""
 
     noise: torch.Tensor
     result: torch.Tensor
@@ -25,8 +26,7 @@ class Pairs:
             {name: torch.cat([part.conditions[name] for part in parts]).to(device) for name in names},
         )
 
-    def batch(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor, Conditions]:
-        """Return pairs ``start .. start + count``, wrapping round."""
-        index = torch.arange(start, start + count) % self.noise.shape[0]
-        index = index.to(self.noise.device)
+    def take(self, numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, Conditions]:
+        """Return the noise, the results and the conditions of pairs by number [count], in that order."""
+        index = torch.from_numpy(numbers).to(self.noise.device)
         return self.noise[index], self.result[index], {name: value[index] for name, value in self.conditions.items()}

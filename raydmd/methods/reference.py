@@ -10,6 +10,7 @@ import torch
 
 from raydmd.config import Recipe
 from raydmd.data.prompts import PromptTable
+from raydmd.data.row_order import PromptOrder
 from raydmd.methods.fake import Fake, FakeStats
 from raydmd.methods.generator import Generator, GeneratorStats
 from raydmd.methods.pairs import Pairs
@@ -42,17 +43,17 @@ def train(
         recipe: the run's recipe.
         family: the kind of network.
         teacher: the many-step teacher.
-        prompts: the k-th sample of the run uses row k mod N.
+        prompts: what the samples are conditioned on, in the order of `PromptOrder`.
         on_iteration: called with (iteration, the fake's figures, the generator's) after each iteration.
         iterations: stop after this many, without ending the phase; default: all.
     """
     generator, fake = Generator(recipe, family, teacher), Fake(recipe, family, teacher)
     run = Reference(generator, fake, Scorer(recipe, family, teacher))
     size, micro, updates = recipe.batch.size, recipe.batch.micro or recipe.batch.size, recipe.method.fake_updates
-    starts = range(0, size, micro)
+    starts, order = range(0, size, micro), PromptOrder(recipe, prompts.groups)
 
-    def conditions(draw: int, start: int) -> Conditions:
-        return family.conditions(prompts.rows(draw * size + start, micro))
+    def conditions(iteration: int, update: int, start: int) -> Conditions:
+        return family.conditions(prompts.take(order.draw(iteration, update, start, micro)))
 
     if recipe.method.regression.weight:
         generator.pairs = make_pairs(recipe, family, run.scorer, prompts)
@@ -63,11 +64,11 @@ def train(
         for _ in range(length):
             if iteration == iterations:
                 return run
-            draw, losses = iteration * (updates + 1), []
+            losses = []
             for u in range(updates):
-                batches = [generator.rollout(iteration, u, s, micro, conditions(draw + u, s)) for s in starts]
+                batches = [generator.rollout(iteration, u, s, micro, conditions(iteration, u, s)) for s in starts]
                 losses.append(fake.update(batches))
-            proposals = [generator.propose(iteration, s, micro, conditions(draw + updates, s)) for s in starts]
+            proposals = [generator.propose(iteration, s, micro, conditions(iteration, updates, s)) for s in starts]
             real = [run.scorer.score(proposal) for proposal in proposals]
             generated = [fake.score(proposal) for proposal in proposals]
             figures = generator.update(real, generated)
@@ -79,9 +80,9 @@ def train(
 
 
 def make_pairs(recipe: Recipe, family: Family, scorer: Scorer, prompts: PromptTable, chunk: int = 256) -> Pairs:
-    """Let the teacher make the recipe's ODE pairs; pair j uses prompt row j."""
-    total, made = recipe.method.regression.pairs, []
+    """Let the teacher make the recipe's ODE pairs; their prompts walk all rows, in an order of their own."""
+    total, made, order = recipe.method.regression.pairs, [], PromptOrder(recipe, prompts.groups)
     for start in range(0, total, chunk):
-        conditions = family.conditions(prompts.rows(start, min(chunk, total - start)))
+        conditions = family.conditions(prompts.take(order.pairs(start, min(chunk, total - start))))
         made.append(scorer.pairs(start, min(chunk, total - start), conditions))
     return Pairs.join(made)

@@ -116,7 +116,7 @@ async def launch(
         remote: Any = ray.remote(kind).options(**options)
         return remote.remote(*arguments)
 
-    local = prompts if "://" in prompts else f"local://{prompts}"  # only this node is sure to have it
+    rows = prompts if "://" in prompts else str(Path(prompts).resolve())
     crews = {role: Crew(role, recipe, (parts or PARTS)[role]) for role in WORKERS}
     rendezvous = Rendezvous(ray.util.get_node_ip_address())
     cluster = Cluster(
@@ -124,7 +124,7 @@ async def launch(
         generators=TrainerGroup("generator", micro_batches(recipe), rendezvous),
         fakes=TrainerGroup("fake", micro_batches(recipe), rendezvous),
         scorers=ScorerPool(recipe.runtime.max_failures),
-        prompts=helper(PromptStream, recipe, local),
+        prompts=helper(PromptStream, recipe, rows),
         archivist=helper(Archivist, str(folder.resolve()), checkpoints(recipe, folder), recipe.checkpoint.keep),
         warden=helper(Warden),
     )

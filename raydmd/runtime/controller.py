@@ -266,7 +266,8 @@ class Controller:
             phase=phase,
             generator_version=n,
             fake_version=fakes,
-            cursor=n * (self.recipe.method.fake_updates + 1) * self.recipe.batch.size,
+            fake_cursor=fakes * self.recipe.batch.size,
+            generator_cursor=n * self.recipe.batch.size,
             seed=self.recipe.seed,
             experts=self.experts,
             teacher=self.teacher,
@@ -324,7 +325,7 @@ class Controller:
         if not self.recipe.method.regression.weight or self._paired or self.next >= self.ends[-1]:
             return
         work = [(start, min(chunk, total - start)) for start in range(0, total, chunk)]
-        inputs = [(start, count, self.cluster.prompts.rows.remote(start, count)) for start, count in work]
+        inputs = [(start, count, self.cluster.prompts.pairs.remote(start, count)) for start, count in work]
         pairs = await self.cluster.scorers.map("pairs", inputs)
         await asyncio.gather(*self.cluster.generators.all("load_pairs", *pairs.results))
         self._paired = True

@@ -29,7 +29,7 @@ from raydmd.locations import KEY
 from raydmd.runtime.shards import pieces
 from raydmd.runtime.storage import Store, one_line
 
-FORMAT = 2
+FORMAT = 3
 BROKEN = (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError, RecursionError)
 Shards = dict[str, dict[str, np.ndarray]]
 
@@ -43,7 +43,9 @@ class Manifest:
         phase: index of the phase that the next iteration belongs to; the number of phases when all is done.
         generator_version: generator updates made.
         fake_version: fake updates made.
-        cursor: prompts consumed: the next sample of the run.
+        fake_cursor: position of the fake's rollouts in their stream of prompts, in samples: ``fake_version`` times
+            the batch's size. With the seed it says which rows come next (`raydmd.data.row_order`).
+        generator_cursor: the same of the generator's own batches: ``generator_version`` times the batch's size.
         seed: the recipe's seed.
         experts: finished experts.
         files: shard name ("generator", "fake", "expert-0", ...) to {"path", "sha256", "bytes"}.
@@ -55,7 +57,8 @@ class Manifest:
     phase: int
     generator_version: int
     fake_version: int
-    cursor: int
+    fake_cursor: int
+    generator_cursor: int
     seed: int
     experts: int
     files: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -1,122 +1,162 @@
-"""The prompt stream: Ray Data reads and encodes Parquet; the k-th sample of a run gets row k mod N."""
+"""The prompt stream: reads and encodes the rows that a run's samples use, in the order of `PromptOrder`."""
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydmd.config import Recipe
-from raydmd.data.prompts import to_numpy
+from raydmd.data.prompts import PromptTable
+from raydmd.data.row_order import PromptOrder
 from raydmd.models.protocol import Family
 from raydmd.runs import recipe_family
 from raydmd.runtime.wire import to_wire
 
 KEPT = 3  # iterations: after a loss the one before the one under way may be taken again, and one is asked for ahead
+CHUNK_BYTES, CHUNK_ROWS = 32 * 2**20, 256  # encoded rows that are read and encoded at once, at most
+PASS_CHUNKS = 2000  # of one execution of Ray Data, each chunk a task; then the next one is started
+
+
+class Reader:
+    """An actor of Ray Data that reads the rows of the run's samples, a chunk a call; it is where the file is."""
+
+    def __init__(self, recipe: Recipe, path: str, columns: list[str], first: int, end: int, chunk: int) -> None:
+        self.table = PromptTable(path, columns)
+        self.order = PromptOrder(recipe, self.table.groups)
+        self.first, self.end, self.chunk = first, end, chunk
+
+    def __call__(self, numbers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return one chunk of rows."""
+        start = self.first + int(numbers["id"][0]) * self.chunk
+        return self.table.take(self.order.samples(start, min(self.chunk, self.end - start)))
 
 
 class Encoder:
     """Turns Parquet columns into condition arrays; for large sets an actor of Ray Data's pool."""
 
-    def __init__(self, family: Family, path: str) -> None:
-        self.family, self.path = family, path
+    def __init__(self, family: Family) -> None:
+        self.family = family
 
-    def __call__(self, rows: pa.Table) -> dict[str, np.ndarray]:
+    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Encode one block of rows."""
-        columns = {name: to_numpy(rows.column(name), name, self.path) for name in rows.column_names}
-        return to_wire(self.family.conditions(columns))
+        return to_wire(self.family.conditions(rows))
 
 
 class PromptStream:
     """An actor that hands out the conditions of every micro-batch of an iteration, in order.
 
-    Rows stay in the file's order. Encoded prompts that fit in ``prompts.cache_mb`` are encoded here and kept;
-    larger sets are streamed and encoded anew each pass, by actors of their own. A stream goes forward only, and to
-    begin it anew reads all rows before: so what a recovery asks for again is kept, and the previews' rows are read
-    beside the stream, once.
+    Encoded prompts that fit in ``prompts.cache_mb`` are encoded here and kept. Larger sets are read and encoded anew
+    each epoch by actors of Ray Data, which work ahead. They go forward only: what a recovery asks for again is kept,
+    and any other iteration starts them afresh, at its first row. Nothing but the iteration says which rows it uses, so
+    an actor that was restarted goes on as if it had not been.
+
+    Args:
+        recipe: the run's recipe.
+        path: the Parquet file or folder, on this node or a URI.
     """
 
     def __init__(self, recipe: Recipe, path: str) -> None:
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.execution_options.preserve_order = True
-        context.use_datasource_v2 = False  # it would start dozens of actors anywhere to read one file's footer
-        self.recipe, self.family = recipe, recipe_family(recipe)
+        self.recipe, self.path, self.family = recipe, path, recipe_family(recipe)
+        self.size, self.draws = recipe.batch.size, recipe.method.fake_updates + 1
         self.micro = recipe.batch.micro or recipe.batch.size
-        columns = list(self.family.condition_columns)
-        dataset = ray.data.read_parquet(path, columns=columns or None, num_cpus=0.1)
-        self.total = dataset.count()
-        self.cache: dict[str, np.ndarray] | None = {} if not columns else None
-        self._fits = not columns
-        if columns:
-            self._encode = Encoder(self.family, path)
-            first = self._encode(dataset.take_batch(1, batch_format="pyarrow"))
-            each = sum(value.nbytes for value in first.values())
-            self._fits = each * self.total <= recipe.prompts.cache_mb * 2**20
-            if not self._fits:
-                dataset = dataset.map_batches(
-                    Encoder, fn_constructor_args=(self.family, path), concurrency=recipe.prompts.encoders, num_cpus=0.1,
-                    batch_size=max(self.micro, 256), batch_format="pyarrow",
-                )  # fmt: skip
-        self.dataset = dataset
-        self._rows: Iterator[dict[str, np.ndarray]] | None = None
-        self._position = -1
+        self.columns = list(self.family.condition_columns)
+        self._encode = Encoder(self.family)
+        self._opened: tuple[PromptTable, PromptOrder] | None = None
+        self._cache: dict[str, np.ndarray] | None = None
+        self._chunk = 1
+        self._coming: Iterator[dict[str, np.ndarray]] = iter(())
+        self._next = -1  # the iteration whose micro-batches come
         self._taken: dict[int, list[Any]] = {}  # the last iterations
-        self._previewed: dict[str, np.ndarray] | None = None
+        self._previewed: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 
     def ready(self) -> str:
-        """Return how many prompts there are, once the first pass can begin; small sets are encoded by then."""
-        self._keep()
-        return f"{self.total} prompts"
+        """Return how many prompts there are, once the first can be taken; small sets are encoded by then.
+
+        Raises:
+            UserError: a file or a row of it that cannot be used.
+        """
+        table, _ = self._open()
+        return f"{len(table)} prompts"
 
     def take(self, iteration: int) -> list[Any]:
         """Return the conditions of all the iteration's micro-batches: fake updates' first, then the generator's."""
         if iteration in self._taken:
             return self._taken[iteration]
-        size, draws = self.recipe.batch.size, self.recipe.method.fake_updates + 1
-        first = iteration * draws * size
-        taken = [self.rows(first + start, self.micro) for start in range(0, draws * size, self.micro)]
-        if self.cache is None:
-            if len(self._taken) == KEPT + self.recipe.runtime.max_staleness:
-                del self._taken[next(iter(self._taken))]
-            self._taken[iteration] = taken
+        _, order = self._open()
+        each = self.draws * self.size
+        if self._cache is not None:
+            first = iteration * each
+            return [self._of_rows(order.samples(first + at, self.micro)) for at in range(0, each, self.micro)]
+        taken = self._stream(iteration)
+        if len(self._taken) == KEPT + self.recipe.runtime.max_staleness:
+            del self._taken[next(iter(self._taken))]
+        self._taken[iteration] = taken
         return taken
 
     def rows(self, start: int, count: int) -> dict[str, np.ndarray]:
-        """Return the conditions of the run's samples ``start .. start + count``."""
-        self._keep()
-        if self.cache is not None:
-            index = np.arange(start, start + count) % self.total
-            return {name: values[index] for name, values in self.cache.items()}
-        if start == 0 and count == self.recipe.monitor.samples:
-            if self._previewed is None:
-                index, batch = np.arange(count) % self.total, self.dataset.take_batch(count, batch_format="numpy")
-                self._previewed = {name: values[index] for name, values in batch.items()}
-            return self._previewed
-        if start != self._position:
-            self._seek(start)
-        parts: list[dict[str, np.ndarray]] = []
-        for _ in range(count):
-            assert self._rows is not None
-            parts.append(next(self._rows))
-        self._position = start + count
-        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+        """Return the conditions of ``count`` rows from ``start`` on in the file's order, as for previews."""
+        table, _ = self._open()
+        if (start, count) not in self._previewed:
+            rows = (np.arange(count) + start) % len(table)
+            self._previewed = {(start, count): self._of_rows(rows)}
+        return self._previewed[start, count]
 
-    def _keep(self) -> None:
-        """Encode a small set, unless that is done; the actor may have been restarted."""
-        if self.cache is None and self._fits:
-            blocks = self.dataset.iter_batches(batch_size=1024, batch_format="pyarrow")
-            parts = [self._encode(block) for block in blocks]
-            self.cache = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    def pairs(self, start: int, count: int) -> dict[str, np.ndarray]:
+        """Return the conditions of the ODE pairs ``start .. start + count``."""
+        _, order = self._open()
+        return self._of_rows(order.pairs(start, count))
 
-    def _seek(self, start: int) -> None:
-        self._rows = self._endless()
-        for _ in range(start % self.total):
-            next(self._rows)
+    def _of_rows(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        table, _ = self._open()
+        if self._cache is not None:
+            return {name: values[rows] for name, values in self._cache.items()}
+        return self._encode(table.take(rows))
 
-    def _endless(self) -> Iterator[dict[str, np.ndarray]]:
-        while True:
-            for batch in self.dataset.iter_batches(batch_size=max(self.micro, 64), batch_format="numpy"):
-                for row in range(len(next(iter(batch.values())))):
-                    yield {name: values[row] for name, values in batch.items()}
+    def _open(self) -> tuple[PromptTable, PromptOrder]:
+        """Open the table, and encode a small one, unless that is done; the actor may have been restarted."""
+        if self._opened is None:
+            table = PromptTable(self.path, self.columns)
+            each = sum(value.nbytes for value in self._encode(table.rows(0, 1)).values())
+            if not self.columns:
+                self._cache = {}
+            elif each * len(table) <= self.recipe.prompts.cache_mb * 2**20:
+                self._cache = self._encode_all(PromptTable(self.path, self.columns))
+            self._chunk = max(1, min(CHUNK_ROWS, CHUNK_BYTES // max(each, 1)))
+            self._opened = table, PromptOrder(self.recipe, table.groups)
+        return self._opened
+
+    def _encode_all(self, table: PromptTable, block: int = 1024) -> dict[str, np.ndarray]:
+        starts = range(0, len(table), block)
+        parts = [self._encode(table.rows(start, min(block, len(table) - start))) for start in starts]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _stream(self, iteration: int) -> list[Any]:
+        """Return an iteration's micro-batches from the actors of Ray Data."""
+        wanted = self.draws * self.recipe.batch.micros
+        taken = list(islice(self._coming, wanted)) if iteration == self._next else []
+        if len(taken) < wanted:  # another iteration than the next, or the last execution is at its end
+            self._coming = self._execute(iteration)
+            taken = [next(self._coming) for _ in range(wanted)]
+        self._next = iteration + 1
+        return taken
+
+    def _execute(self, iteration: int) -> Iterator[dict[str, np.ndarray]]:
+        """Have Ray Data read and encode from an iteration on; yields micro-batches in order."""
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = True
+        each = self.draws * self.size
+        first, length = iteration * each, max(1, PASS_CHUNKS * self._chunk // each) * each
+        count = -(-length // self._chunk)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        dataset = ray.data.range(count, override_num_blocks=count).map_batches(
+            Reader, fn_constructor_args=(self.recipe, self.path, self.columns, first, first + length, self._chunk),
+            concurrency=1, num_cpus=0.1, batch_size=1, batch_format="numpy", scheduling_strategy=here,
+        ).map_batches(
+            Encoder, fn_constructor_args=(self.family,), concurrency=self.recipe.prompts.encoders, num_cpus=0.1,
+            batch_size=None, batch_format="numpy",
+        )  # fmt: skip
+        return iter(dataset.iter_batches(batch_size=self.micro, batch_format="numpy"))
