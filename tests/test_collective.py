@@ -123,6 +123,20 @@ def test_it_is_as_exact_as_float32_can_say(scale: float) -> None:
     assert not bool((plain <= allowed).all())
 
 
+@pytest.mark.parametrize("count", [2, 3, 4, 8, 9, 64])
+@pytest.mark.parametrize("largest", [1.0, 1.999, 2.0**-40])
+def test_it_keeps_an_elements_24_bits_down_to_the_bound_that_it_states(count: int, largest: float) -> None:
+    """2^-(38 - ceil log2 count) of the largest's power of two; half of it is rounded."""
+    power = 2.0 ** math.floor(math.log2(largest))
+    least = 2.0 ** -(38 - math.ceil(math.log2(count))) * power * (1 + 2.0**-23)  # the last bit is set
+
+    def kept(element: float) -> bool:
+        parts = [torch.tensor([largest, element])] + [torch.zeros(2)] * (count - 1)
+        return float(alone(parts)[1]) == float(torch.tensor(element))
+
+    assert kept(least) and kept(-least) and not kept(least / 2)
+
+
 def test_zeros_and_mixed_magnitudes() -> None:
     zero = torch.zeros(5)
     assert torch.equal(alone([zero, zero, zero]), zero)

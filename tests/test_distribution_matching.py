@@ -81,7 +81,7 @@ def test_raw_gradient_is_the_difference_of_scores(schedule: Schedule, kind: str,
         flows = [from_score("flow", score, x_t, case.a, case.v) for score in (teacher, fake)]
         letter = case.ratio / (case.v + case.v**2 / case.a) * (flows[0] - flows[1])
         torch.testing.assert_close(gradient, letter, rtol=1e-9, atol=1e-10)
-        # The weight of DMD's Eq. 9, with alpha_t for alpha_{t|s}, is another in a phase.
+        # The weight of Phased DMD's Eq. 9, with alpha_t for alpha_{t|s}, is another in a phase.
         assert torch.allclose(gradient, case.a * (fake - teacher)) == (s == 0.0 or isinstance(schedule, EDM))
 
 
@@ -138,7 +138,7 @@ def test_normalized_gradient_in_closed_form(schedule: Schedule, kind: str, s: fl
     assert (torch.sign(gradient) == torch.sign(case.gradient(x_s, x_t, kind))).all()
 
 
-def test_at_s_0_it_is_dmds_eq_8(schedule: Schedule) -> None:
+def test_at_s_0_it_is_the_weight_of_dmds_code_and_eq_8_has_a_further_alpha(schedule: Schedule) -> None:
     torch.manual_seed(0)
     x, noise, real, fake = torch.randn(4, 3, 2, 4, 4, dtype=torch.float64)
     t = torch.tensor([0.3, 0.6, 0.9], dtype=torch.float64)
@@ -146,6 +146,13 @@ def test_at_s_0_it_is_dmds_eq_8(schedule: Schedule) -> None:
     scale = (real - x).abs().sum(dim=(1, 2, 3), keepdim=True) / (2 * 4 * 4)
     torch.testing.assert_close(gradient, (fake - real) / scale, rtol=1e-5, atol=1e-6)
     assert (gradient - (real - fake) / scale).abs().max() > 1.0
+    # Eq. 7 with Eq. 8's w_t, to the letter.
+    a, v = (value.view(3, 1, 1, 1) for value in (schedule.alpha(t), schedule.sigma(t)))
+    x_t = schedule.diffuse(x, noise, t)
+    scores = [(a * mean - x_t) / v**2 for mean in (fake, real)]
+    letter = v**2 / a / scale * a * (scores[0] - scores[1])
+    torch.testing.assert_close(letter, a * gradient, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(letter, gradient, rtol=1e-3) == isinstance(schedule, EDM)
 
 
 @pytest.mark.parametrize("weight", ["raw", "normalized"])

@@ -32,8 +32,9 @@ def exact_sum(gradients: list[torch.Tensor], like: torch.Tensor, count: int, col
     """Sum the gradients of a batch's micro-batches; the result has the same bits however they are shared out.
 
     Each is rounded to int64 at one power-of-two scale, set by the largest element of all (an all-reduced
-    maximum), and integer addition is associative. An element keeps all 24 bits of its float32 down to about
-    2^-36 of the largest. A batch of a single micro-batch is passed on unrounded.
+    maximum), and integer addition is associative. An element keeps all 24 bits of its float32 where it is at least
+    2^-(38 - ceil log2 count) of the power of two at or below the largest; one below that is rounded to a grid of
+    2^-(61 - ceil log2 count) of it. A batch of a single micro-batch is passed on unrounded.
 
     Args:
         gradients: this replica's micro-batches' flat gradients, float32 [N] each; may be none.

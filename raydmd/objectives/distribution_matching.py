@@ -2,6 +2,11 @@
 
 DMD (Eqs. 7, 8) compares the scores of the generated and of the teacher's distribution after diffusion. Phased DMD
 (Eq. 11) does so for x_s at the end of a phase, with t drawn from (s, 1).
+
+The weight used in practice is that of DMD's code, (fake - teacher) / mean |x - teacher| of predictions of x_0. DMD's
+Eq. 7 with Eq. 8 to the letter has a further alpha_t: with w_t = (sigma_t^2 / alpha_t) / mean |x - teacher| and score =
+(alpha_t x_0 - x_t) / sigma_t^2, w_t alpha_t (score_fake - score_teacher) = alpha_t (fake - teacher) /
+mean |x - teacher|.
 """
 
 from typing import Literal
@@ -13,11 +18,15 @@ from torch.nn.functional import mse_loss
 from raydmd.diffusion.schedule import Prediction, Schedule, Time, at_least_float32, broadcast
 
 Weight = Literal["normalized", "raw"]
-"""The weight of the gradient over time: DMD Eq. 8, or the bare Phased DMD Eq. 11."""
+"""The weight of the gradient over time: that of DMD's code (DMD Eqs. 7 and 8 without their alpha_t), or the bare Phased
+DMD Eq. 11."""
 
 
 def guided(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
-    """Classifier-free guidance, u + guidance_scale (c - u), in at least float32; a scale of 1 is the conditional."""
+    """Classifier-free guidance, u + guidance_scale (c - u), in at least float32; a scale of 1 is the conditional.
+
+    Self-Forcing and CausVid write c + w (c - u): their w is guidance_scale - 1.
+    """
     c, u = at_least_float32(conditional), at_least_float32(unconditional)
     return u + guidance_scale * (c - u)
 
@@ -49,7 +58,8 @@ def distribution_matching_gradient(
 
         w_{t|s} (T - F)  =  alpha_{t|s} (score_fake - score_teacher)
 
-    normalized (DMD Eq. 8, with the posterior mean of x_s for that of x_0; the two are one at s = 0):
+    normalized (the weight of DMD's code, which is DMD's Eqs. 7 and 8 without their factor alpha_t; with the posterior
+    mean of x_s for that of x_0, the two being one at s = 0):
 
         (E_fake[x_s | x_t] - E_teacher[x_s | x_t]) / (mean |x_s - E_teacher[x_s | x_t]| + eps)
 
