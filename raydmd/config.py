@@ -28,7 +28,9 @@ class Teacher(Section):
     path: str | None = Field(
         None, description="its weights: a folder of `raydmd pretrain`, or what from_pretrained takes"
     )
-    guidance_scale: float = Field(1.5, ge=0, description="w in u + w (c - u); 1 means no guidance")
+    guidance_scale: float = Field(
+        1.5, ge=0, description="w in u + w (c - u); 1: no guidance (the w of Self-Forcing and CausVid is this less 1)"
+    )
     steps: Positive = Field(25, description="steps of its own many-step sampler, for evaluation and ODE pairs")
     timestep_shift: Rate | None = Field(
         None, description="shift of that sampler's times; null: as its scheduler_config.json says, 1 without one"

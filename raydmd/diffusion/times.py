@@ -51,6 +51,14 @@ def _cumulative(t: float, shift: float, distribution: TimeLaw) -> float:
     return 0.5 * math.erfc(-math.log(plain / (1.0 - plain)) / math.sqrt(2.0))
 
 
+def interval_share(
+    low: float, high: float, shift: float = 1.0, distribution: TimeLaw = "uniform", t_max: float = 1.0
+) -> float:
+    """The share, 0 to 1, of the shifted law of t that lies between low and high, in the schedule's units."""
+    below_high = 1.0 if high >= t_max else _cumulative(high / t_max, shift, distribution)
+    return below_high - _cumulative(low / t_max, shift, distribution)
+
+
 def sample_times(
     u: Tensor,
     low: float,

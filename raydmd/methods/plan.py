@@ -29,9 +29,10 @@ def plan_phases(recipe: Recipe, t_max: float = 1.0) -> list[Phase]:
         raise UserError(f"method.regression.weight: regression on ODE pairs goes with dmd, not {method.name}")
     phases = module.phases(method, steps, count, t_max)
     for phase in phases:
-        if phase.score_low < phase.end:
+        if phase.score_low == phase.score_high and phase.score_low <= phase.end:
             raise UserError(
-                f"method.fixed_t: {method.fixed_t} is below the end {phase.end:.3f} of phase {phase.index + 1}"
+                f"method.fixed_t: {method.fixed_t} is not above the end {phase.end:.3f} of phase {phase.index + 1}, "
+                f"where nothing is noised and nothing learnt"
             )
         if phase.score_low != phase.score_high and phase.score_low + method.score_margin * t_max >= phase.score_high:
             raise UserError(

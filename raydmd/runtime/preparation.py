@@ -11,7 +11,7 @@ from raydmd.data.prompts import PromptTable
 from raydmd.errors import UserError
 from raydmd.folders import expert_file
 from raydmd.locations import absolute_location
-from raydmd.methods.plan import plan_iterations, plan_phases
+from raydmd.methods.limits import check_method
 from raydmd.models.fingerprint import same_teacher
 from raydmd.models.pretrained import PretrainedFamily
 from raydmd.models.protocol import CONFIG_FILE, WEIGHTS_FILE
@@ -46,7 +46,7 @@ def check(recipe: Recipe) -> None:
         UserError: a method, a teacher or a file of prompts that is not there or does not fit.
     """
     family = recipe_family(recipe)
-    plan_iterations(recipe, plan_phases(recipe, family.schedule.t_max))
+    check_method(recipe, family)
     if recipe.teacher.path is not None:
         family.load_teacher()
         family.teacher_times(recipe.teacher.steps, recipe.teacher.timestep_shift)
