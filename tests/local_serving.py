@@ -75,5 +75,5 @@ class Flaky:
             if self.calls <= self.losses and seen == 3:
                 raise Lost("killed")
 
-    async def preview(self, revision: str, latents: np.ndarray) -> tuple[bytes, ...]:
-        return await self.stage.preview(revision, latents)
+    async def preview(self, parcel: Parcel) -> tuple[bytes, ...]:
+        return await self.stage.preview(parcel)

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import math
 
 import httpx
 import pytest
@@ -184,8 +183,7 @@ def test_hand_picked(call, name):
 
 def test_harmless_oddities_are_let_pass(call):
     for fields in (
-        {"user": [math.nan, {"a": 10**100}]}, {"quality": None, "n": None, "seed": None, "size": None}, {"style": "\0"},
-        {"seed": 2**63 - 1}, {"seed": 0},
+        {"user": "\0"}, {"quality": None, "n": None, "seed": None, "size": None}, {"seed": 2**63 - 1}, {"seed": 0},
     ):  # fmt: skip
         assert call(json.dumps({"prompt": "3", **fields}).encode())[0] == 200
     assert call(b'{"prompt": "5", "prompt": "3", "seed": 1}')[0] == 200

@@ -258,10 +258,10 @@ def test_a_busy_server_is_asked_again_until_stopped(visit, run: Path) -> None:
     with api(run, teacher=True, teacher_steps=10_000, queue_samples=16) as (url, backend):
         page = visit(url).page
         page.get_by_label("Seed", exact=True).fill("7")
-        body = {"prompt": "1", "n": 16, "model": "tiny-teacher", "stream": True}
+        body = {"prompt": "1", "n": 16, "model": "tiny-teacher", "stream": True, "step_previews": True}
         with httpx.stream("POST", f"{url}/v1/images/generations", json=body, timeout=30) as answer:
             events = answer.iter_bytes()  # it is kept: the answer ends with it
-            assert b"partial_image" in next(events)
+            assert b"image_generation.step" in next(events)
             assert backend.queued() == 16
             page.get_by_role("button", name="Make", exact=True).click()
             expect(page.locator("#notice")).to_contain_text("busy, trying again in")

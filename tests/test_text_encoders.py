@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -18,7 +19,7 @@ from raydmd.data.prompts import PromptTable
 from raydmd.errors import UserError
 from raydmd.models.families import build_family
 from raydmd.runs import Run, recipe_family
-from raydmd.serving.contract import Ask, BadAsk
+from raydmd.serving.contract import Ask, BadAsk, Format, Made
 from raydmd.serving.local import local_pipeline
 from raydmd.serving.stage import Engine
 
@@ -83,7 +84,11 @@ def test_the_null_prompt_is_a_setting(name: str, runs: dict[str, Path]) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_any_text_is_served_the_same_in_any_layout(name: str, runs: dict[str, Path]) -> None:
     run, is_video = runs[name], name == "wan"
-    output_format = "mp4" if is_video else "png"
+    output_format: Format = "mp4" if is_video else "png"
+
+    def shown(made: Made) -> tuple[bytes, ...]:
+        """Return what is to be seen, without what a PNG says of itself."""
+        return made.pictures if is_video else tuple(pixels(file).tobytes() for file in made.pictures)
 
     async def test() -> None:
         files = []
@@ -93,13 +98,19 @@ def test_any_text_is_served_the_same_in_any_layout(name: str, runs: dict[str, Pa
             asks = [Ask(text, 2, 5, output_format=output_format) for text in (TEXT, TEXT + " at night", "7")]
             made = await asyncio.gather(*(pipeline.make(ask) for ask in asks))
             assert all(each.seconds["encode"] > 0 for each in made)
-            assert len({each.pictures for each in made}) == 3  # a figure is a text here, not a row of the table
+            assert len({shown(each) for each in made}) == 3  # a figure is a text here, not a row of the table
+            assert len({each.text_tokens for each in made}) > 1 and all(each.text_tokens[0] > 0 for each in made)
             again = await pipeline.make(asks[0])
             assert again.pictures == made[0].pictures and again.seconds["encode"] < made[0].seconds["encode"]
             files.append(made[0].pictures)
             if "teacher" in way:
-                teacher = await pipeline.make(Ask(TEXT, 1, 5, "teacher", output_format=output_format))
-                assert teacher.pictures[0] not in files[0]
+                by_teacher = Ask(TEXT, 1, 5, "teacher", output_format=output_format)
+                teacher = await pipeline.make(by_teacher)
+                assert shown(teacher) != shown(await pipeline.make(replace(by_teacher, maker="student")))
+                null = Run(run).family.options["negative_prompt"]
+                against = [replace(by_teacher, negative_prompt=text) for text in (null, "at night")]
+                same, other = await asyncio.gather(*(pipeline.make(ask) for ask in against))
+                assert shown(same) == shown(teacher) != shown(other)
         if is_video:
             assert files[0] == files[1]
         else:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from raydmd.errors import UserError
@@ -137,18 +138,26 @@ def side_by_side(panels: Mapping[str, Pictures], columns: int = 10, tile: int = 
     return sheet
 
 
-def png(image: Image.Image) -> bytes:
-    """Return an image as PNG bytes."""
+def png(image: Image.Image, about: Mapping[str, str] | None = None) -> bytes:
+    """Return an image as PNG bytes; see `png_text` for ``about``."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
+    image.save(buffer, format="PNG", optimize=True, pnginfo=png_text(about or {}))
     return buffer.getvalue()
 
 
-def save_png(image: Image.Image, path: Path) -> Path:
-    """Write an image, whole or not at all."""
+def png_text(about: Mapping[str, str]) -> PngInfo:
+    """Return what a PNG says of itself, by keyword: tEXt chunks, or iTXt where Latin-1 has no letter for it."""
+    info = PngInfo()
+    for key, text in about.items():
+        info.add_text(key, text.replace("\0", "\ufffd").encode("utf-8", "replace").decode())
+    return info
+
+
+def save_png(image: Image.Image, path: Path, about: Mapping[str, str] | None = None) -> Path:
+    """Write an image, whole or not at all; see `png_text` for ``about``."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_bytes(png(image))
+        partial.write_bytes(png(image, about))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -185,7 +194,8 @@ def generate(run: Run, prompt: str, n: int, seed: int, out: Path) -> list[Path]:
         decoded = run.family.decode(made.latents.to(device)).cpu()
         image = enlarge(to_image(decoded[0]), 256) if one_by_one else scatter(decoded, size=512)
         out.mkdir(parents=True, exist_ok=True)
-        paths.append(save_png(image, out / f"{_file_name(prompt)}-{seed}-{start}.png"))
+        about = {"prompt": prompt, "seed": str(seed), "sample": str(start), "model": run.name}
+        paths.append(save_png(image, out / f"{_file_name(prompt)}-{seed}-{start}.png", about))
     return paths
 
 

@@ -19,9 +19,11 @@ class Scorer:
         self.network = teacher.to(self.device).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-        """Return the guided prediction, like ``x_t`` [B, ...], for ``t`` [B]."""
-        scale = self.recipe.teacher.guidance_scale
+    def predict(
+        self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions, guidance_scale: float | None = None
+    ) -> torch.Tensor:
+        """Return the guided prediction, like ``x_t`` [B, ...], for ``t`` [B]; without a scale, by the recipe's."""
+        scale = self.recipe.teacher.guidance_scale if guidance_scale is None else guidance_scale
         conditions = {name: value.to(self.device) for name, value in conditions.items()}
         x_t, t = x_t.to(self.device), t.to(self.device)
         if scale == 1.0 or not conditions:

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import ray
 from ray import serve
 from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayTaskError
@@ -49,10 +48,10 @@ class StageReplica:
             async for event in self.stage.watch(await _unpacked(parcel)):
                 yield _packed(event, parcel) if isinstance(event, Piece) else event
 
-    async def preview(self, revision: str, latents: np.ndarray) -> tuple[bytes, ...]:
-        """Return a PNG of each of some latents."""
+    async def preview(self, parcel: Parcel) -> tuple[bytes, ...]:
+        """Return a picture of each of a parcel's latents."""
         with _sent_errors():
-            return await self.stage.preview(revision, latents)
+            return await self.stage.preview(parcel)
 
     async def ready(self) -> None:
         """Return: it is there to be asked."""
@@ -109,9 +108,9 @@ class ServeLink:
         """Do as `Stage.run`; cancelled, the replica hears of it."""
         return await self._call("run", parcel)
 
-    async def preview(self, revision: str, latents: np.ndarray) -> tuple[bytes, ...]:
+    async def preview(self, parcel: Parcel) -> tuple[bytes, ...]:
         """Do as `Stage.preview`."""
-        return await self._call("preview", revision, latents)
+        return await self._call("preview", parcel)
 
     async def ready(self) -> None:
         """Return once a replica answers."""

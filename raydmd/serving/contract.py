@@ -17,22 +17,51 @@ class Ask:
     """A request for pictures. Picture i of a seed is the same whatever ``n``, the batch or the layout is.
 
     Attributes:
-        prompt: what to make.
-        n: how many.
+        prompt: what to make; of several prompts, each is made ``n`` times, from the same seed.
+        n: how many of a prompt.
         seed: of the initial noise.
         maker: the few-step student, or its many-step teacher.
         size: of a picture; None for the model's own.
         output_format: ``mp4`` for videos alone.
         previews: say each step as it is made, with a picture of what it promises.
+        partial_images: so many of the steps (see `partial_steps`) have a picture, where not all have one.
+        compression: quality of JPEG and WebP files, 0 to 100; None for the server's own.
+        negative_prompt: of the teacher; None for the model's own.
+        steps: of the teacher; None for the server's.
+        guidance_scale: of the teacher; None for the recipe's.
     """
 
-    prompt: str
+    prompt: str | tuple[str, ...]
     n: int = 1
     seed: int = 0
     maker: Maker = "student"
     size: Size | None = None
     output_format: Format = "png"
     previews: bool = False
+    partial_images: int = 0
+    compression: int | None = None
+    negative_prompt: str | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts, one or several."""
+        return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
+
+    @property
+    def samples(self) -> int:
+        """How many pictures are made in all."""
+        return self.n * len(self.prompts)
+
+
+def partial_steps(count: int, of: int) -> list[int]:
+    """Return which of ``of`` steps (from 1) have a picture where ``count`` are wanted: evenly spread, not the last.
+
+    The last step's picture is the final one; fewer come where there are fewer steps.
+    """
+    numbers = {round(i * of / (count + 1)) for i in range(1, count + 1)}
+    return sorted(number for number in numbers if 0 < number < of)
 
 
 @dataclass(frozen=True)
@@ -46,7 +75,8 @@ class Step:
         t: the noise level at which it began, in the schedule's time (1 is noise, 0 is data).
         t_next: where it ended.
         seconds: what the network took for the batch that it was made in.
-        pictures: a PNG for each sample: the network's prediction of the clean picture.
+        pictures: a file for each sample, of the asked format: the network's prediction of the clean picture. Empty
+            where none was asked for.
     """
 
     number: int
@@ -63,16 +93,20 @@ class Made:
     """What was asked for.
 
     Attributes:
-        pictures: files of the asked format, one a sample (one a video).
+        pictures: files of the asked format, one a sample (one a video); the first prompt's come first.
         seconds: by stage, as ``encode``, ``expert-1``, ``decode``: its work on the batch; ``queue``: all the waiting.
         batches: by stage: how many samples were in the batch.
         revision: of the weights.
+        text_tokens: of each prompt, as the network reads it.
+        image_tokens: positions of a sample's latents.
     """
 
     pictures: tuple[bytes, ...]
     seconds: Mapping[str, float] = field(default_factory=dict)
     batches: Mapping[str, int] = field(default_factory=dict)
     revision: str = ""
+    text_tokens: tuple[int, ...] = ()
+    image_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,6 +136,8 @@ class Card:
         layout: ``colocated``, ``pipelined`` or ``in-process``.
         revision: of the weights.
         created: when they were written, in seconds since 1970.
+        aliases: further names of the model.
+        negative_prompts: the teacher can be given a negative prompt.
     """
 
     name: str
@@ -117,6 +153,17 @@ class Card:
     layout: str
     revision: str
     created: int
+    aliases: tuple[str, ...] = ()
+    negative_prompts: bool = False
+
+    def names(self, maker: Maker = "student") -> tuple[str, ...]:
+        """Return the ids by which a maker can be asked for, its own first."""
+        return tuple(name if maker == "student" else f"{name}-teacher" for name in (self.name, *self.aliases))
+
+
+def no_negative_prompt(card: Card) -> str:
+    """Return why a model's teacher takes no negative prompt."""
+    return f"negative_prompt: '{card.name}' has no text encoder here, and its null prompt is its own; leave it out"
 
 
 class Busy(PortableError):

@@ -1,7 +1,7 @@
 """The parts of a picture's way: text to conditions, each expert's steps, the teacher's, latents to files."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -18,7 +18,7 @@ from raydmd.config import Recipe
 from raydmd.diffusion.random import normal
 from raydmd.diffusion.solvers import euler_step, renoise_step
 from raydmd.errors import UserError
-from raydmd.evaluation.pictures import from_pixels
+from raydmd.evaluation.pictures import from_pixels, png_text
 from raydmd.evaluation.prompts import from_text, own_prompts
 from raydmd.methods.phase import Phase
 from raydmd.methods.rollout import renoise_key
@@ -30,6 +30,7 @@ from raydmd.runs import Run
 from raydmd.serving.contract import BadAsk, Format, Size
 
 KEPT_BYTES = 256 * 2**20  # of encoded prompts
+QUALITY = 95  # of JPEG and WebP files, where nobody says another
 
 
 @dataclass(frozen=True)
@@ -77,16 +78,25 @@ class Encoder:
         for prompt in own_prompts(family) or ():
             self.encode(prompt)
 
-    def known(self, prompt: str) -> dict[str, np.ndarray] | None:
+    def known(self, prompt: str, negative: str | None = None) -> dict[str, np.ndarray] | None:
         """Return a prompt's conditions if they were made already."""
-        return self._kept.get(prompt)
+        rows, other = self._kept.get(prompt), None if negative is None else self._kept.get(negative)
+        if rows is None or negative is None:
+            return rows
+        return None if other is None else _against(rows, other)
 
-    def encode(self, prompt: str) -> dict[str, np.ndarray]:
+    def encode(self, prompt: str, negative: str | None = None) -> dict[str, np.ndarray]:
         """Return a prompt's conditions, one row each; to be left as they are.
+
+        Args:
+            prompt: the text.
+            negative: stands in the null prompt's place, where texts are encoded as they come.
 
         Raises:
             BadAsk: the model does not know it.
         """
+        if negative is not None:
+            return _against(self.encode(prompt), self.encode(negative))
         if (known := self.known(prompt)) is not None:
             return known
         try:
@@ -100,6 +110,21 @@ class Encoder:
         while self._bytes > KEPT_BYTES:
             self._bytes -= _bytes(self._kept.pop(next(iter(self._kept))))
         return made
+
+
+def _against(rows: dict[str, np.ndarray], negative: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return a prompt's conditions with another's in the null prompt's place."""
+    swapped = {f"negative_{name}": row for name, row in negative.items() if f"negative_{name}" in rows}
+    return {**rows, **swapped}
+
+
+def text_tokens(rows: dict[str, np.ndarray]) -> int:
+    """Return how many tokens of a prompt's conditions the network reads: rows of padding do not count."""
+    if (mask := rows.get("prompt_embeds_mask")) is not None:
+        return int(mask.astype(bool).sum())
+    if (embeddings := rows.get("prompt_embeds")) is not None:
+        return int(embeddings.any(axis=-1).sum())
+    return len(rows)  # a label is one
 
 
 def _bytes(rows: dict[str, np.ndarray]) -> int:
@@ -141,11 +166,25 @@ class Steps:
 
 
 class TeacherSteps:
-    """The teacher's many Euler steps with guidance: twice the network's work a step."""
+    """The teacher's many Euler steps with guidance: twice the network's work a step.
 
-    def __init__(self, scorer: Scorer, steps: int) -> None:
+    Args:
+        scorer: the teacher.
+        steps: how many.
+        guidance_scale: None for the recipe's.
+    """
+
+    def __init__(self, scorer: Scorer, steps: int, guidance_scale: float | None = None) -> None:
         self.scorer, self.family, self.steps = scorer, scorer.family, steps
+        self.guidance_scale = guidance_scale
         scorer.times(steps)  # refused now, not at the first request
+
+    def changed(self, steps: int | None, guidance_scale: float | None) -> "TeacherSteps":
+        """Return the same teacher with other steps and guidance, where they are given."""
+        if steps is None and guidance_scale is None:
+            return self
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        return TeacherSteps(self.scorer, steps or self.steps, scale)
 
     def walk(self, x: Tensor, conditions: Conditions, noises: list[Noise]) -> Iterator[Move]:
         """Make the steps from ``x`` [B, ...] one by one."""
@@ -153,7 +192,8 @@ class TeacherSteps:
         x = x.to(self.scorer.device)
         times = self.scorer.times(self.steps, tuple(x.shape[1:]))
         for number, (t, t_next) in enumerate(pairwise(times), start=1):
-            prediction = self.scorer.predict(x, torch.full((len(x),), t, dtype=torch.float64), conditions)
+            at = torch.full((len(x),), t, dtype=torch.float64)
+            prediction = self.scorer.predict(x, at, conditions, self.guidance_scale)
             clean = partial(_clean, self.family, prediction, x, t)
             x = euler_step(schedule, prediction, x, t, t_next, source)
             yield Move(number, t, t_next, x, clean)
@@ -203,19 +243,50 @@ class Decoder:
         values = self.family.decode(latents.to(self.device)).float().nan_to_num(0.0).clamp(0, 1)
         return (values * 255).round().to(torch.uint8).cpu().numpy()[:, None]
 
-    def file(self, frames: np.ndarray, size: Size | None, output_format: Format) -> bytes:
-        """Return frames [F, 1 or 3, H, W], uint8, as a file; enlarged without smoothing where they are smaller."""
+    def file(
+        self,
+        frames: np.ndarray,
+        size: Size | None,
+        output_format: Format,
+        compression: int | None = None,
+        about: Mapping[str, str] | None = None,
+    ) -> bytes:
+        """Return frames [F, 1 or 3, H, W], uint8, as a file; enlarged without smoothing where they are smaller.
+
+        Args:
+            frames: of a video; of a picture, the first is taken.
+            size: in pixels; None: as they are.
+            output_format: of the file.
+            compression: see `picture`.
+            about: see `picture`.
+        """
         images = [from_pixels(frame) for frame in frames]
         if size is not None and images[0].size != size:
             images = [image.resize(size, Image.Resampling.NEAREST) for image in images]
-        return video(images, self.fps) if output_format == "mp4" else picture(images[0], output_format)
+        if output_format == "mp4":
+            return video(images, self.fps)
+        return picture(images[0], output_format, compression, about)
 
 
-def picture(image: Image.Image, output_format: Format) -> bytes:
-    """Return an image as a file's bytes."""
+def picture(
+    image: Image.Image,
+    output_format: Format,
+    compression: int | None = None,
+    about: Mapping[str, str] | None = None,
+) -> bytes:
+    """Return an image as a file's bytes.
+
+    Args:
+        image: the picture.
+        output_format: ``png``, ``jpeg`` or ``webp``.
+        compression: quality of JPEG and WebP, 0 (smallest) to 100 (best); None: `QUALITY`. PNG loses nothing.
+        about: what a PNG says of itself: text by keyword.
+    """
     buffer = io.BytesIO()
-    options = {"png": {"compress_level": 4}, "jpeg": {"quality": 95}, "webp": {"quality": 95}}
-    image.save(buffer, format=output_format.upper(), **options[output_format])
+    if output_format == "png":
+        image.save(buffer, format="PNG", compress_level=4, pnginfo=png_text(about or {}))
+    else:
+        image.save(buffer, format=output_format.upper(), quality=QUALITY if compression is None else compression)
     return buffer.getvalue()
 
 

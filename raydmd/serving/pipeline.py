@@ -1,6 +1,7 @@
 """A request's way through the stages: in parcels, again from the start when a replica is lost on the way."""
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
@@ -8,14 +9,22 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
-
 from raydmd.errors import PortableError, UserError
 from raydmd.evaluation.prompts import own_prompts
 from raydmd.models.protocol import Family
 from raydmd.runs import Run
 from raydmd.serving.admission import Admission
-from raydmd.serving.contract import Ask, BadAsk, Card, Made, Size, Step, StepPlan, Unavailable
+from raydmd.serving.contract import (
+    Ask,
+    BadAsk,
+    Card,
+    Made,
+    Size,
+    Step,
+    StepPlan,
+    Unavailable,
+    no_negative_prompt,
+)
 from raydmd.serving.settings import Serving
 from raydmd.serving.stage import Glimpse, NoRevision, Parcel, Piece
 
@@ -38,7 +47,7 @@ class Link(Protocol):
     def watch(self, parcel: Parcel) -> AsyncGenerator[Glimpse | Piece, None]:
         """Do as `Stage.watch`."""
 
-    async def preview(self, revision: str, latents: np.ndarray) -> tuple[bytes, ...]:
+    async def preview(self, parcel: Parcel) -> tuple[bytes, ...]:
         """Do as `Stage.preview`."""
 
     async def ready(self) -> None:
@@ -103,6 +112,8 @@ def read_card(serving: Serving) -> Card:
         layout=serving.layout,
         revision=run.revision(),
         created=int(run.expert_file(0).stat().st_mtime),
+        aliases=tuple(serving.aliases),
+        negative_prompts=serving.teacher and family.reads_text,
     )
 
 
@@ -174,7 +185,7 @@ class Pipeline:
     async def make(self, ask: Ask) -> Made:
         """Make pictures; see `contract.Backend.make`."""
         parcels = self._parcels(ask)
-        with self.admission.admitted(ask.n):
+        with self.admission.admitted(ask.samples):
             return _joined(await _all([self._travel(self._names(ask), parcel) for parcel in parcels]))
 
     async def watch(self, ask: Ask) -> AsyncGenerator[Step | Made, None]:
@@ -199,7 +210,7 @@ class Pipeline:
             finally:
                 seen.put_nowait(None)
 
-        with self.admission.admitted(ask.n):
+        with self.admission.admitted(ask.samples):
             whole = asyncio.create_task(all_of_them())
             try:
                 while (step := await seen.get()) is not None:
@@ -227,12 +238,17 @@ class Pipeline:
         if (ask.output_format == "mp4") != (card.kind == "video"):
             raise BadAsk(f"'{card.name}' makes {card.kind}s: {ask.output_format} is no format of theirs",
                          "output_format")  # fmt: skip
+        if ask.negative_prompt is not None and not card.negative_prompts:
+            raise BadAsk(no_negative_prompt(card), "negative_prompt")
         shape, most = self._family.shape_for(*size), self.serving.max_batch
         return [
             Parcel(
-                self._revisions[0], ask.prompt, ask.seed, start, min(most, ask.n - start), shape, size,
-                ask.output_format, ask.previews,
+                self._revisions[0], prompt, ask.seed, start, min(most, ask.n - start), shape, size, ask.output_format,
+                ask.previews, partial_images=ask.partial_images, compression=ask.compression,
+                negative_prompt=ask.negative_prompt, steps=ask.steps, guidance_scale=ask.guidance_scale,
+                model=card.names(ask.maker)[0],
             )
+            for prompt in ask.prompts
             for start in range(0, ask.n, most)
         ]  # fmt: skip
 
@@ -294,7 +310,8 @@ class Pipeline:
                     return event
                 step = event.step
                 if event.latents is not None:
-                    pictures = await self.links[last].preview(parcel.revision, event.latents)
+                    shown = replace(parcel, conditions=None, latents=event.latents)
+                    pictures = await self.links[last].preview(shown)
                     step = replace(step, pictures=pictures)
                 say(step)
         raise Lost(name)
@@ -318,4 +335,6 @@ def _joined(results: list[tuple[Piece, float]]) -> Made:
     seconds = {part: max(piece.seconds[part] for piece, _ in results) for part in results[0][0].seconds}
     seconds["total"] = max(took for _, took in results)
     batches = {part: max(piece.batches[part] for piece, _ in results) for part in results[0][0].batches}
-    return Made(files, seconds, batches, results[0][0].parcel.revision)
+    parcels = [piece.parcel for piece, _ in results]
+    tokens = tuple(parcel.text_tokens for parcel in parcels if parcel.start == 0)  # once a prompt
+    return Made(files, seconds, batches, parcels[0].revision, tokens, math.prod(parcels[0].shape[1:]))

@@ -11,6 +11,7 @@ from raydmd.errors import UserError
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
 Place = Literal["inline", "own"]
+Alias = Annotated[str, Field(pattern=r"^\S{1,200}$")]
 
 
 class Replicas(Section):
@@ -51,7 +52,8 @@ class Stages(Section):
 class Limits(Section):
     """What one request may ask for."""
 
-    n: Positive = Field(16, description="pictures")
+    n: Positive = Field(16, description="pictures, of all prompts together")
+    teacher_steps: Positive = Field(200, description="of the teacher, where a request says how many")
     prompt_characters: Positive = 4000
     body_bytes: Positive = Field(64 * 1024, description="of a request")
     jobs: Positive = Field(64, description="video jobs kept, waiting or done")
@@ -66,6 +68,7 @@ class Serving(Section):
 
     run: str = Field(description="the run's folder, readable on every node")
     name: str | None = Field(None, description="the model's id; null: the folder's name")
+    aliases: list[Alias] = Field(default_factory=list, description="further ids by which the model can be asked for")
     layout: Literal["colocated", "pipelined"] = Field(
         "colocated", description="all experts in one replica, or each in replicas of its own"
     )

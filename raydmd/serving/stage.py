@@ -14,8 +14,18 @@ from torch import Tensor
 from raydmd.errors import PortableError, UserError
 from raydmd.models.protocol import Family
 from raydmd.runs import Run
-from raydmd.serving.contract import Format, Size, Step
-from raydmd.serving.parts import Decoder, Encoder, Noise, Steps, TeacherSteps, expert_networks, initial, teacher_steps
+from raydmd.serving.contract import Format, Size, Step, partial_steps
+from raydmd.serving.parts import (
+    Decoder,
+    Encoder,
+    Noise,
+    Steps,
+    TeacherSteps,
+    expert_networks,
+    initial,
+    teacher_steps,
+    text_tokens,
+)
 from raydmd.serving.settings import Serving
 
 KEPT = 2  # revisions: requests that began with the one before are finished with it
@@ -30,8 +40,12 @@ class Parcel:
     """What goes from stage to stage: some samples of one request.
 
     Attributes:
+        previews: make a picture of each step.
         conditions: of its prompt, [1, ...] each; encoded by the first stage, the same from there on.
         latents: [count, ...].
+        partial_images, compression, negative_prompt, steps, guidance_scale: as `contract.Ask` has them.
+        model: the model's id, for the files.
+        text_tokens: of its prompt, once it is encoded.
     """
 
     revision: str
@@ -45,6 +59,21 @@ class Parcel:
     previews: bool = False
     conditions: dict[str, np.ndarray] | None = None
     latents: np.ndarray | None = None
+    partial_images: int = 0
+    compression: int | None = None
+    negative_prompt: str | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    model: str = ""
+    text_tokens: int = 0
+
+    def shows(self, step: Step) -> bool:
+        """Say whether a step's picture is wanted."""
+        return self.previews or step.number in partial_steps(self.partial_images, step.of)
+
+    def about(self, sample: int) -> dict[str, str]:
+        """Return what a picture's file says of itself; ``sample`` is its number in the parcel."""
+        return {"prompt": self.prompt, "seed": str(self.seed), "sample": str(self.start + sample), "model": self.model}
 
 
 @dataclass(frozen=True)
@@ -120,7 +149,7 @@ class _Job:
     def bucket(self) -> tuple[object, ...]:
         """Jobs of one bucket can share a batch: same weights, and tensors of the same shapes."""
         shapes = tuple((name, rows.shape[1:]) for name, rows in sorted((self.parcel.conditions or {}).items()))
-        return self.parcel.revision, self.parcel.shape, shapes
+        return self.parcel.revision, self.parcel.shape, shapes, self.parcel.steps, self.parcel.guidance_scale
 
     @property
     def gone(self) -> bool:
@@ -187,10 +216,12 @@ class Stage:
         spent: dict[str, float] = {}
         if parcel.conditions is None and engine.encoder is not None:
             began = time.perf_counter()
-            rows = engine.encoder.known(parcel.prompt)
+            texts = (parcel.prompt, parcel.negative_prompt)
+            rows = engine.encoder.known(*texts)
             if rows is None:
-                rows = await loop.run_in_executor(self._worker, engine.encoder.encode, parcel.prompt)
-            parcel, spent["encode"] = replace(parcel, conditions=rows), time.perf_counter() - began
+                rows = await loop.run_in_executor(self._worker, engine.encoder.encode, *texts)
+            parcel = replace(parcel, conditions=rows, text_tokens=text_tokens(rows))
+            spent["encode"] = time.perf_counter() - began
             if self.parts == ("encode",):
                 return Piece(parcel, seconds=spent, batches={"encode": 1})
         job = _Job(parcel, loop.create_future(), glimpse, time.perf_counter(), spent)
@@ -211,11 +242,11 @@ class Stage:
         finally:
             task.cancel()
 
-    async def preview(self, revision: str, latents: np.ndarray) -> tuple[bytes, ...]:
-        """Return a PNG of each of some latents [B, ...]."""
-        engine = self._engine(revision)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._worker, _preview, engine, torch.from_numpy(latents))
+    async def preview(self, parcel: Parcel) -> tuple[bytes, ...]:
+        """Return a picture of each of a parcel's latents, as they are on their way."""
+        engine, loop = self._engine(parcel.revision), asyncio.get_running_loop()
+        assert parcel.latents is not None
+        return await loop.run_in_executor(self._worker, _preview, engine, parcel, torch.from_numpy(parcel.latents))
 
     async def ready(self) -> None:
         """Return: weights are loaded when it is made."""
@@ -281,20 +312,28 @@ def _do(engine: Engine, parts: tuple[str, ...], jobs: list[_Job], say: Callable[
     for part in parts:
         since = time.perf_counter()
         if part in engine.walks:
-            step_began = since
-            for move in engine.walks[part].walk(x, conditions, noises):
+            step_began, walk = since, engine.walks[part]
+            if isinstance(walk, TeacherSteps):
+                walk = walk.changed(parcels[0].steps, parcels[0].guidance_scale)
+            total = walk.steps if isinstance(walk, TeacherSteps) else engine.steps
+            for move in walk.walk(x, conditions, noises):
                 if all(job.gone for job in jobs):
                     return [Piece(parcel) for parcel in parcels]  # nobody waits for them
                 x, took = move.latents, time.perf_counter() - step_began
                 if any(job.glimpse for job in jobs):
-                    step = Step(move.number, engine.steps, part, move.t, move.t_next, took, ())
+                    step = Step(move.number, total, part, move.t, move.t_next, took, ())
                     _show(engine, step, move.clean(), jobs, say)
                 step_began = time.perf_counter()
         elif part == "decode":
             assert engine.decoder is not None
             frames, decoder = engine.decoder.decode(x), engine.decoder
             each = iter(frames)
-            files = [tuple(decoder.file(next(each), p.size, p.output_format) for _ in range(p.count)) for p in parcels]
+            files = [
+                tuple(
+                    decoder.file(next(each), p.size, p.output_format, p.compression, p.about(i)) for i in range(p.count)
+                )
+                for p in parcels
+            ]
         else:
             continue  # texts are encoded before they wait
         seconds[part], batches[part] = time.perf_counter() - since, len(x)
@@ -317,16 +356,16 @@ def _show(engine: Engine, step: Step, clean: Tensor, jobs: list[_Job], say: Call
         rows, at = clean[at : at + job.parcel.count], at + job.parcel.count
         if job.glimpse is None or job.gone:
             continue
-        if not job.parcel.previews:
+        if not job.parcel.shows(step):
             say(job, Glimpse(step))
         elif engine.decoder is None:
             say(job, Glimpse(step, rows.cpu().numpy()))
         else:
-            say(job, Glimpse(replace(step, pictures=_preview(engine, rows))))
+            say(job, Glimpse(replace(step, pictures=_preview(engine, job.parcel, rows))))
 
 
 @torch.inference_mode()
-def _preview(engine: Engine, latents: Tensor) -> tuple[bytes, ...]:
+def _preview(engine: Engine, parcel: Parcel, latents: Tensor) -> tuple[bytes, ...]:
     assert engine.decoder is not None
-    decoder = engine.decoder
-    return tuple(decoder.file(frames, None, "png") for frames in decoder.preview(latents))
+    decoder, kind = engine.decoder, "png" if parcel.output_format == "mp4" else parcel.output_format
+    return tuple(decoder.file(frames, parcel.size, kind, parcel.compression) for frames in decoder.preview(latents))

@@ -37,7 +37,7 @@ def make_app(backend: Backend, serving: Serving, keys: frozenset[str]) -> Starle
     metrics = Metrics(backend.queued)
     store = Store(serving.limits.stored_bytes, serving.limits.stored_seconds)
     jobs = Jobs(backend, serving, store, metrics)
-    images, models = Images(backend, serving, store, metrics), Models(backend)
+    images, models = Images(backend, serving, store, metrics), Models(backend, serving.limits)
     videos, page = Videos(backend, serving, jobs), Page()
 
     async def figures(request: Request) -> Response:

@@ -129,9 +129,13 @@ def _explained(error: ValidationError, model: type[BaseModel]) -> ApiError:
     if not first["loc"]:
         return ApiError(400, "the body must be a JSON object", code="invalid_type")
     field = str(first["loc"][0])[:100]
+    reason = getattr(model, "reasons", {}).get(field)
     if first["type"] == "extra_forbidden":
-        hint = nearest(field, model.model_fields)
+        hint = f" ({reason})" if reason else nearest(field, model.model_fields)
         return ApiError(400, f"unknown field '{field}'{hint}", field, "unknown_parameter")
     if first["type"] == "missing":
         return ApiError(400, f"'{field}' is required", field, "missing_required_parameter")
-    return ApiError(400, f"{field}: {first['msg']}", field, "invalid_value")
+    if first["type"] == "none_required":
+        return ApiError(400, f"{field}: it cannot be obeyed{f' ({reason})' if reason else ''}; leave it out", field,
+                        "unsupported_parameter")  # fmt: skip
+    return ApiError(400, f"{field}: {first['msg']}{f' ({reason})' if reason else ''}", field, "invalid_value")

@@ -13,30 +13,37 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from raydmd.serving.contract import Ask, Backend, Made, Maker, Step
+from raydmd.serving.contract import Ask, Backend, Made, Maker, partial_steps
 from raydmd.serving.http.errors import ApiError, parsed
 from raydmd.serving.http.files import MEDIA_TYPES, file_response
+from raydmd.serving.http.image_events import (
+    COMPLETED,
+    PARTIAL,
+    STEP,
+    completed_event,
+    milliseconds,
+    of_prompt,
+    partial_event,
+    step_event,
+    usage,
+)
 from raydmd.serving.http.metrics import Metrics
 from raydmd.serving.http.raw_json import array, base64, json_with
 from raydmd.serving.http.reading import must_be_json, read_body, while_there, within
-from raydmd.serving.http.schemas import ImageBody, read_model, read_prompt, read_size, size_text
+from raydmd.serving.http.schemas import (
+    ImageBody,
+    read_model,
+    read_prompts,
+    read_sampling,
+    read_seed,
+    read_size,
+    size_text,
+)
 from raydmd.serving.http.sse import EventStream
 from raydmd.serving.http.store import Store
 from raydmd.serving.settings import Serving
 
 HOST = re.compile(r"[A-Za-z0-9._-]{1,253}(:\d{1,5})?|\[[0-9A-Fa-f:.]{2,45}\](:\d{1,5})?", re.ASCII)
-PARTIAL, COMPLETED = "image_generation.partial_image", "image_generation.completed"
-SEEDS = 2**53  # below it, every seed is a number that JavaScript can say
-
-
-def new_seed() -> int:
-    """Return a seed for who gave none."""
-    return secrets.randbelow(SEEDS)
-
-
-def milliseconds(made: Made) -> dict[str, float]:
-    """Return what each stage took."""
-    return {stage: round(1000 * seconds, 3) for stage, seconds in made.seconds.items()}
 
 
 class Images:
@@ -58,21 +65,18 @@ class Images:
         async with within(self.serving.timeout_seconds):
             body = parsed(ImageBody, await read_body(request, self.serving.limits.body_bytes))
         ask = self._ask(body)
-        if body.response_format == "url" and self.serving.api_replicas > 1:
-            raise ApiError(400, "response_format: this server has several API replicas, and a URL is known to one of "
-                           "them: ask for b64_json", "response_format", "invalid_value")  # fmt: skip
+        self._check_together(body, ask)
         if body.stream:
-            if body.response_format == "url":
-                raise ApiError(400, "response_format: a stream carries pictures as b64_json alone", "response_format",
-                               "invalid_value")  # fmt: skip
             return EventStream(self._events(ask, body), self.serving.timeout_seconds)
         async with within(self.serving.timeout_seconds):
             made = await while_there(request.receive, self.backend.make(ask))
         if body.response_format == "url":
-            data = json.dumps(self._keep(made, ask, request)).encode()
+            each = [b'"url": %s' % json.dumps(url).encode() for url in self._keep(made, ask, request)]
         else:
-            data = array(b'{"b64_json": %s}' % base64(picture) for picture in made.pictures)
-        answer = json_with({"created": int(time.time()), **self._about(ask, made)}, data=data)
+            each = [b'"b64_json": %s' % base64(picture) for picture in made.pictures]
+        data = array(b"{%s%s}" % (picture, of_prompt(ask, i)) for i, picture in enumerate(each))
+        about = {"created": int(time.time()), "background": "opaque", **self._about(ask, made, body)}
+        answer = json_with({**about, "usage": usage(made)}, data=data)
         counted = BackgroundTask(self._count, ask.maker, made)  # once it is sent: nobody waits for that
         return Response(answer, 200, media_type="application/json", background=counted)
 
@@ -92,73 +96,83 @@ class Images:
         if card.kind != "image":
             raise ApiError(400, f"'{card.name}' makes {card.kind}s: ask for them at POST /v1/videos", "model",
                            "wrong_model_kind")  # fmt: skip
-        n = body.n or 1
-        if n > limits.n:
-            raise ApiError(
-                400, f"n: at most {limits.n} pictures at once, not {n}"[:100], "n", "integer_above_max_value"
-            )
+        maker, n = read_model(body.model, card), body.n or 1
         return Ask(
-            prompt=read_prompt(body.prompt, limits),
+            prompt=read_prompts(body.prompt, n, limits),
             n=n,
-            seed=new_seed() if body.seed is None else body.seed,
-            maker=read_model(body.model, card),
+            seed=read_seed(body.seed),
+            maker=maker,
             size=read_size(body.size, card),
             output_format=body.output_format or "png",
-            previews=bool(body.stream) and body.partial_images != 0,
+            compression=body.output_compression,
+            previews=bool(body.stream and body.step_previews),
+            partial_images=body.partial_images or 0,
+            **read_sampling(body, maker, card, limits),
         )
 
-    def _about(self, ask: Ask, made: Made) -> dict[str, Any]:
+    def _check_together(self, body: ImageBody, ask: Ask) -> None:
+        """Refuse fields that do not go together.
+
+        Raises:
+            ApiError: 400.
+        """
+        if ask.output_format == "png" and body.output_compression not in (None, 100):
+            raise ApiError(400, "output_compression: PNG files lose nothing (100 alone); it is for output_format jpeg "
+                           "and webp", "output_compression", "invalid_value")  # fmt: skip
+        for field in ("partial_images", "step_previews"):
+            if getattr(body, field) and not body.stream:
+                raise ApiError(400, f"{field}: in a stream alone (stream: true)", field, "invalid_value")
+        if body.response_format == "url" and self.serving.api_replicas > 1:
+            raise ApiError(400, "response_format: this server has several API replicas, and a URL is known to one of "
+                           "them: ask for b64_json", "response_format", "invalid_value")  # fmt: skip
+        if body.response_format == "url" and body.stream:
+            raise ApiError(400, "response_format: a stream carries pictures as b64_json alone", "response_format",
+                           "invalid_value")  # fmt: skip
+
+    def _about(self, ask: Ask, made: Made, body: ImageBody) -> dict[str, Any]:
         card = self.backend.card()
         assert ask.size is not None
-        return {
+        about = {
             "output_format": ask.output_format, "size": size_text(ask.size), "seed": ask.seed,
-            "model": card.name if ask.maker == "student" else f"{card.name}-teacher",
-            "timings": milliseconds(made), "batches": dict(made.batches), "revision": made.revision,
+            "model": card.names(ask.maker)[0], "timings": milliseconds(made), "batches": dict(made.batches),
+            "revision": made.revision,
         }  # fmt: skip
+        if ask.maker == "teacher":
+            about["num_inference_steps"] = ask.steps or card.teacher_steps
+            about["guidance_scale"] = card.guidance_scale if ask.guidance_scale is None else ask.guidance_scale
+        if user := body.safety_identifier or body.user:
+            about["safety_identifier"] = user
+        return about
 
-    def _keep(self, made: Made, ask: Ask, request: Request) -> list[dict[str, str]]:
+    def _keep(self, made: Made, ask: Ask, request: Request) -> list[str]:
         names = [f"{secrets.token_urlsafe(24)}.{ask.output_format}" for _ in made.pictures]
         files = {f"files/{name}": picture for name, picture in zip(names, made.pictures, strict=True)}
         if not self.store.put(files, MEDIA_TYPES[ask.output_format]):
             raise ApiError(400, "response_format: they are larger than all that is kept here; ask for b64_json",
                            "response_format", "too_large")  # fmt: skip
-        return [{"url": f"{_origin(request)}/v1/files/{name}"} for name in names]
+        return [f"{_origin(request)}/v1/files/{name}" for name in names]
 
     async def _events(self, ask: Ask, body: ImageBody) -> AsyncGenerator[tuple[str, bytes], None]:
-        """Say the last ``partial_images`` of the steps (all, if it is absent), and the pictures."""
-        assert ask.size is not None
-        if body.partial_images == 0:
+        """Say the steps that are wanted, and each picture."""
+        if not (ask.previews or ask.partial_images):
             made = await self.backend.make(ask)
         else:
-            shown = 0
+            partial = 0
             async with aclosing(self.backend.watch(ask)) as seen:
                 async for event in seen:
                     if isinstance(event, Made):
                         made = event
                         break
-                    if body.partial_images is None or event.number > event.of - body.partial_images:
-                        yield PARTIAL, _partial(event, shown, size_text(ask.size))
-                        shown += 1
+                    if ask.previews:
+                        yield STEP, step_event(ask, event)
+                    if event.number in partial_steps(ask.partial_images, event.of):
+                        for i in range(len(event.pictures)):
+                            yield PARTIAL, partial_event(ask, event, i, partial)
+                        partial += 1
         self.metrics.made(ask.maker, made)
-        about = {
-            "type": COMPLETED, "created_at": int(time.time()), "background": "opaque", "quality": "auto",
-            **self._about(ask, made),
-        }  # fmt: skip
-        yield COMPLETED, _with_pictures(about, made.pictures)
-
-
-def _partial(step: Step, index: int, size: str) -> bytes:
-    about = {
-        "type": PARTIAL, "partial_image_index": index, "created_at": int(time.time()), "size": size,
-        "output_format": "png", "background": "opaque", "quality": "auto", "step": step.number, "steps": step.of,
-        "made_by": step.made_by, "t": step.t, "t_next": step.t_next, "seconds": step.seconds,
-    }  # fmt: skip
-    return _with_pictures(about, step.pictures)
-
-
-def _with_pictures(about: dict[str, Any], pictures: tuple[bytes, ...]) -> bytes:
-    each = [base64(picture) for picture in pictures]
-    return json_with(about, b64_json=each[0] if each else b'""', pictures=array(each))
+        about = self._about(ask, made, body)
+        for i in range(len(made.pictures)):
+            yield COMPLETED, completed_event(ask, made, i, about)
 
 
 def _origin(request: Request) -> str:

@@ -5,31 +5,37 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from raydmd.serving.contract import Backend, Unavailable
+from raydmd.serving.contract import Backend, Maker, Unavailable
 from raydmd.serving.http.errors import ApiError
 from raydmd.serving.http.reading import within
 from raydmd.serving.http.schemas import read_model, size_text
+from raydmd.serving.settings import Limits
 
 HEALTH_SECONDS = 2.0
 
 
 class Models:
-    """The routes of what is served."""
+    """The routes of what is served.
 
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
+    Args:
+        backend: serves it.
+        limits: of a request.
+    """
+
+    def __init__(self, backend: Backend, limits: Limits) -> None:
+        self.backend, self.limits = backend, limits
 
     async def all(self, request: Request) -> Response:
         """``GET /v1/models``."""
-        models = [self._model(teacher=False)]
-        if self.backend.card().teacher_steps is not None:
-            models.append(self._model(teacher=True))
+        card = self.backend.card()
+        makers: list[Maker] = ["student"] if card.teacher_steps is None else ["student", "teacher"]
+        models = [self._model(name, maker) for maker in makers for name in card.names(maker)]
         return JSONResponse({"object": "list", "data": models})
 
     async def one(self, request: Request) -> Response:
         """``GET /v1/models/ID``."""
-        maker = read_model(request.path_params["model"], self.backend.card())
-        return JSONResponse(self._model(teacher=maker == "teacher"))
+        name: str = request.path_params["model"]
+        return JSONResponse(self._model(name, read_model(name, self.backend.card())))
 
     async def health(self, request: Request) -> Response:
         """``GET /health``: 200 if a request could be served now, else 503."""
@@ -42,21 +48,25 @@ class Models:
         state = {"model": card.name, "revision": card.revision, "queued": self.backend.queued()}
         return JSONResponse({"status": "ok", **state})
 
-    def _model(self, teacher: bool) -> dict[str, Any]:
-        card = self.backend.card()
+    def _model(self, name: str, maker: Maker) -> dict[str, Any]:
+        card, limits = self.backend.card(), self.limits
         steps = [{"made_by": step.made_by, "t": step.t, "t_next": step.t_next} for step in card.steps]
+        own, teacher = card.names(maker)[0], card.names("teacher")[0]
         return {
-            "id": f"{card.name}-teacher" if teacher else card.name,
+            "id": name,
             "object": "model",
             "created": card.created,
             "owned_by": "raydmd",
             "raydmd": {
                 "kind": card.kind, "family": card.family, "sizes": [size_text(size) for size in card.sizes],
                 "prompts": list(card.prompts) if card.prompts is not None else None, "steps": steps,
-                "teacher": None if card.teacher_steps is None else {
-                    "id": f"{card.name}-teacher", "steps": card.teacher_steps,
+                "teacher": None if card.teacher_steps is None else {"id": teacher, "steps": card.teacher_steps},
+                "alias_of": None if name == own else own,
+                "guidance_scale": card.guidance_scale, "negative_prompts": card.negative_prompts,
+                "frames": card.frames, "fps": card.fps, "layout": card.layout, "revision": card.revision,
+                "limits": {
+                    "n": limits.n, "prompt_characters": limits.prompt_characters,
+                    "num_inference_steps": limits.teacher_steps,
                 },
-                "guidance_scale": card.guidance_scale, "frames": card.frames, "fps": card.fps, "layout": card.layout,
-                "revision": card.revision,
             },
         }  # fmt: skip

@@ -1,46 +1,89 @@
-"""What requests look like: OpenAI's fields, and ``seed``."""
+"""What requests look like: OpenAI's fields, and those that other servers of diffusion models have."""
 
 import re
-from typing import Annotated, Any, Literal
+import secrets
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from raydmd.errors import nearest
-from raydmd.serving.contract import Card, Maker, Size
+from raydmd.serving.contract import Card, Maker, Size, no_negative_prompt
 from raydmd.serving.http.errors import ApiError
 from raydmd.serving.settings import Limits
 
 MOST_SEED = 2**63 - 1
+SEEDS = 2**53  # drawn ones are below it: numbers that JavaScript can say
 SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)
 
-Seed = Annotated[int, Field(ge=0, le=MOST_SEED)]
+Seed = Annotated[int, Field(ge=-1, le=MOST_SEED, description="absent or -1: a random one, told in the answer")]
+Steps = Annotated[int, Field(ge=1, description="of the teacher alone: a student's steps are those it was trained for")]
+Guidance = Annotated[
+    float,
+    Field(ge=0, le=100, allow_inf_nan=False, description="of the teacher alone: u + w (c - u); students have none"),
+]
+Negative = Annotated[str, Field(description="of the teacher alone, where it has a text encoder")]
+Named = Annotated[str, Field(max_length=1000)]
+
+ONE_QUALITY = "a model here makes pictures of one quality"
+REASONS = {
+    "quality": ONE_QUALITY,
+    "background": "pictures here have no transparency",
+    "moderation": "nothing is filtered here",
+    "style": "say it in the prompt",
+    "complexity": ONE_QUALITY,
+    "svg": "models here make pixels",
+    "frame_count": "no GIFs are made here",
+    "frame_duration_ms": "no GIFs are made here",
+    "input_fidelity": "models here take text alone",
+    "true_cfg_scale": "guidance_scale is the scale of classifier-free guidance here",
+    "width": "give size, as '1024x1024'",
+    "height": "give size, as '1024x1024'",
+}
 
 
 class _Body(BaseModel):
+    """A request's fields.
+
+    Attributes:
+        reasons: why a field, or its value, is refused.
+    """
+
     model_config = ConfigDict(extra="forbid", strict=True)
+    reasons: ClassVar[Mapping[str, str]] = REASONS
 
 
 class ImageBody(_Body):
     """``POST /v1/images/generations``; null is as absent."""
 
-    prompt: str
+    prompt: str | list[str] = Field(description="what to make; of several, each is made n times from the same seed")
     model: str | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     size: str | None = None
     seed: Seed | None = None
     response_format: Literal["b64_json", "url"] | None = None
     output_format: Literal["png", "jpeg", "webp"] | None = None
+    output_compression: Annotated[
+        int, Field(ge=0, le=100, description="quality of JPEG and WebP (default 95); PNG takes 100 alone")
+    ] | None = None  # fmt: skip
     stream: bool | None = None
-    partial_images: Annotated[int, Field(ge=0)] | None = None
-    # OpenAI's, without a meaning here
-    user: Any = None
-    safety_identifier: Any = None
-    quality: Any = None
-    style: Any = None
-    background: Any = None
-    moderation: Any = None
-    output_compression: Any = None
-    input_fidelity: Any = None
+    partial_images: Annotated[int, Field(ge=0, le=3, description="unfinished pictures in a stream")] | None = None
+    step_previews: Annotated[bool, Field(description="in a stream, every step as an event")] | None = None
+    negative_prompt: Negative | None = None
+    num_inference_steps: Steps | None = None
+    guidance_scale: Guidance | None = None
+    quality: Literal["auto", "standard"] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    user: Named | None = None
+    safety_identifier: Named | None = None
+    # OpenAI's, without a meaning here: nothing but null is taken
+    style: None = None
+    complexity: None = None
+    svg: None = None
+    frame_count: None = None
+    frame_duration_ms: None = None
+    input_fidelity: None = None
 
 
 class VideoBody(_Body):
@@ -51,7 +94,10 @@ class VideoBody(_Body):
     size: str | None = None
     seconds: str | int | float | None = None
     seed: Seed | None = None
-    user: Any = None
+    negative_prompt: Negative | None = None
+    num_inference_steps: Steps | None = None
+    guidance_scale: Guidance | None = None
+    user: Named | None = None
 
 
 class VideoList(_Body):
@@ -76,23 +122,86 @@ def read_prompt(prompt: str, limits: Limits) -> str:
     return prompt
 
 
+def read_prompts(prompt: str | list[str], n: int, limits: Limits) -> str | tuple[str, ...]:
+    """Return prompts that may be asked for, ``n`` pictures of each.
+
+    Raises:
+        ApiError: 400, one is empty or too long, there is none, or they are too many together.
+    """
+    if n > limits.n:
+        raise ApiError(400, f"n: at most {limits.n} pictures at once, not {n}"[:100], "n", "integer_above_max_value")
+    if isinstance(prompt, str):
+        return read_prompt(prompt, limits)
+    if not prompt:
+        raise ApiError(400, "prompt: the list is empty", "prompt", "invalid_value")
+    if n * len(prompt) > limits.n:
+        raise ApiError(400, f"prompt: at most {limits.n} pictures at once, not {len(prompt)} prompts of {n}", "prompt",
+                       "array_above_max_length")  # fmt: skip
+    return tuple(read_prompt(each, limits) for each in prompt)
+
+
+def read_seed(seed: int | None) -> int:
+    """Return a seed: a random one for who gave none, or -1."""
+    return secrets.randbelow(SEEDS) if seed is None or seed < 0 else seed
+
+
 def read_model(name: str | None, card: Card) -> Maker:
     """Return who is meant by a model's id.
 
     Raises:
         ApiError: 404, nobody is.
     """
-    teacher = f"{card.name}-teacher"
-    if name is None or name == card.name:
+    students, teachers = card.names(), card.names("teacher")
+    if name is None or name in students:
         return "student"
-    if name == teacher and card.teacher_steps is not None:
+    if name in teachers and card.teacher_steps is not None:
         return "teacher"
-    if name == teacher:
+    if name in teachers:
         message = "the teacher is not served here (start the server with --teacher)"
     else:
-        known = [card.name, teacher] if card.teacher_steps is not None else [card.name]
+        known = [*students, *(teachers if card.teacher_steps is not None else ())]
         message = f"no model '{name[:200]}'{nearest(name[:200], known)}"
     raise ApiError(404, message, "model", "model_not_found")
+
+
+class Sampling(TypedDict):
+    """How the teacher samples, as `contract.Ask` has it."""
+
+    negative_prompt: str | None
+    steps: int | None
+    guidance_scale: float | None
+
+
+def read_sampling(body: ImageBody | VideoBody, maker: Maker, card: Card, limits: Limits) -> Sampling:
+    """Return how the teacher is to sample.
+
+    Raises:
+        ApiError: 400: more steps than are served, a negative prompt that it cannot take, or a student is asked.
+    """
+    why = {
+        "negative_prompt": "it makes pictures without guidance, so there is nothing to put in the null prompt's place",
+        "num_inference_steps": f"it was trained for its {len(card.steps)} steps, and for no other number",
+        "guidance_scale": "the teacher's guidance was distilled into it, and it runs without",
+    }
+    if maker == "student":
+        for field, reason in why.items():
+            if getattr(body, field) is not None:
+                raise ApiError(400, f"{field}: '{card.name}' is a distilled student: {reason}; leave it out"
+                               f"{_ask_the_teacher(card)}", field, "unsupported_parameter")  # fmt: skip
+    elif body.negative_prompt is not None and not card.negative_prompts:
+        raise ApiError(400, no_negative_prompt(card), "negative_prompt", "unsupported_parameter")
+    if body.negative_prompt is not None and len(body.negative_prompt) > limits.prompt_characters:
+        raise ApiError(400, f"negative_prompt: at most {limits.prompt_characters} characters, not "
+                       f"{len(body.negative_prompt)}", "negative_prompt", "string_above_max_length")  # fmt: skip
+    steps = body.num_inference_steps
+    if steps is not None and steps > limits.teacher_steps:
+        raise ApiError(400, f"num_inference_steps: at most {limits.teacher_steps} here, not {steps}"[:100],
+                       "num_inference_steps", "integer_above_max_value")  # fmt: skip
+    return {"negative_prompt": body.negative_prompt, "steps": steps, "guidance_scale": body.guidance_scale}
+
+
+def _ask_the_teacher(card: Card) -> str:
+    return "" if card.teacher_steps is None else f", or ask '{card.names('teacher')[0]}'"
 
 
 def read_size(size: str | None, card: Card) -> Size:

@@ -8,7 +8,6 @@ from starlette.responses import JSONResponse, Response
 from raydmd.serving.contract import Ask, Backend
 from raydmd.serving.http.errors import ApiError, parsed
 from raydmd.serving.http.files import file_response
-from raydmd.serving.http.images import new_seed
 from raydmd.serving.http.jobs import Job, Jobs
 from raydmd.serving.http.reading import media_type, must_be_json, read_body, read_form, within
 from raydmd.serving.http.schemas import (
@@ -18,6 +17,8 @@ from raydmd.serving.http.schemas import (
     length_text,
     read_model,
     read_prompt,
+    read_sampling,
+    read_seed,
     read_size,
     size_text,
 )
@@ -93,15 +94,17 @@ class Videos:
             raise ApiError(400, f"'{card.name}' makes {card.kind}s: ask for them at POST /v1/images/generations",
                            "model", "wrong_model_kind")  # fmt: skip
         check_seconds(body.seconds, card)
+        maker = read_model(body.model, card)
         ask = Ask(
             prompt=read_prompt(body.prompt, self.serving.limits),
-            seed=new_seed() if body.seed is None else body.seed,
-            maker=read_model(body.model, card),
+            seed=read_seed(body.seed),
+            maker=maker,
             size=read_size(body.size, card),
             output_format="mp4",
+            **read_sampling(body, maker, card, self.serving.limits),
         )
         assert ask.size is not None
-        model = card.name if ask.maker == "student" else f"{card.name}-teacher"
+        model = card.names(maker)[0]
         return Job(owner, ask, {"model": model, "size": size_text(ask.size), "seconds": length_text(card)})
 
     def _said(self, job: Job) -> dict[str, Any]:
