@@ -155,6 +155,13 @@ def generate(run: Path, prompt: str, n: int, seed: int, out: Path) -> None:
     help="In front: HAProxy (the default where Ray has it), or Ray Serve's own.",
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting, e.g. stages.expert.max=4.")
+@click.option(
+    "--api-key",
+    "keys",
+    multiple=True,
+    metavar="KEY",
+    help="Let in only who sends it; give several. It shows in `ps`: RAYDMD_API_KEY and api_keys_file do not.",
+)
 @click.option("--config-out", type=FOLDER, metavar="FILE", help="Write the file for `serve deploy`, and do not serve.")
 def serve(
     run: Path,
@@ -165,6 +172,7 @@ def serve(
     fast: bool,
     proxy: Literal["haproxy", "serve"] | None,
     overrides: Sequence[str],
+    keys: Sequence[str],
     config_out: Path | None,
 ) -> None:
     """Serve a run's experts: an images API as OpenAI's, and a page to play with at /.
@@ -175,7 +183,10 @@ def serve(
     from raydmd.serving.launch import absolute, config_of, serve_run
     from raydmd.serving.settings import load_serving
 
-    serving = absolute(load_serving(str(run), layout, teacher, fast, list(overrides)))
+    serving = absolute(load_serving(str(run), layout, teacher, fast, list(overrides), keys))
+    if keys:
+        words = "raydmd: --api-key shows in `ps` to everybody on this machine; RAYDMD_API_KEY and api_keys_file do not"
+        Console(stderr=True).print(words, highlight=False, markup=False, soft_wrap=True)
     if config_out is not None:
         text = config_of(serving, host, port)
         config_out.write_text(text, encoding="utf-8")

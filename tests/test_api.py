@@ -262,7 +262,9 @@ def test_keys(run, caplog):
         assert http.get(made["data"][0]["url"]).status_code == 200
         assert http.get("/health").status_code == http.get("/metrics").status_code == 200
     assert "sesam" not in caplog.text
-    names = {Keys(["a", "b"]).owner("/v1/videos", f"Bearer {key}".encode()) for key in ("a", "b")}
+    names = {
+        Keys(Serving(run=str(run)), ["a", "b"]).owner("/v1/videos", f"Bearer {key}".encode()) for key in ("a", "b")
+    }
     assert len(names) == 2 and "a" not in names
 
 

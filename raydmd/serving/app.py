@@ -178,7 +178,7 @@ class Api:
         """Return the app: called by Serve after the constructor."""
         from raydmd.serving.http.app import make_app
 
-        return make_app(self.pipeline, self.serving, read_keys(self.serving))
+        return make_app(self.pipeline, self.serving)
 
     async def refresh(self) -> str:
         """Take newer weights over."""

@@ -1,5 +1,8 @@
 """How a run is served: one typed tree, read from YAML or from the command's options."""
 
+import os
+from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -12,6 +15,9 @@ Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
 Place = Literal["inline", "own"]
 Alias = Annotated[str, Field(pattern=r"^\S{1,200}$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^\s/?#]+)$")]
+KEY_VARIABLE = "RAYDMD_API_KEY"  # of the environment: a key that is let in
 
 
 class Replicas(Section):
@@ -96,7 +102,15 @@ class Serving(Section):
         ge=0,
         description="between looks at the run's folder; newer weights are taken over without a pause. 0: never",
     )
-    api_keys_file: str | None = Field(None, description="a file with one API key a line; null: none is asked for")
+    api_keys_file: str | None = Field(
+        None, description="a file with one API key a line, read again when it changes; null: no file"
+    )
+    api_key_sha256: list[Digest] = Field(
+        default_factory=list, description="SHA-256 digests of further API keys, as --api-key leaves them here"
+    )
+    cors_origins: list[Origin] = Field(
+        default_factory=list, description="pages of these origins (https://HOST, or *) may call the API from a browser"
+    )
     limits: Limits = Limits()
     stages: Stages = Stages()
 
@@ -114,8 +128,12 @@ class Serving(Section):
         return self
 
 
-def load_serving(run: str, layout: str | None, teacher: bool, fast: bool, overrides: list[str]) -> Serving:
+def load_serving(
+    run: str, layout: str | None, teacher: bool, fast: bool, overrides: list[str], keys: Iterable[str] = ()
+) -> Serving:
     """Return the settings of a command line; ``fast`` puts the API into the experts' replicas where it can be.
+
+    API keys, those of the environment too, become digests: replicas elsewhere know them, and no file tells them.
 
     Raises:
         UserError: an unknown key or a value out of range.
@@ -133,7 +151,11 @@ def load_serving(run: str, layout: str | None, teacher: bool, fast: bool, overri
         and {tree.get("encoder"), tree.get("decoder"), layout} <= {None, "inline", "colocated"}
     ):
         tree["api"] = "inline"
-    return parse_serving(tree, "--set")
+    serving = parse_serving(tree, "--set")
+    if not all(key.strip() for key in keys):
+        raise UserError("--api-key: it is empty")
+    digests = {*serving.api_key_sha256, *_environment_keys(), *(key_digest(key) for key in keys)}
+    return serving.model_copy(update={"api_key_sha256": sorted(digests)})
 
 
 def parse_serving(tree: dict[str, Any], source: str) -> Serving:
@@ -148,19 +170,33 @@ def parse_serving(tree: dict[str, Any], source: str) -> Serving:
         raise UserError(f"{source}: {explain(error, Serving)}") from None
 
 
+def key_digest(key: str) -> str:
+    """Return what is kept of an API key: its SHA-256 in hex. Spaces around it do not belong to it."""
+    return sha256(key.strip().encode()).hexdigest()
+
+
+def _environment_keys() -> set[str]:
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    return {key_digest(key)} if key else set()
+
+
 def read_keys(serving: Serving) -> frozenset[str]:
-    """Return the API keys that are let in; empty: everybody is.
+    """Return the digests of the API keys that are let in, whoever named them; empty: everybody is let in.
 
     Raises:
-        UserError: the file is missing or has no key in it.
+        UserError: the file of keys is missing or has no key in it.
     """
-    if serving.api_keys_file is None:
-        return frozenset()
-    path = Path(serving.api_keys_file)
-    if not path.is_file():
-        raise UserError(f"api_keys_file: no file '{path}'")
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-    keys = frozenset(line for line in lines if line and not line.startswith("#"))
-    if not keys:
-        raise UserError(f"api_keys_file: '{path}' has no key in it")
-    return keys
+    digests = {*serving.api_key_sha256, *_environment_keys()}
+    if serving.api_keys_file is not None:
+        path = Path(serving.api_keys_file)
+        if not path.is_file():
+            raise UserError(f"api_keys_file: no file '{path}'")
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"api_keys_file: '{path}' cannot be read ({error})") from None
+        keys = {key_digest(line) for line in lines if line and not line.startswith("#")}
+        if not keys:
+            raise UserError(f"api_keys_file: '{path}' has no key in it")
+        digests |= keys
+    return frozenset(digests)

@@ -1,6 +1,6 @@
 """The HTTP API as an ASGI app."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from raydmd.serving.contract import Backend
+from raydmd.serving.http.cors import cross_origin
 from raydmd.serving.http.errors import from_http
 from raydmd.serving.http.gate import Gate, route_path
 from raydmd.serving.http.images import Images
@@ -24,15 +25,19 @@ from raydmd.serving.http.videos import Videos
 from raydmd.serving.settings import Serving
 
 
-def make_app(backend: Backend, serving: Serving, keys: frozenset[str]) -> Starlette:
+def make_app(backend: Backend, serving: Serving, keys: Iterable[str] = ()) -> Starlette:
     """Return the API over a backend.
 
     Make it in the process that serves it: its figures, jobs and kept pictures live there, and it cannot be sent.
 
     Args:
         backend: makes the pictures.
-        serving: the limits.
-        keys: API keys that are let in; empty: everybody is. `Keys` says which routes need none.
+        serving: the limits, and where the API keys are; with none, everybody is let in. `Keys` says which routes
+            need none.
+        keys: further ones.
+
+    Raises:
+        UserError: the file of keys is missing or has no key in it.
     """
     metrics = Metrics(backend.queued)
     store = Store(serving.limits.stored_bytes, serving.limits.stored_seconds)
@@ -73,7 +78,7 @@ def make_app(backend: Backend, serving: Serving, keys: frozenset[str]) -> Starle
 
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(Gate, keys=Keys(keys), metrics=metrics)],
+        middleware=[*cross_origin(serving.cors_origins), Middleware(Gate, keys=Keys(serving, keys), metrics=metrics)],
         exception_handlers={HTTPException: refused},
         lifespan=lifespan,
     )

@@ -6,6 +6,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from raydmd.serving.contract import Ask, Backend
+from raydmd.serving.http.cors import may_send_forms
 from raydmd.serving.http.errors import ApiError, parsed
 from raydmd.serving.http.files import file_response
 from raydmd.serving.http.jobs import Job, Jobs
@@ -39,7 +40,7 @@ class Videos:
         async with within(self.serving.timeout_seconds):
             raw = await read_body(request, self.serving.limits.body_bytes)
         if media_type(request) == FORM:
-            if request.headers.get("sec-fetch-site") == "cross-site":  # a browser sends forms to anybody, unasked
+            if not may_send_forms(request, self.serving.cors_origins):
                 raise ApiError(403, "forms from pages of other sites are not taken", code="cross_site")
             body = parsed(VideoBody, dict(await read_form(request, raw)), strict=False)
         else:
