@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 from raydmd.config import Recipe, load_recipe
 from raydmd.errors import UserError, nearest
 from raydmd.folders import expert_file, own_teacher, read_lines
 from raydmd.methods.phase import Phase
 from raydmd.methods.plan import plan_phases
+from raydmd.models.adapter_files import check_adapter
 from raydmd.models.experts import Experts
 from raydmd.models.families import build_family
 from raydmd.models.fingerprint import fingerprint_teacher
@@ -74,8 +76,19 @@ class Run:
         )
         for phase in self.trained_phases():
             experts.start(phase.index)
-            experts.load_state(phase.index, load_file(self.expert_file(phase.index)))
+            experts.load_state(phase.index, self.expert_state(phase.index))
         return experts.requires_grad_(False)
+
+    def expert_state(self, index: int) -> dict[str, Tensor]:
+        """Return expert ``index``'s weights by name.
+
+        Raises:
+            UserError: its adapters are of another rank or alpha than the recipe's.
+        """
+        kind, file = self.recipe.method.experts, self.expert_file(index)
+        if kind.kind == "lora":
+            check_adapter(file, kind.rank, kind.alpha)
+        return load_file(file)
 
     def revision(self) -> str:
         """Return a name of the experts' weights that changes whenever their files do."""

@@ -73,5 +73,6 @@ def make_run(recipe: Recipe, folder: Path, prompts: PromptTable) -> Run:
     for index, weights in enumerate(trained.experts):
         file = expert_file(folder, index)
         file.parent.mkdir(parents=True)
-        save_file({name: value.contiguous() for name, value in weights.items()}, file)
+        metadata = trained.generator.experts.metadata()
+        save_file({name: value.contiguous() for name, value in weights.items()}, file, metadata)
     return put_classifier(Run(folder)) if family.name == "digits" else Run(folder)

@@ -12,11 +12,13 @@ import psutil
 import pytest
 import ray
 from mortal import expert, is_of, manifest, same, shards
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from raydmd.folders import expert_file
 from raydmd.runtime.archivist import NICE, Archivist
 from raydmd.runtime.manifest import Archive
+from raydmd.runtime.shards import LabelledTensors
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,3 +109,15 @@ def test_a_kill_in_the_middle_of_a_save_is_made_good_by_the_actors_restart(make:
         found = Archive(f"{tmp_path}/checkpoints").newest()
         assert found.manifest == written and not found.skipped and same(found.shards[role], big)
         assert process(archivist)[0] != pid
+
+
+def test_metadata_comes_through_the_object_store(make: Any, tmp_path: Path) -> None:
+    archivist = make(tmp_path)
+    weights = ray.put(LabelledTensors(expert(7), {"format": "pt", "alpha": "8"}))
+    ray.get([archivist.save_expert.remote(0, weights), save(archivist, 3, experts=1)])
+    written = expert_file(tmp_path, 0).read_bytes()
+    with safe_open(expert_file(tmp_path, 0), "np") as opened:
+        assert opened.metadata() == {"format": "pt", "alpha": "8"}
+    expert_file(tmp_path, 0).unlink()
+    ray.get(archivist.restore.remote())
+    assert expert_file(tmp_path, 0).read_bytes() == written

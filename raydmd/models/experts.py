@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from raydmd.errors import UserError, nearest
+from raydmd.models.adapter_files import adapter_metadata
 from raydmd.models.protocol import Conditions, Denoiser
 
 Expert = Callable[[Tensor, Tensor, Conditions], Tensor]
@@ -57,6 +58,7 @@ class Experts(nn.Module):
         if kind == "full":
             self.networks = nn.ModuleDict()
             return
+        self.endings = list(targets)
         names = [name for name, module in teacher.named_modules() if isinstance(module, nn.Linear)]
         self.targets = [name for name in names if any(name == t or name.endswith(f".{t}") for t in targets)]
         if not self.targets:
@@ -113,6 +115,12 @@ class Experts(nn.Module):
         if self.kind == "full":
             tensors = self.networks[str(index)].state_dict()
         return {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+
+    def metadata(self) -> dict[str, str]:
+        """Return what an expert's file says of it besides its tensors: of adapters, rank, alpha and targets."""
+        if self.kind == "full":
+            return {}
+        return adapter_metadata(self.targets, self.rank, self.alpha, self.endings)
 
     def load_state(self, index: int, state: Mapping[str, Tensor]) -> None:
         """Give expert ``index`` the weights of `state`; one that has not been started is made, frozen.
@@ -186,9 +194,16 @@ class Experts(nn.Module):
             raise ValueError(f"expert {index} of 0..{self.count - 1} has not been started")
 
 
+LOST = 0.01
+"""Share of an adapter's effect on the weights (by norm) that rounding to half precision may take when it is fused."""
+
+
 @torch.no_grad()
 def fuse_lora(network: Denoiser, state: Mapping[str, Tensor], rank: int, alpha: float) -> Denoiser:
     """Add an adapter's effect, alpha / rank B A, to the weights of ``network`` itself, and return it.
+
+    The sum is made in float32. Where the weights are of half precision it is rounded to them, and what is left of the
+    effect is compared with the effect.
 
     Args:
         network: the teacher that the adapter was trained on.
@@ -197,9 +212,10 @@ def fuse_lora(network: Denoiser, state: Mapping[str, Tensor], rank: int, alpha: 
         alpha: the adapter's.
 
     Raises:
-        UserError: the adapter is of another network.
+        UserError: the adapter is of another network, or rounding takes more than ``LOST`` of its effect; ``network``
+            is then changed in part.
     """
-    modules = dict(network.named_modules())
+    modules, effect, lost, half = dict(network.named_modules()), 0.0, 0.0, None
     for name, down in state.items():
         layer, part, _ = name.rpartition(".lora_A.")
         if not part:
@@ -207,7 +223,18 @@ def fuse_lora(network: Denoiser, state: Mapping[str, Tensor], rank: int, alpha: 
         up, weight = state.get(f"{layer}.lora_B.weight"), getattr(modules.get(layer), "weight", None)
         if up is None or weight is None or weight.shape != (up.shape[0], down.shape[1]) or down.shape[0] != rank:
             raise UserError(f"expert: its adapter of layer '{layer}' does not fit the teacher's network")
-        weight += (alpha / rank * (up.float() @ down.float())).to(weight)
+        delta = (alpha / rank * (up.float() @ down.float())).to(weight.device)
+        if weight.dtype in (torch.float32, torch.float64):
+            weight += delta.to(weight)
+            continue
+        before, half = weight.float(), weight.dtype
+        weight.copy_(before + delta)
+        effect += float(delta.double().square().sum())
+        lost += float((weight.float() - before - delta).double().square().sum())
+    if lost > LOST**2 * effect:
+        kind = str(half).removeprefix("torch.")
+        raise UserError(f"weights: fused: merged into {kind} weights, the adapter loses {math.sqrt(lost / effect):.0%} "
+                        f"of its effect by rounding; use weights=switched")  # fmt: skip
     return network
 
 

@@ -26,7 +26,7 @@ import safetensors.numpy
 
 from raydmd.errors import RunError, UserError
 from raydmd.locations import KEY
-from raydmd.runtime.shards import pieces
+from raydmd.runtime.shards import load_tensors, pieces
 from raydmd.runtime.storage import Store, one_line
 
 FORMAT = 3
@@ -240,7 +240,7 @@ class Archive:
         return manifest
 
     def _shard(self, record: dict[str, Any]) -> dict[str, np.ndarray]:
-        return safetensors.numpy.load(self.store.read(record["path"], record))
+        return load_tensors(self.store.read(record["path"], record))
 
     def _expert(self, index: int, before: list[int]) -> dict[str, Any]:
         """Return a finished expert's record.

@@ -25,6 +25,7 @@ from raydmd.methods.sampling import initial_noise, preview
 from raydmd.methods.scorer import Scorer
 from raydmd.runs import recipe_family
 from raydmd.runtime.process_group import ProcessGroup, StepDropped
+from raydmd.runtime.shards import LabelledTensors
 from raydmd.runtime.wire import from_wire, to_wire
 
 BESIDE = "beside"  # the concurrency group of calls that do not wait for the others
@@ -264,8 +265,9 @@ class GeneratorWorker(TrainerWorker):
         super().take_over(index, updates, state)
 
     def expert(self, index: int) -> Any:
-        """Return a finished expert's weights by name."""
-        return to_wire(self.part.experts.state(index))
+        """Return a finished expert's weights by name, with its file's metadata."""
+        experts = self.part.experts
+        return LabelledTensors(to_wire(experts.state(index)), experts.metadata())
 
     def pairs(self) -> Any:
         """Return the regression's pairs, if there are any."""

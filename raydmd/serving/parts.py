@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 from raydmd.config import Recipe
@@ -28,6 +27,7 @@ from raydmd.models.experts import Expert, fuse_lora
 from raydmd.models.protocol import Conditions, Family
 from raydmd.runs import Run
 from raydmd.serving.contract import BadAsk, Format, Size
+from raydmd.serving.settings import Weights
 
 KEPT_BYTES = 256 * 2**20  # of encoded prompts
 QUALITY = 95  # of JPEG and WebP files, where nobody says another
@@ -203,19 +203,28 @@ def _clean(family: Family, prediction: Tensor, x: Tensor, t: float) -> Tensor:
     return family.schedule.denoised_pair(prediction, x, t, family.prediction)[0]
 
 
-def expert_networks(run: Run, indices: list[int], weights: str, device: torch.device) -> dict[int, Expert]:
+def expert_networks(run: Run, indices: list[int], weights: Weights | None, device: torch.device) -> dict[int, Expert]:
     """Load experts: each its own network (LoRA merged into it), or adapters switched on one backbone.
 
+    Args:
+        run: the experts'.
+        indices: which of them.
+        weights: None: ``switched`` where the frozen weights are of half precision, which would round the adapters'
+            effect away, else ``fused``.
+        device: where they are put.
+
     Raises:
-        UserError: an expert or the teacher is missing or does not fit.
+        UserError: an expert or the teacher is missing or does not fit, or cannot be merged.
     """
     kind = run.recipe.method.experts
+    if weights is None:
+        weights = "fused" if run.family.options.get("dtype", "float32") == "float32" else "switched"
     if kind.kind == "lora" and weights == "switched":
         experts = run.experts(run.teacher().to(device)).to(device)
         return {index: experts.expert(index) for index in indices}
     networks: dict[int, Expert] = {}
     for index in indices:
-        network, state = run.teacher(), load_file(run.expert_file(index))
+        network, state = run.teacher(), run.expert_state(index)
         if kind.kind == "lora":
             fuse_lora(network, state, kind.rank, kind.alpha)
         else:

@@ -14,6 +14,7 @@ from raydmd.errors import UserError
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
 Place = Literal["inline", "own"]
+Weights = Literal["fused", "switched"]
 Alias = Annotated[str, Field(pattern=r"^\S{1,200}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^\s/?#]+)$")]
@@ -78,8 +79,10 @@ class Serving(Section):
     layout: Literal["colocated", "pipelined"] = Field(
         "colocated", description="all experts in one replica, or each in replicas of its own"
     )
-    weights: Literal["fused", "switched"] = Field(
-        "fused", description="LoRA experts: merged into a copy of the backbone each, or switched on one backbone"
+    weights: Weights | None = Field(
+        None,
+        description="LoRA experts: merged into a copy of the backbone each, or switched on one backbone; null: fused, "
+        "but switched where the teacher's weights are of half precision",
     )
     api: Place = Field(
         "own", description="the HTTP side: its own replicas, or (one stage only) inline in the experts': a hop less"
