@@ -154,6 +154,7 @@ def generate(run: Path, prompt: str, n: int, seed: int, out: Path) -> None:
     type=click.Choice(["haproxy", "serve"]),
     help="In front: HAProxy (the default where Ray has it), or Ray Serve's own.",
 )
+@click.option("--no-keys", is_flag=True, help="Let everybody ask, also from elsewhere (--host) and without API keys.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting, e.g. stages.expert.max=4.")
 @click.option(
     "--api-key",
@@ -171,6 +172,7 @@ def serve(
     teacher: bool,
     fast: bool,
     proxy: Literal["haproxy", "serve"] | None,
+    no_keys: bool,
     overrides: Sequence[str],
     keys: Sequence[str],
     config_out: Path | None,
@@ -180,7 +182,7 @@ def serve(
     On this machine, or on the Ray cluster of RAY_ADDRESS. Newer weights in RUN (or a link that is pointed at another
     run) are taken over without a pause.
     """
-    from raydmd.serving.launch import absolute, config_of, serve_run
+    from raydmd.serving.launch import absolute, config_of, demand_keys, serve_run
     from raydmd.serving.settings import load_serving
 
     serving = absolute(load_serving(str(run), layout, teacher, fast, list(overrides), keys))
@@ -188,11 +190,12 @@ def serve(
         words = "raydmd: --api-key shows in `ps` to everybody on this machine; RAYDMD_API_KEY and api_keys_file do not"
         Console(stderr=True).print(words, highlight=False, markup=False, soft_wrap=True)
     if config_out is not None:
+        demand_keys(serving, host, no_keys)
         text = config_of(serving, host, port)
         config_out.write_text(text, encoding="utf-8")
         console.print(f"serve deploy {config_out}", highlight=False, soft_wrap=True)
         return
-    serve_run(serving, host, port, proxy, console)
+    serve_run(serving, host, port, proxy, console, no_keys)
 
 
 @app.command(epilog="Example: raydmd recipes digits")

@@ -1,11 +1,13 @@
 """Who is let in, and who is told to ask again later."""
 
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
 from raydmd.serving.admission import Admission
 from raydmd.serving.contract import Busy
+from raydmd.serving.http.errors import as_api_error
 
 
 def test_who_would_wait_too_long_is_refused() -> None:
@@ -40,6 +42,21 @@ def test_the_wait_is_reckoned_from_what_was_made_of_late(monkeypatch: pytest.Mon
         with pytest.raises(Busy) as error, admission.admitted(1000):
             pass
         assert error.value.full_seconds == 0  # who asks for less is let in
+
+
+@pytest.mark.parametrize("maker", ["student", "teacher"])
+def test_a_refusal_says_whose_queue_is_full(maker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("raydmd.serving.admission.time.monotonic", lambda: now)
+    admission = Admission(samples=2, seconds=2.0, maker=maker)
+    with admission.admitted(1):
+        for _ in range(20):
+            with admission.admitted(1):
+                now += 0.5
+        with admission.admitted(1), pytest.raises(Busy) as error, admission.admitted(1):
+            pass
+    told = as_api_error(error.value, "req").response().headers
+    assert told["x-raydmd-full"] == maker and int(told["x-raydmd-full-ms"]) > 0
 
 
 def room(admission: Admission) -> int:

@@ -386,11 +386,12 @@ def test_more_than_can_be_made_is_refused(slowly):
         with connect(url) as leaver:
             leaver.sendall(request_bytes(GENERATIONS, {"prompt": "3", "model": "tiny-teacher", "n": 2}))
             until(lambda: backend.queued() == 2, "the teacher begins")
-            refused = ask(http)
+            refused = ask(http, model="tiny-teacher")
             assert error(refused, 429)["type"] == "rate_limit_error" and int(refused.headers["retry-after"]) >= 1
-            assert error(ask(http, stream=True), 429)
+            assert error(ask(http, stream=True, model="tiny-teacher"), 429)
             with pytest.raises(openai.RateLimitError), client(url) as ai:
-                ai.images.generate(prompt="3")
+                ai.images.generate(prompt="3", model="tiny-teacher")
+            assert ask(http).status_code == 200  # the student's do not wait in the teacher's queue
         until(lambda: backend.queued() == 0, "its places are free")
         assert ask(http).status_code == 200
 

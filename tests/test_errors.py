@@ -5,7 +5,7 @@ import inspect
 import pickle
 import pkgutil
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from ray import cloudpickle
@@ -50,8 +50,9 @@ def sample(kind: type[Exception]) -> Exception:
     hints, arguments = get_type_hints(kind.__init__), {}
     for name, parameter in list(inspect.signature(kind.__init__).parameters.items())[1:]:
         assert parameter.kind is not parameter.VAR_KEYWORD
-        hint = str(hints[name])
-        arguments[name] = next(value for known, value in VALUES.items() if known.__name__ in hint)
+        hint = hints[name]
+        found = [value for known, value in VALUES.items() if known.__name__ in str(hint)]
+        arguments[name] = get_args(hint)[-1] if get_origin(hint) is Literal else found[0]
     return kind(**arguments)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -39,10 +40,10 @@ START = 400.0  # seconds, on a loaded machine
 class Server:
     """`raydmd serve` in a process of its own."""
 
-    def __init__(self, run: Path, log: Path, *arguments: str) -> None:
+    def __init__(self, run: Path, log: Path, *arguments: str, **variables: str) -> None:
         (self.port,) = free_ports(1)
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
         self.log, self.url = log, f"http://127.0.0.1:{self.port}"
         with log.open("w") as output:
             self.process = subprocess.Popen(
@@ -53,7 +54,7 @@ class Server:
 
     def wait_until_ready(self) -> None:
         end = time.monotonic() + START
-        while self.url not in self.log.read_text():
+        while f":{self.port} (Ctrl-C stops)" not in self.log.read_text():
             assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()
             time.sleep(0.05)
 
@@ -71,18 +72,18 @@ class Server:
                 pass
         return found
 
-    def stop(self) -> tuple[int, list[psutil.Process]]:
-        """End it as a service manager does; return its exit code and what outlived it."""
+    def stop(self, number: int = signal.SIGTERM, group: bool = False) -> tuple[int, list[psutil.Process]]:
+        """End it as a service manager does, alone or with its process group; return its code and what outlived it."""
         family = self.family()
-        self.process.send_signal(signal.SIGTERM)
+        (os.killpg if group else os.kill)(self.process.pid, number)
         code = self.process.wait(180)
         _, alive = psutil.wait_procs(family, timeout=120)
         return code, alive
 
 
 @contextmanager
-def server(run: Path, log: Path, *arguments: str) -> Iterator[Server]:
-    started = Server(run, log, *arguments)
+def server(run: Path, log: Path, *arguments: str, **variables: str) -> Iterator[Server]:
+    started = Server(run, log, *arguments, **variables)
     try:
         started.wait_until_ready()
         yield started
@@ -266,15 +267,42 @@ def test_pipelined_experts(folder: Path, tmp_path: Path) -> None:
         fresh = expected(run, 7, 21, 1)
         assert abs(fresh[0] - want[0]).max() > 1
         assert abs(pixels(base64.b64decode(ask(url, 7, 21).json()["data"][0]["b64_json"])) - fresh[0]).max() <= 1
-        code, alive = started.stop()
-    assert code == 0 and alive == []
+        began = time.monotonic()
+        code, alive = started.stop(group=True)
+        assert time.monotonic() - began < 50  # not Ray's patience with a cluster that is gone, which is a minute
+    assert code == 0 and alive == [] and not listens(started.port)
     assert "Traceback" not in started.log.read_text()
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def kill_haproxy(started: Server) -> None:
+    """Within 3 s of its end, HAProxy answers again (with some more for a loaded machine)."""
+    for process in started.family():
+        if process.name() == "haproxy":
+            process.kill()
+    began = time.monotonic()
+
+    def answers() -> bool:
+        try:
+            return ask(started.url, 7, 21).is_success
+        except httpx.TransportError:
+            return False
+
+    until(answers, "HAProxy answers again")
+    assert time.monotonic() - began < 6
+
+
 def test_the_api_in_the_experts_replicas(folder: Path, tmp_path: Path) -> None:
+    """Open to others, in a place of long paths; killed in the end."""
     right = pictures_of(folder)
-    with server(folder, tmp_path / "log", "--fast", *MANY) as started:
-        assert listening_elsewhere(started) == []
+    (long := tmp_path / ("long" * 30)).mkdir()
+    arguments = ["--fast", "--host", "0.0.0.0", "--no-keys", *MANY]
+    with server(folder, tmp_path / "log", *arguments, TMPDIR=str(long)) as started:
+        assert listening_elsewhere(started) == [("haproxy", "0.0.0.0", started.port)]
         want = expected(folder, 7, 21, 1)[0]
         assert abs(pixels(base64.b64decode(ask(started.url, 7, 21).json()["data"][0]["b64_json"])) - want).max() <= 1
         send_what_serve_obeys(started.url)
@@ -284,8 +312,9 @@ def test_the_api_in_the_experts_replicas(folder: Path, tmp_path: Path) -> None:
             load.more(300)
         # sent again by HAProxy, but for an answer of which the first half was already sent
         assert len(load.wrong) <= 1 and all("without sending complete message body" in wrong for wrong in load.wrong)
-        code, alive = started.stop()
-    assert code == 0 and alive == []
+        kill_haproxy(started)
+        code, alive = started.stop(signal.SIGKILL)
+    assert code == -signal.SIGKILL and alive == [] and not listens(started.port)
 
 
 def test_behind_serves_own_proxy_and_more_replicas_when_there_is_a_queue(folder: Path, tmp_path: Path) -> None:
@@ -327,13 +356,13 @@ def test_a_config_for_serve_deploy(folder: Path, tmp_path: Path, capsys: pytest.
         (["{run}", "--port", "{taken}"], ["--port {taken}", "cannot listen"]),
         (["{run}", "--set", "api_keys_file=nowhere.txt"], ["api_keys_file", "nowhere.txt"]),
         (["{run}", "--layout", "both"], ["--layout", "both"]),
+        (["{run}", "--host", "0.0.0.0"], ["--host 0.0.0.0", "api_keys_file", "--no-keys"]),
+        (["{run}", "--host", "::", "--config-out", "x.yaml"], ["--host ::", "--no-keys"]),
     ],
 )
 def test_what_cannot_be_served_is_said_in_a_line(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
 ) -> None:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as taken:
         names = {"run": folder, "taken": taken.getsockname()[1]}
         assert command(["serve", *(each.format(**names) for each in arguments)]) == 2

@@ -18,6 +18,7 @@ from raydmd.runtime.archivist import Archivist
 from raydmd.runtime.controller import micro_batches
 from raydmd.runtime.crew import Crew
 from raydmd.runtime.groups import TrainerGroup
+from raydmd.runtime.own_ray import in_a_group_of_its_own, make_room_for_sockets
 from raydmd.runtime.placement import wait_for_helpers, wait_for_workers
 from raydmd.runtime.pool import ScorerPool
 from raydmd.runtime.process_group import Rendezvous
@@ -68,15 +69,17 @@ def join_or_start(claimed: float, object_store_mb: int) -> bool:
         except Exception as error:  # nobody answers; another Ray or Python there; no token; an address of no such form
             raise UserError(f"RAY_ADDRESS: {' '.join(str(error).split())[:300]}") from None
         return False
+    make_room_for_sockets()
     try:
-        ray.init(
-            "local",  # never some cluster that happens to run here
-            num_cpus=max(os.cpu_count() or 1, math.ceil(claimed)),
-            object_store_memory=object_store_mb * 2**20,
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            **quiet,
-        )
+        with in_a_group_of_its_own():
+            ray.init(
+                "local",  # never some cluster that happens to run here
+                num_cpus=max(os.cpu_count() or 1, math.ceil(claimed)),
+                object_store_memory=object_store_mb * 2**20,
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                **quiet,
+            )
     except Exception as error:  # Ray raises no other kind, e.g. on a machine that is too busy to start it in time
         raise RunError(f"Ray does not start here: {' '.join(str(error).split())[:300]}") from error
     return True

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from raydmd.serving.contract import Busy
+from raydmd.serving.contract import Busy, Maker
 
 REMEMBERED = 256  # completions from which the rate is measured
 ENOUGH = 8  # completions, before which it is not known
@@ -15,16 +15,17 @@ HALVED = 10.0  # seconds of work: a light load shows less than can be made, so t
 
 
 class Admission:
-    """Counts samples on their way and measures how fast they are made.
+    """Counts samples of one model on their way and measures how fast they are made.
 
     Args:
         samples: that may be on their way at once.
         seconds: that a newcomer may have to wait.
         alone: who is refused here would be let in by nobody else.
+        maker: who makes them.
     """
 
-    def __init__(self, samples: int, seconds: float, alone: bool = True) -> None:
-        self.samples, self.seconds, self.alone = samples, seconds, alone
+    def __init__(self, samples: int, seconds: float, alone: bool = True, maker: Maker = "student") -> None:
+        self.samples, self.seconds, self.alone, self.maker = samples, seconds, alone, maker
         self.inside = 0
         self._done: deque[tuple[float, int]] = deque(maxlen=REMEMBERED)  # since work began
         self._rate: float | None = None
@@ -41,7 +42,7 @@ class Admission:
         if self.inside and (full or self.inside + count > self.samples):
             # a tenth of the queue makes no difference to who waits in it, and it does not run dry meanwhile
             hold = min(MOST_FULL, wait / 10) if full and self.alone else 0.0
-            raise Busy(max(1.0, math.ceil(wait - self.seconds / 2)), hold)
+            raise Busy(max(1.0, math.ceil(wait - self.seconds / 2)), hold, self.maker)
         if not self.inside:
             self._done.clear()
             self._done.append((time.monotonic(), 0))

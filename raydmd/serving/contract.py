@@ -172,11 +172,12 @@ class Busy(PortableError):
     Attributes:
         retry_after: seconds after which to ask again.
         full_seconds: for which it is full for everybody; 0: somebody might be let in, for less or by another replica.
+        maker: for whose requests it is full: the student's and the teacher's wait apart.
     """
 
-    def __init__(self, retry_after: float, full_seconds: float) -> None:
+    def __init__(self, retry_after: float, full_seconds: float, maker: Maker = "student") -> None:
         super().__init__(f"too many requests wait already; try again in {retry_after:.0f} s")
-        self.retry_after, self.full_seconds = retry_after, full_seconds
+        self.retry_after, self.full_seconds, self.maker = retry_after, full_seconds, maker
 
 
 class Unavailable(PortableError):

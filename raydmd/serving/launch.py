@@ -5,8 +5,8 @@ import os
 import shutil
 import signal
 import socket
-import tempfile
 import threading
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from rich.console import Console
 import raydmd.runtime  # before Ray: what it starts here then listens on loopback only  # noqa: F401
 from raydmd.errors import RunError, UserError
 from raydmd.runs import Run
-from raydmd.serving.haproxy import use_haproxy
+from raydmd.serving.haproxy import HeldPorts, trusted, use_haproxy
 from raydmd.serving.http.headers import IMPORT_PATH
 from raydmd.serving.pipeline import experts_of, read_card, stages_of
 from raydmd.serving.settings import Serving, read_keys
@@ -57,7 +57,9 @@ def config_of(serving: Serving, host: str, port: int) -> str:
     )
 
 
-def serve_run(serving: Serving, host: str, port: int, proxy: Proxy | None, console: Console) -> None:
+def serve_run(
+    serving: Serving, host: str, port: int, proxy: Proxy | None, console: Console, no_keys: bool = False
+) -> None:
     """Serve until Ctrl-C or SIGTERM.
 
     Args:
@@ -66,30 +68,67 @@ def serve_run(serving: Serving, host: str, port: int, proxy: Proxy | None, conso
         port: to listen at.
         proxy: in front of the API, of a Ray that is started here; None: HAProxy where Ray has it.
         console: where progress is shown.
+        no_keys: let everybody ask, wherever that is reached from.
 
     Raises:
         UserError: a run that cannot be served, or a port that is taken.
         RunError: the replicas do not start.
     """
     experts = experts_of(read_card(serving))
-    read_keys(serving)
-    _check_port(host, port)
-    joins = "RAY_ADDRESS" in os.environ
+    demand_keys(serving, host, no_keys)
+    joins = bool(os.environ.get("RAY_ADDRESS"))
     if proxy == "haproxy" and joins:
         raise UserError("--proxy haproxy: it is a setting of the cluster's processes: start its nodes with "
                         "RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1")  # fmt: skip
-    scratch = Path(tempfile.mkdtemp(prefix="raydmd-serve-"))
+    ports, folder = HeldPorts(host, port), None
     try:
-        if not joins:
+        if joins:
+            ports.close()  # Serve's proxies there may not share it
+        else:
             os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", IMPORT_PATH)
             if proxy != "serve":
-                use_haproxy(scratch, asked=proxy is not None)
-        _serve(serving, experts, host, port, console)
+                folder = use_haproxy(host, port, ports, asked=proxy is not None)
+            if folder is None:  # Serve's proxy is what clients reach: it obeys the user's own proxies alone
+                os.environ["FORWARDED_ALLOW_IPS"] = ",".join(trusted())
+        _serve(serving, experts, host, port, folder is not None, console)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        ports.close()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _serve(serving: Serving, experts: int, host: str, port: int, console: Console) -> None:
+def demand_keys(serving: Serving, host: str, no_keys: bool) -> None:
+    """Refuse to serve strangers without API keys, unless that is what is wanted.
+
+    Raises:
+        UserError: no keys, and an address that others than this machine can reach; or a file of keys that has none.
+    """
+    if not read_keys(serving) and not no_keys and not is_loopback(host):
+        ways = "RAYDMD_API_KEY, --api-key, --set api_keys_file=FILE"
+        raise UserError(f"--host {host}: others than this machine can reach it: give API keys ({ways}), "
+                        f"or let everybody in with --no-keys")  # fmt: skip
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an address, or all that a name stands for, can be reached from this machine alone."""
+    try:
+        found = {entry[4][0] for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except OSError:
+        return False
+    return all(ip_address(str(address).partition("%")[0]).is_loopback for address in found)
+
+
+def _serve(serving: Serving, experts: int, host: str, port: int, behind: bool, console: Console) -> None:
+    """Start Ray, Serve and the replicas, and serve.
+
+    Args:
+        serving: the settings.
+        experts: how many the run has.
+        host: that clients reach.
+        port: that clients reach.
+        behind: HAProxy listens there, and all else on loopback.
+        console: where progress is shown.
+    """
     import ray
     from ray import serve
     from ray.serve.config import HTTPOptions, ProxyLocation
@@ -102,7 +141,8 @@ def _serve(serving: Serving, experts: int, host: str, port: int, console: Consol
     owned = join_or_start(claimed(serving, experts), 512)
     try:
         quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
-        serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=host, port=port), logging_config=quiet)
+        options = HTTPOptions(host="127.0.0.1" if behind else host, port=port)
+        serve.start(ProxyLocation.HeadOnly, options, logging_config=quiet)
         with console.status("starting replicas"):
             serve.run(application(serving), name=APP, route_prefix="/", logging_config=quiet)
         shown = f"[{host}]" if ":" in host else host
@@ -118,9 +158,10 @@ def _serve(serving: Serving, experts: int, host: str, port: int, console: Consol
 
 
 def _wait_for_signal() -> None:
-    """Return at Ctrl-C or SIGTERM."""
+    """Return at Ctrl-C, SIGTERM or SIGHUP."""
     stopped = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in numbers}
     try:
         stopped.wait()
     finally:
@@ -141,10 +182,3 @@ def claimed(serving: Serving, experts: int) -> float:
         kind = getattr(serving.stages, "expert" if name.startswith("expert") else name)
         total += kind.max * (default if kind.cpus is None else kind.cpus)
     return total
-
-
-def _check_port(host: str, port: int) -> None:
-    try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
-        raise UserError(f"--port {port}: cannot listen at {host}:{port} ({error.strerror or error})") from None

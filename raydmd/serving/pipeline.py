@@ -19,6 +19,7 @@ from raydmd.serving.contract import (
     BadAsk,
     Card,
     Made,
+    Maker,
     Size,
     Step,
     StepPlan,
@@ -132,7 +133,11 @@ class Pipeline:
 
     def __init__(self, serving: Serving, links: Mapping[str, Link]) -> None:
         self.links = links
-        self.admission = Admission(serving.queue_samples, serving.queue_seconds, serving.api_replicas == 1)
+        limits = (serving.queue_samples, serving.queue_seconds, serving.api_replicas == 1)
+        self.admissions: dict[Maker, Admission] = {
+            maker: Admission(*limits, maker)
+            for maker in ("student", "teacher")  # neither waits in the other's queue
+        }
         self.serving = serving
         self._use(read_card(serving))
 
@@ -173,7 +178,7 @@ class Pipeline:
 
     def queued(self) -> int:
         """Return how many samples are asked for and not made yet."""
-        return self.admission.inside
+        return sum(admission.inside for admission in self.admissions.values())
 
     async def ready(self) -> None:
         """Return once each stage has answered; see `contract.Backend.ready`."""
@@ -185,7 +190,7 @@ class Pipeline:
     async def make(self, ask: Ask) -> Made:
         """Make pictures; see `contract.Backend.make`."""
         parcels = self._parcels(ask)
-        with self.admission.admitted(ask.samples):
+        with self.admissions[ask.maker].admitted(ask.samples):
             return _joined(await _all([self._travel(self._names(ask), parcel) for parcel in parcels]))
 
     async def watch(self, ask: Ask) -> AsyncGenerator[Step | Made, None]:
@@ -210,7 +215,7 @@ class Pipeline:
             finally:
                 seen.put_nowait(None)
 
-        with self.admission.admitted(ask.samples):
+        with self.admissions[ask.maker].admitted(ask.samples):
             whole = asyncio.create_task(all_of_them())
             try:
                 while (step := await seen.get()) is not None:

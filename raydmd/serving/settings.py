@@ -63,7 +63,7 @@ class Limits(Section):
     teacher_steps: Positive = Field(200, description="of the teacher, where a request says how many")
     prompt_characters: Positive = 4000
     body_bytes: Positive = Field(64 * 1024, description="of a request")
-    jobs: Positive = Field(64, description="video jobs kept, waiting or done")
+    jobs: Positive = Field(64, description="video jobs of a model kept, waiting or done")
     stored_bytes: Positive = Field(
         256 * 2**20, description="of pictures and videos kept for response_format url and jobs"
     )
@@ -97,7 +97,7 @@ class Serving(Section):
     )
     fps: Positive = Field(16, description="of videos")
     max_batch: Positive = Field(16, description="samples that a network takes at once")
-    queue_samples: Positive = Field(256, description="samples that may wait in all; more are refused with 429")
+    queue_samples: Positive = Field(256, description="samples of a model that may wait; more are refused with 429")
     queue_seconds: Seconds = Field(30.0, description="a request that would wait longer is refused with 429")
     timeout_seconds: Seconds = Field(300.0, description="a request that takes longer ends with 408")
     reload_seconds: float = Field(

@@ -17,7 +17,8 @@ log = logging.getLogger("raydmd.serving.http")
 
 LONGEST = 500  # characters of a message: it may quote the request
 RETRY_AFTER = 2.0  # seconds, of replicas that start
-FULL = "x-raydmd-full"  # milliseconds for which anybody would be refused: the proxy in front may do so by itself
+FULL = "x-raydmd-full"  # of whose requests all would be refused: the proxy in front may do so by itself,
+FULL_MS = f"{FULL}-ms"  # for as many milliseconds
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -75,7 +76,7 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
     if isinstance(error, Busy):
         headers = retry_after(error.retry_after)
         if hold := int(1000 * error.full_seconds):
-            headers[FULL] = str(hold)
+            headers |= {FULL: error.maker, FULL_MS: str(hold)}
         return ApiError(429, str(error), code="rate_limit_exceeded", headers=headers)
     if isinstance(error, Unavailable):
         return ApiError(503, str(error), code="unavailable", headers=retry_after(RETRY_AFTER))

@@ -56,15 +56,16 @@ class Jobs:
         self._jobs: dict[str, Job] = {}
 
     def start(self, job: Job) -> None:
-        """Begin to work on a job; the one that ended first makes room for it.
+        """Begin to work on a job; the one of its model that ended first makes room for it.
 
         Raises:
             ApiError: 429, too many are on their way.
         """
         self._forget()
         most = self.serving.limits.jobs
-        if len(self._jobs) >= most:
-            over = {job.ended: job for job in self._jobs.values() if job.ended is not None}
+        alike = [other for other in self._jobs.values() if other.ask.maker == job.ask.maker]
+        if len(alike) >= most:
+            over = {other.ended: other for other in alike if other.ended is not None}
             if not over:
                 raise ApiError(429, f"{most} videos are on their way already; delete some, or wait",
                                code="too_many_jobs", headers=retry_after(FULL))  # fmt: skip
