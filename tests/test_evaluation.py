@@ -253,8 +253,17 @@ def test_grid_puts_every_picture_in_its_place() -> None:
 
 
 def test_pictures_outside_their_range_are_clipped() -> None:
-    image = pictures.to_image(torch.tensor([[[-1.0, 0.5, 2.0, float("nan")]]]))
-    assert list(np.asarray(image)[0]) == [0, 128, 255, 0]
+    image = pictures.to_image(torch.tensor([[[-1.0, 0.5, 2.0, 1.0]]]))
+    assert list(np.asarray(image)[0]) == [0, 128, 255, 255]
+
+
+def test_a_picture_that_is_not_finite_is_crossed_out_not_black() -> None:
+    for bad in (float("nan"), float("inf")):
+        picture = torch.zeros(3, 8, 8)
+        picture[0, 3, 3] = bad
+        values = np.asarray(pictures.to_image(picture))
+        assert values.shape == (8, 8, 3) and set(np.unique(values)) == {128, 255}
+    assert not np.asarray(pictures.to_image(torch.zeros(3, 8, 8))).any()
 
 
 def test_side_by_side_and_scatter() -> None:

@@ -14,7 +14,7 @@ import aiohttp
 from raydmd.bench.arrivals import Request
 from raydmd.bench.load import Answer
 from raydmd.errors import UserError, nearest
-from raydmd.serving.contract import Ask, Backend, BadAsk, Busy, Maker, Unavailable
+from raydmd.serving.contract import Ask, Backend, BadAsk, Busy, Maker, NotFinite, Unavailable
 
 REJECTIONS = frozenset({429, 503})
 STARTS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")  # of PNG, JPEG and WebP files
@@ -178,7 +178,7 @@ class LocalTarget:
             return Answer("rejected", "Busy")
         except TimeoutError:
             return Answer("failed", "timeout")
-        except (BadAsk, Unavailable) as error:
+        except (BadAsk, NotFinite, Unavailable) as error:
             return Answer("failed", type(error).__name__)
         if problem := _problem(made.pictures, request.n):
             return Answer("failed", problem)

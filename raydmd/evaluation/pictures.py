@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from raydmd.errors import UserError
+from raydmd.errors import RunError, UserError
 from raydmd.evaluation.prompts import from_text
 from raydmd.methods.sampling import sample_student
 from raydmd.models.protocol import Family
@@ -26,9 +26,26 @@ BLUE = "#2f6fde"
 
 
 def to_image(picture: Pictures) -> Image.Image:
-    """Return one picture [1 or 3, H, W] in [0, 1] as an 8-bit image; values outside are clipped, NaN is black."""
-    values = np.nan_to_num(np.asarray(picture, dtype=np.float64), nan=0.0)
+    """Return one picture [1 or 3, H, W] in [0, 1] as an 8-bit image; values outside are clipped.
+
+    A picture that holds what is no number is grey, with a cross.
+    """
+    values = np.asarray(picture, dtype=np.float64)
+    if not np.isfinite(values).all():
+        values = np.broadcast_to(_crossed(*values.shape[-2:]), values.shape)
     return from_pixels(np.rint(values.clip(0.0, 1.0) * 255).astype(np.uint8))
+
+
+def _crossed(height: int, width: int) -> np.ndarray:
+    """Return a grey picture [H, W] with a white cross from corner to corner."""
+    down, across = np.mgrid[0:height, 0:width] + 0.5
+    ways = (down / height - across / width, down / height + across / width - 1)
+    return np.where(np.minimum(*map(np.abs, ways)) < 0.5 / min(height, width) + 0.02, 1.0, 0.5)
+
+
+def finite_samples(latents: Tensor, pictures: Tensor) -> Tensor:
+    """Say of each sample whether its latents [B, ...] and what they were decoded to [B, ...] are finite: [B], bool."""
+    return latents.flatten(1).isfinite().all(1).to(pictures.device) & pictures.flatten(1).isfinite().all(1)
 
 
 def from_pixels(pixels: np.ndarray) -> Image.Image:
@@ -172,6 +189,7 @@ def generate(run: Run, prompt: str, n: int, seed: int, out: Path) -> list[Path]:
 
     Raises:
         UserError: a prompt that the family does not know, an expert that is missing, no teacher, or ``out`` is a file.
+        RunError: a picture that is not finite.
     """
     device = "cuda" if run.recipe.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
     conditions = from_text(run.recipe, run.family, prompt, n, device=device)
@@ -192,6 +210,9 @@ def generate(run: Run, prompt: str, n: int, seed: int, out: Path) -> list[Path]:
             seed=seed, start=start, solver=run.recipe.method.solver, device=device,
         )  # fmt: skip
         decoded = run.family.decode(made.latents.to(device)).cpu()
+        if not (finite := finite_samples(made.latents.cpu(), decoded)).all():
+            raise RunError(f"run '{run.folder}': picture {start + int((~finite).nonzero()[0])} of seed {seed} is not "
+                           f"finite: the experts have diverged, or their precision is too small")  # fmt: skip
         image = enlarge(to_image(decoded[0]), 256) if one_by_one else scatter(decoded, size=512)
         out.mkdir(parents=True, exist_ok=True)
         about = {"prompt": prompt, "seed": str(seed), "sample": str(start), "model": run.name}

@@ -18,10 +18,10 @@ from raydmd.models.hub import HUB
 from raydmd.models.protocol import Conditions, Denoiser, Family, no_folder, one_line, require_column
 from raydmd.models.sampler_grid import SamplerGrid, sampler_grid
 from raydmd.models.teacher_folder import TeacherFolder, find_teacher
+from raydmd.models.vae import VaeConfig, decode_latents, decoding_dtype, vae_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SPATIAL, TEMPORAL = 8, 4  # pixels along a latent's side, and frames to a latent's, of the VAEs of Qwen-Image and Wan
-PATCH = 2  # latents along the side of a token
+PATCHES = (1, 2, 2)  # latents of a token along frames, height and width, where there is no transformer yet
 
 
 class PretrainedDenoiser(Denoiser):
@@ -176,24 +176,44 @@ class PretrainedFamily(Family):
             shown = latents[:, :3].float()
             low, high = shown.amin((1, 2, 3, 4), keepdim=True), shown.amax((1, 2, 3, 4), keepdim=True)
             return ((shown - low) / (high - low).clamp(min=1e-6)).expand(-1, 3, -1, -1, -1).transpose(1, 2)
-        vae.to(latents.device)
-        mean, std = (
-            torch.tensor(numbers, device=latents.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
-            for numbers in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        with torch.no_grad():
-            frames = vae.decode(latents.to(vae.dtype) * std + mean, return_dict=False)[0]
-        return (frames.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+        return decode_latents(vae.to(latents.device), self.vae_config, latents)
+
+    @cached_property
+    def vae_config(self) -> VaeConfig:
+        """The VAE's factors and statistics; those of Qwen-Image's and Wan 2.1's factors where there is none.
+
+        Raises:
+            UserError: the VAE is of another kind, or for latents of other channels.
+        """
+        config = None if self.path is None else read_config(self.path, "vae")
+        return VaeConfig() if config is None else vae_config(config, self.latent_shape[0])
+
+    @cached_property
+    def patches(self) -> tuple[int, int, int]:
+        """Latents of a token along frames, height and width, by the transformer's config.
+
+        Raises:
+            UserError: the config's ``patch_size`` is not one.
+        """
+        config = None
+        if self.path is not None:
+            config = read_config(self.path, self.options["subfolder"]) or read_config(self.path, "")
+        size = (config or {}).get("patch_size", PATCHES)
+        sizes = (1, size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list | tuple) else ()
+        if len(sizes) != len(PATCHES) or not all(type(n) is int and n > 0 for n in sizes):
+            raise UserError(f"teacher.path: the transformer's config.json has patch_size {size!r}, not whole numbers")
+        return sizes
 
     @property
     def frames(self) -> int:
-        """Frames of a sample: 1 + 4 (latent frames - 1), the VAE's compression in time."""
-        return 1 + TEMPORAL * (self.latent_shape[1] - 1) if len(self.latent_shape) == 4 else 1
+        """Frames of a sample, by the VAE's compression in time."""
+        return self.vae_config.frames(self.latent_shape[1]) if len(self.latent_shape) == 4 else 1
 
     @property
     def picture_size(self) -> tuple[int, int]:
-        """Width and height of a picture of ``latent_shape``, in pixels: 8 a latent's."""
-        return SPATIAL * self.latent_shape[-1], SPATIAL * self.latent_shape[-2]
+        """Width and height of a picture of ``latent_shape``, in pixels, by the VAE's factor."""
+        spatial = self.vae_config.spatial
+        return spatial * self.latent_shape[-1], spatial * self.latent_shape[-2]
 
     def shape_for(self, width: int, height: int) -> tuple[int, ...]:
         """Return the shape of the latents of a picture of another size.
@@ -201,10 +221,11 @@ class PretrainedFamily(Family):
         Raises:
             UserError: a side that the VAE or the network's patches do not divide.
         """
-        step = SPATIAL * PATCH
-        if width % step or height % step:
-            raise UserError(f"sizes: {width}x{height} is not of sides that {step} divides")
-        return (*self.latent_shape[:-2], height // SPATIAL, width // SPATIAL)
+        spatial, (_, high, wide) = self.vae_config.spatial, self.patches
+        if width % (spatial * wide) or height % (spatial * high):
+            sides = f"{spatial * wide}" if wide == high else f"{spatial * wide} and {spatial * high}"
+            raise UserError(f"sizes: {width}x{height} is not of sides that {sides} divides")
+        return (*self.latent_shape[:-2], height // spatial, width // spatial)
 
     def teacher_times(
         self, steps: int, shift: float | None = None, shape: tuple[int, ...] | None = None
@@ -227,7 +248,7 @@ class PretrainedFamily(Family):
 
     def _tokens(self, shape: tuple[int, ...]) -> int:
         """Return how many tokens the network makes of latents of a shape."""
-        return shape[-2] // PATCH * (shape[-1] // PATCH)
+        return shape[-2] // self.patches[1] * (shape[-1] // self.patches[2])
 
     def _embeddings(self, rows: Mapping[str, np.ndarray], name: str) -> Tensor:
         """Return one column as a tensor: masks [B, L] bool, all else float32."""
@@ -242,7 +263,8 @@ class PretrainedFamily(Family):
     def _load_vae(self) -> Any:
         if self._vae is None and self.path is not None:
             if self.path.startswith(HUB) or (Path(self.path) / "vae" / "config.json").is_file():
-                self._vae = self._from_pretrained(self.vae_class, "vae").requires_grad_(False).eval()
+                dtype = decoding_dtype(DTYPES[self.options["dtype"]])
+                self._vae = self._from_pretrained(self.vae_class, "vae", dtype).requires_grad_(False).eval()
         return self._vae
 
     def _load_pipeline(self) -> Any:
@@ -266,7 +288,7 @@ class PretrainedFamily(Family):
             self._pipeline.set_progress_bar_config(disable=True)
         return self._pipeline
 
-    def _from_pretrained(self, class_name: str, subfolder: str) -> Any:
+    def _from_pretrained(self, class_name: str, subfolder: str, dtype: torch.dtype | None = None) -> Any:
         """Load a diffusers model from ``path``: its subfolder where there is one, else the folder itself."""
         import diffusers
 
@@ -287,7 +309,7 @@ class PretrainedFamily(Family):
                 raise UserError(f"teacher.path: {config} is not a diffusers model's config") from error
             if found != class_name:
                 raise UserError(f"teacher.path: {config} is of a {found}; family '{self.name}' needs a {class_name}")
-        dtype = DTYPES[self.options["dtype"]]
+        dtype = dtype or DTYPES[self.options["dtype"]]
         try:
             return getattr(diffusers, class_name).from_pretrained(place, subfolder=within, torch_dtype=dtype)
         except (OSError, ValueError, RuntimeError) as error:

@@ -16,17 +16,17 @@ BUCKET = 64
 """Tokens."""
 
 
-def pack(latents: Tensor) -> Tensor:
-    """Return 2x2 patches as tokens: [B, C, (1,) H, W] to [B, H/2 * W/2, 4 C], as diffusers' pipeline does."""
+def pack(latents: Tensor, p: int = 2) -> Tensor:
+    """Return p x p patches as tokens: [B, C, (1,) H, W] to [B, H/p * W/p, p p C], as diffusers' pipeline does."""
     batch, channels, height, width = latents.shape[0], latents.shape[1], latents.shape[-2], latents.shape[-1]
-    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return patches.reshape(batch, height // 2 * (width // 2), channels * 4)
+    patches = latents.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(batch, height // p * (width // p), channels * p * p)
 
 
-def unpack(tokens: Tensor, shape: torch.Size) -> Tensor:
-    """Return tokens [B, H/2 * W/2, 4 C] to latents of ``shape`` [B, C, (1,) H, W]."""
+def unpack(tokens: Tensor, shape: torch.Size, p: int = 2) -> Tensor:
+    """Return tokens [B, H/p * W/p, p p C] to latents of ``shape`` [B, C, (1,) H, W]."""
     batch, channels, height, width = shape[0], shape[1], shape[-2], shape[-1]
-    patches = tokens.reshape(batch, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    patches = tokens.reshape(batch, height // p, width // p, channels, p, p).permute(0, 3, 1, 4, 2, 5)
     return patches.reshape(shape)
 
 
@@ -35,17 +35,17 @@ class QwenImageDenoiser(PretrainedDenoiser):
 
     def forward(self, latents: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """Predict the flow from ``latents``, given ``prompt_embeds`` [B, L, D] and ``prompt_embeds_mask`` [B, L]."""
-        height, width = latents.shape[-2] // 2, latents.shape[-1] // 2
-        dtype = self.transformer.dtype
+        patch, dtype = self.transformer.config.patch_size, self.transformer.dtype
+        height, width = latents.shape[-2] // patch, latents.shape[-1] // patch
         tokens = self.transformer(
-            hidden_states=pack(latents).to(dtype),
+            hidden_states=pack(latents, patch).to(dtype),
             timestep=t.to(torch.float32),
             encoder_hidden_states=conditions["prompt_embeds"].to(dtype),
             encoder_hidden_states_mask=conditions["prompt_embeds_mask"],
             img_shapes=[[(1, height, width)]] * latents.shape[0],
             return_dict=False,
         )[0]
-        return unpack(tokens, latents.shape).to(latents.dtype)
+        return unpack(tokens, latents.shape, patch).to(latents.dtype)
 
 
 class QwenImageFamily(PretrainedFamily):
@@ -120,8 +120,11 @@ class QwenImageFamily(PretrainedFamily):
             raise UserError(f"teacher.options.latent_shape: [C, 1, H, W] or [C, H, W], H and W even, not {list(shape)}")
 
     def _wrap(self, transformer: Any) -> QwenImageDenoiser:
-        channels = transformer.config.in_channels
-        if channels != 4 * self.latent_shape[0]:
-            raise UserError(f"teacher.options.latent_shape: the teacher takes {channels // 4} channels, "
+        channels, patched = transformer.config.in_channels, transformer.config.patch_size**2
+        if channels != patched * self.latent_shape[0]:
+            raise UserError(f"teacher.options.latent_shape: the teacher takes {channels // patched} channels, "
                             f"not {self.latent_shape[0]}")  # fmt: skip
+        if any(size % transformer.config.patch_size for size in self.latent_shape[-2:]):
+            raise UserError(f"teacher.options.latent_shape: {list(self.latent_shape[-2:])} is not divisible by the "
+                            f"teacher's patches {transformer.config.patch_size}")  # fmt: skip
         return QwenImageDenoiser(transformer)

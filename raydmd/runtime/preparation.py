@@ -50,6 +50,8 @@ def check(recipe: Recipe) -> None:
     if recipe.teacher.path is not None:
         family.load_teacher()
         family.teacher_times(recipe.teacher.steps, recipe.teacher.timestep_shift)
+        if isinstance(family, PretrainedFamily):
+            family.shape_for(*family.picture_size)  # the VAE's config and the patches go with the latents
     elif family.name not in EMBEDDED:
         raise UserError(f"teacher.path: family '{family.name}' needs a folder or a hub's name of its weights")
     if recipe.prompts.path is not None:

@@ -196,6 +196,10 @@ class BadAsk(PortableError):
         self.param = param
 
 
+class NotFinite(PortableError):
+    """A picture was made that holds what is no number; its neighbours in the batch are whole."""
+
+
 class Backend(Protocol):
     """Makes pictures: in this process, or by Ray Serve's replicas.
 
@@ -211,6 +215,7 @@ class Backend(Protocol):
         Raises:
             BadAsk: a prompt or size that the model does not know, a teacher that is not loaded.
             Busy: the queue is full.
+            NotFinite: what was made is no picture.
             Unavailable: there is no replica.
         """
 

@@ -17,7 +17,7 @@ from raydmd.config import Recipe
 from raydmd.diffusion.random import normal
 from raydmd.diffusion.solvers import euler_step, renoise_step
 from raydmd.errors import UserError
-from raydmd.evaluation.pictures import from_pixels, png_text
+from raydmd.evaluation.pictures import finite_samples, from_pixels, png_text
 from raydmd.evaluation.prompts import from_text, own_prompts
 from raydmd.methods.phase import Phase
 from raydmd.methods.rollout import renoise_key
@@ -242,15 +242,17 @@ class Decoder:
     def __init__(self, family: Family, device: torch.device, fps: int) -> None:
         self.family, self.device, self.fps = family, device, fps
 
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """Return frames [B, F, 1 or 3, H, W], uint8; what is not finite is black."""
-        values = self.family.decode_video(latents.to(self.device)).float().nan_to_num(0.0).clamp(0, 1)
-        return (values * 255).round().to(torch.uint8).cpu().numpy()
+    def decode(self, latents: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Return frames [B, F, 1 or 3, H, W], uint8, and whether each sample is finite, [B]; grey where it is not."""
+        values = self.family.decode_video(latents.to(self.device)).float()
+        return _eight_bits(values), finite_samples(latents, values).cpu().numpy()
 
     def preview(self, latents: Tensor) -> np.ndarray:
-        """Return a picture [B, 1, 1 or 3, H, W] of latents on their way: a video's middle frame."""
-        values = self.family.decode(latents.to(self.device)).float().nan_to_num(0.0).clamp(0, 1)
-        return (values * 255).round().to(torch.uint8).cpu().numpy()[:, None]
+        """Return a picture [B, 1, 1 or 3, H, W] of latents on their way: a video's middle frame.
+
+        It is grey where it is not finite.
+        """
+        return _eight_bits(self.family.decode(latents.to(self.device)).float())[:, None]
 
     def file(
         self,
@@ -275,6 +277,11 @@ class Decoder:
         if output_format == "mp4":
             return video(images, self.fps)
         return picture(images[0], output_format, compression, about)
+
+
+def _eight_bits(values: Tensor) -> np.ndarray:
+    values = torch.where(values.isfinite(), values.clamp(0, 1), 0.5)
+    return (values * 255).round().to(torch.uint8).cpu().numpy()
 
 
 def picture(

@@ -14,7 +14,7 @@ from torch import Tensor
 from raydmd.errors import PortableError, UserError
 from raydmd.models.protocol import Family
 from raydmd.runs import Run
-from raydmd.serving.contract import Format, Size, Step, partial_steps
+from raydmd.serving.contract import Format, NotFinite, Size, Step, partial_steps
 from raydmd.serving.parts import (
     Decoder,
     Encoder,
@@ -275,7 +275,11 @@ class Stage:
                         job.answer.set_exception(error)
             else:
                 for job, piece in zip(jobs, pieces, strict=True):
-                    if not job.gone:
+                    if job.gone:
+                        continue
+                    if isinstance(piece, NotFinite):
+                        job.answer.set_exception(piece)
+                    else:
                         job.answer.set_result(piece)
 
     def _next(self) -> list[_Job]:
@@ -293,8 +297,10 @@ class Stage:
 
 
 @torch.inference_mode()
-def _do(engine: Engine, parts: tuple[str, ...], jobs: list[_Job], say: Callable[[_Job, Glimpse], None]) -> list[Piece]:
-    """Work on a batch, in the stage's thread."""
+def _do(
+    engine: Engine, parts: tuple[str, ...], jobs: list[_Job], say: Callable[[_Job, Glimpse], None]
+) -> list[Piece | NotFinite]:
+    """Work on a batch, in the stage's thread; a job whose pictures are not finite gets an error, the others theirs."""
     began = time.perf_counter()
     parcels = [job.parcel for job in jobs]
     noises = [Noise(p.seed, p.start + i) for p in parcels for i in range(p.count)]
@@ -309,6 +315,7 @@ def _do(engine: Engine, parts: tuple[str, ...], jobs: list[_Job], say: Callable[
     seconds: dict[str, float] = {}
     batches: dict[str, int] = {}
     files: list[tuple[bytes, ...]] | None = None
+    finite = np.ones(len(x), dtype=bool)
     for part in parts:
         since = time.perf_counter()
         if part in engine.walks:
@@ -326,7 +333,8 @@ def _do(engine: Engine, parts: tuple[str, ...], jobs: list[_Job], say: Callable[
                 step_began = time.perf_counter()
         elif part == "decode":
             assert engine.decoder is not None
-            frames, decoder = engine.decoder.decode(x), engine.decoder
+            decoder = engine.decoder
+            frames, finite = decoder.decode(x)
             each = iter(frames)
             files = [
                 tuple(
@@ -337,16 +345,25 @@ def _do(engine: Engine, parts: tuple[str, ...], jobs: list[_Job], say: Callable[
         else:
             continue  # texts are encoded before they wait
         seconds[part], batches[part] = time.perf_counter() - since, len(x)
-    pieces, at = [], 0
+    pieces: list[Piece | NotFinite] = []
+    at = 0
     for number, (job, parcel) in enumerate(zip(jobs, parcels, strict=True)):
         spent = {**job.spent, "queue": began - job.since, **seconds}
-        if files is not None:
+        if files is not None and not finite[at : at + parcel.count].all():
+            pieces.append(_not_finite(parcel, finite[at : at + parcel.count]))
+        elif files is not None:
             pieces.append(Piece(replace(parcel, conditions=None, latents=None), files[number], spent, batches))
         else:
             latents = x[at : at + parcel.count].cpu().numpy()
             pieces.append(Piece(replace(parcel, latents=latents), (), spent, batches))
         at += parcel.count
     return pieces
+
+
+def _not_finite(parcel: Parcel, finite: np.ndarray) -> NotFinite:
+    first = parcel.start + int(np.flatnonzero(~finite)[0])
+    return NotFinite(f"picture {first} of seed {parcel.seed} is not finite: the model's weights have diverged, or its "
+                     f"precision is too small")  # fmt: skip
 
 
 def _show(engine: Engine, step: Step, clean: Tensor, jobs: list[_Job], say: Callable[[_Job, Glimpse], None]) -> None:

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from raydmd.errors import PortableError, nearest
-from raydmd.serving.contract import BadAsk, Busy, Unavailable
+from raydmd.serving.contract import BadAsk, Busy, NotFinite, Unavailable
 
 log = logging.getLogger("raydmd.serving.http")
 
@@ -80,6 +80,9 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
         return ApiError(429, str(error), code="rate_limit_exceeded", headers=headers)
     if isinstance(error, Unavailable):
         return ApiError(503, str(error), code="unavailable", headers=retry_after(RETRY_AFTER))
+    if isinstance(error, NotFinite):
+        log.error("%s", json.dumps({"event": "error", "request_id": request_id, "error": str(error)}))
+        return ApiError(500, str(error), code="not_finite")
     lines = traceback.format_exception(error)
     log.error("%s", json.dumps({"event": "error", "request_id": request_id, "traceback": "".join(lines)}))
     return ApiError(500, f"an error of the server's own; its log has more under request {request_id}", code="internal")
