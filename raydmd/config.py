@@ -1,5 +1,6 @@
 """The recipe: one typed tree, read from YAML, validated, overridable with ``--set key.path=value``."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -286,11 +287,16 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
     tree.setdefault("name", path.stem)
     for override in overrides or []:
         apply_override(tree, override)
-    return parse_recipe(tree, str(path))
+    return parse_recipe(tree, str(path), overrides or [])
 
 
-def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:
+def parse_recipe(tree: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Recipe:
     """Validate a tree of plain values; ``source`` names it in errors.
+
+    Args:
+        tree: the values, with the overrides applied.
+        source: where they are from, but for the overrides.
+        overrides: ``key.path=value`` of the command line, which are blamed for what they did.
 
     Raises:
         UserError: one line that names the first wrong key and the nearest right one.
@@ -298,7 +304,7 @@ def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{source}: {explain(error, Recipe)}") from None
+        raise UserError(f"{blamed(error, overrides) or source}: {explain(error, Recipe)}") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -328,6 +334,19 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
+def blamed(error: ValidationError, overrides: Sequence[str]) -> str | None:
+    """Return ``--set KEY=VALUE`` of the last override that set, or lies in, what ``explain`` tells of; None: none."""
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"] if part not in UNION]
+    for override in reversed(overrides):
+        name = override.partition("=")[0]
+        key = name.split(".")
+        shared = min(len(key), len(where))
+        if key[:shared] == where[:shared] if where else name in first["msg"]:
+            return f"--set {override}"
+    return None
+
+
 UNION = ("constrained-int", "list[constrained-int]")  # pydantic's names for the two sides of `iterations`
 
 
@@ -341,6 +360,9 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     if first["type"] == "extra_forbidden":
         *parents, key = [str(part) for part in first["loc"]]
         return f"unknown key '{where}'{nearest(key, _keys(root, parents))}"
+    if first["type"] == "model_type":
+        keys = ", ".join(_keys(root, [str(part) for part in first["loc"]]))
+        return f"'{where}' is a section, not a value (got {first['input']!r}); its keys: {keys}"
     message = first["msg"].removeprefix("Value error, ")
     value = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
     return message if not where or message.startswith(f"{where}.") else f"{where}: {message}{value}"

@@ -42,9 +42,10 @@ WRONG = {  # what is set, and what the error must say
     "method.regression.weight=heavy": ["method.regression.weight", "'heavy'"],
     "method.score_interval=fixed": ["method.fixed_t"],
     "method.fixed_t=0.5": ["method.fixed_t", "fixed"],
-    "method=phased": ["method", "'phased'"],
+    "method=phased": ["'method' is a section", "'phased'", "its keys: name, steps, phases"],
+    "runtime.fake=2": ["'runtime.fake' is a section", "its keys: min_workers, max_workers"],
     "runtime.fake.labels={zone: 1}": ["runtime.fake.labels.zone"],
-    "runtime.fake=null": ["runtime.fake"],
+    "runtime.fake=null": ["runtime.fake", "its keys: min_workers"],
     "name=[1]": ["name"],
 }
 
@@ -56,7 +57,23 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_the_key(override: str) 
     message = str(caught.value)
     assert "\n" not in message
     assert all(words in message for words in WRONG[override]), message
-    assert "ring.yaml" in message  # the file
+    assert message.startswith(f"--set {override}: ")  # the file is not to blame
+
+
+def test_who_is_to_blame_is_named(tmp_path: Path) -> None:
+    """The last override that did it, or else the file."""
+    file = tmp_path / "r.yaml"
+    for text, overrides, words in (
+        ("method: {nam: dmd}", ["seed=1", "batch.size=4"], f"{file}: unknown key 'method.nam'"),
+        ("method: phased", ["seed=1"], f"{file}: 'method' is a section, not a value (got 'phased'); its keys: name, "),
+        ("batch: {size: 8}", ["seed=1", "batch.micro=3"], "--set batch.micro=3: batch.micro (3) must divide"),
+        ("batch: {micro: 8}", ["batch.size=4", "batch.size=6"], "--set batch.size=6: batch.micro (8) must divide"),
+        ("seed: 1", ["method={nam: dmd}", "seed=2"], "--set method={nam: dmd}: unknown key 'method.nam'"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError) as caught:
+            load_recipe(str(file), overrides)
+        assert str(caught.value).startswith(words), caught.value
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,14 @@
 """How a run is served: one typed tree, read from YAML or from the command's options."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from raydmd.config import Section, apply_override, explain
+from raydmd.config import Section, apply_override, blamed, explain
 from raydmd.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -154,14 +154,14 @@ def load_serving(
         and {tree.get("encoder"), tree.get("decoder"), layout} <= {None, "inline", "colocated"}
     ):
         tree["api"] = "inline"
-    serving = parse_serving(tree, "--set")
+    serving = parse_serving(tree, "--set", overrides)
     if not all(key.strip() for key in keys):
         raise UserError("--api-key: it is empty")
     digests = {*serving.api_key_sha256, *_environment_keys(), *(key_digest(key) for key in keys)}
     return serving.model_copy(update={"api_key_sha256": sorted(digests)})
 
 
-def parse_serving(tree: dict[str, Any], source: str) -> Serving:
+def parse_serving(tree: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Serving:
     """Validate a tree of plain values; ``source`` names it in errors.
 
     Raises:
@@ -170,7 +170,7 @@ def parse_serving(tree: dict[str, Any], source: str) -> Serving:
     try:
         return Serving.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{source}: {explain(error, Serving)}") from None
+        raise UserError(f"{blamed(error, overrides) or source}: {explain(error, Serving)}") from None
 
 
 def key_digest(key: str) -> str:
