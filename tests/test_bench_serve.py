@@ -27,7 +27,7 @@ from raydmd.bench.arrivals import Arrival, Mix, Request, parse_sizes, poisson, r
 from raydmd.bench.ceiling import client_ceiling
 from raydmd.bench.load import Answer, Outcome, Record, closed_loop, open_loop
 from raydmd.bench.plot import plot
-from raydmd.bench.results import as_json
+from raydmd.bench.results import as_json, failures
 from raydmd.bench.session import Plan, Session
 from raydmd.bench.statistics import Load, summarize
 from raydmd.bench.targets import HttpTarget, LocalTarget, read_answer
@@ -304,6 +304,18 @@ def test_rejections_and_failures_are_told_apart_and_never_raised(answer, kind, e
     assert (got.kind, got.error) == (kind, error)
 
 
+def test_failures_are_told_with_their_reasons_and_rejections_are_none():
+    def said(kind, error, why=""):
+        return Outcome(MIX.request(0), Answer(kind, error, why=why), 0.0, 0.0, 1.0)
+
+    full = [said("ok", ""), said("rejected", "HTTP 429", "no room")]
+    assert failures([Record(full)]) is None
+    broken = [said("failed", "HTTP 500", "the teacher\n is gone")] * 3 + [said("failed", "timeout")]
+    assert failures([Record(full), Record(broken)]) == (
+        "4 of 6 requests failed: 3 x HTTP 500: the teacher is gone; 1 x timeout"
+    )
+
+
 def test_a_silent_server_is_a_timeout_and_a_dead_one_a_failure():
     let_go = threading.Event()
 
@@ -339,7 +351,8 @@ def test_the_command_on_a_server(capsys, tmp_path, monkeypatch):
     trouble = iter([500, 429, 429])
 
     def some(body):
-        return web.json_response({}, status=next(trouble)) if len(server.bodies) in (30, 40, 50) else None
+        error = {"error": {"message": "it fell\nover"}}
+        return web.json_response(error, status=next(trouble)) if len(server.bodies) in (30, 40, 50) else None
 
     with images_server(some, locked=True) as server:
         code, out, err = bench(
@@ -347,7 +360,7 @@ def test_the_command_on_a_server(capsys, tmp_path, monkeypatch):
             "--size", "8x8,16x16:2", "--slo", 5, "--json", tmp_path / "out" / "f.json", "--save-detailed",
             "--plot", tmp_path / "f.png", "--warmup", 3, "--price-per-hour", 2, "--client-ceiling",
         )  # fmt: skip
-    assert (code, err) == (0, "")
+    assert (code, err) == (1, "raydmd: 1 of 80 requests failed: 1 x HTTP 500: it fell over\n")
     tree = json.loads((tmp_path / "out" / "f.json").read_text())
     first, second = tree["runs"]
     assert KEY not in out and KEY not in json.dumps(tree)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from raydmd.errors import UserError
+from raydmd.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from raydmd.bench.session import Plan, Session
@@ -68,8 +68,11 @@ def serve(**options: Any) -> None:
 
     A closed loop keeps so many requests on their way. An open loop sends them at set times whatever became of those
     before; latency counts from the time at which a request was to be sent, so a stall is seen by all who would have
-    come meanwhile. Ctrl-C prints what was measured so far.
+    come meanwhile. Ctrl-C prints what was measured so far. The exit code is 1 if requests failed otherwise than for
+    want of room.
     """
+    from raydmd.bench.results import failures
+
     _only(options, "url", ("model", "api_key_env", "extra_body"))
     _only(options, "run", ("layout", "maker", "max_batch", "threads"))
     if (options["url"] is None) == (options["run"] is None):
@@ -89,6 +92,8 @@ def serve(**options: Any) -> None:
         _show(options, about, sessions)
         raise
     _show(options, about, sessions)
+    if sessions and (why := failures(sessions[0].records)):
+        raise RunError(why)
 
 
 async def _measure(options: dict[str, Any], about: dict[str, Any], sessions: "list[Session]") -> None:

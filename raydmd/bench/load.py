@@ -18,6 +18,7 @@ class Answer:
         pictures: how many came.
         seconds: by stage, as the server says.
         batches: by stage, samples in the batch, as the server says.
+        why: what the server said of a failure.
     """
 
     kind: Literal["ok", "rejected", "failed"]
@@ -25,6 +26,7 @@ class Answer:
     pictures: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
     batches: Mapping[str, float] = field(default_factory=dict)
+    why: str = ""
 
 
 class Target(Protocol):

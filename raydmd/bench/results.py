@@ -1,6 +1,7 @@
 """Figures as JSON and as a table."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from raydmd.bench.load import Outcome
+from raydmd.bench.load import Outcome, Record
 from raydmd.bench.statistics import PERCENTILES, Spread, Statistics
 
 
@@ -109,6 +110,18 @@ def write_json(path: Path, about: dict[str, Any], runs: Sequence[dict[str, Any]]
         tree = {**runs[0], **tree}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def failures(records: Sequence[Record]) -> str | None:
+    """Say in one line how many requests failed, and why; None where none did. To be rejected is no failure."""
+    answers = [outcome.answer for record in records for outcome in record.outcomes]
+    failed = [answer for answer in answers if answer.kind not in ("ok", "rejected")]
+    if not failed:
+        return None
+    whys = Counter(f"{answer.error}: {' '.join(answer.why.split())[:200]}".rstrip(": ") for answer in failed)
+    told = "; ".join(f"{count} x {why}" for why, count in whys.most_common(3))
+    more = f"; and {len(whys) - 3} other reasons" if len(whys) > 3 else ""
+    return f"{len(failed)} of {len(answers)} requests failed: {told}{more}"
 
 
 def print_table(console: Console, title: str, runs: Sequence[Statistics]) -> None:

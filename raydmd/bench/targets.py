@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import binascii
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -114,16 +115,24 @@ class HttpTarget:
             url = f"{self.base}/v1/images/generations"
             async with self._session.post(url, json=self.body(request)) as response:
                 if response.status != 200:
-                    await response.read()
+                    why = _reason(await response.read())
                     kind = "rejected" if response.status in REJECTIONS else "failed"
-                    return Answer(kind, f"HTTP {response.status}")  # type: ignore[arg-type]
+                    return Answer(kind, f"HTTP {response.status}", why=why)  # type: ignore[arg-type]
                 return read_answer(await response.json(content_type=None), request.n)
         except TimeoutError:
             return Answer("failed", "timeout")
         except (aiohttp.ClientError, OSError) as error:
-            return Answer("failed", type(error).__name__)
+            return Answer("failed", type(error).__name__, why=str(error))
         except ValueError:
             return Answer("failed", "no JSON")
+
+
+def _reason(body: bytes) -> str:
+    """Return what an OpenAI-shaped error says; nothing if it is none."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def read_answer(answer: Any, n: int) -> Answer:
@@ -179,7 +188,7 @@ class LocalTarget:
         except TimeoutError:
             return Answer("failed", "timeout")
         except (BadAsk, NotFinite, Unavailable) as error:
-            return Answer("failed", type(error).__name__)
+            return Answer("failed", type(error).__name__, why=str(error))
         if problem := _problem(made.pictures, request.n):
             return Answer("failed", problem)
         seconds = {"total": time.perf_counter() - began, **made.seconds}
