@@ -5,13 +5,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raydmd.data.digits import CLASSES, load_digits
 from raydmd.evaluation.chunks import single_thread
 from raydmd.evaluation.metrics import accuracy
+from raydmd.models.protocol import save_weights
 
 FEATURES = 64
 EPOCHS, BATCH, RATE = 30, 64, 1e-3
@@ -98,7 +99,7 @@ def load_classifier(cache: Path | None = None) -> DigitsClassifier:
     network = train_classifier()
     cache.mkdir(parents=True, exist_ok=True)
     part = cache / f".{CACHE_FILE}.{os.getpid()}"
-    save_file(network.state_dict(), part)
+    save_weights(network.state_dict(), part)
     part.replace(file)
     return network
 

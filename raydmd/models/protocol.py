@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from raydmd.diffusion.schedule import Prediction, Schedule
@@ -224,11 +224,16 @@ def save_teacher(denoiser: Denoiser, folder: str | Path, family: str, options: M
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().contiguous() for name, value in denoiser.state_dict().items()}
     partial = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
-    save_file(weights, partial)
+    save_weights(weights, partial)
     os.replace(partial, folder / WEIGHTS_FILE)
     partial = folder / f".{CONFIG_FILE}.{os.getpid()}"
     partial.write_text(json.dumps({"family": family, "options": dict(options)}, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, folder / CONFIG_FILE)
+
+
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors as a safetensors file that all may read whom the umask lets; ``save_file`` makes it 0600."""
+    path.write_bytes(save(dict(weights)))
 
 
 def read_teacher_config(folder: str | Path, family: str) -> dict[str, Any]:

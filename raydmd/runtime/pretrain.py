@@ -4,6 +4,7 @@ import json
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from raydmd.config import Recipe, parse_recipe
 from raydmd.data.embedded import EMBEDDED
@@ -25,10 +26,11 @@ from raydmd.errors import UserError
 from raydmd.folders import read_lines
 from raydmd.methods.collective import Alone, Collective
 from raydmd.methods.pretraining import Pretraining
-from raydmd.models.protocol import EmbeddedFamily, save_teacher
+from raydmd.models.protocol import EmbeddedFamily, save_teacher, save_weights
 from raydmd.runs import recipe_family
 from raydmd.runtime.cluster import connect
 from raydmd.runtime.process_group import Distributed
+from raydmd.runtime.recorder import time_left
 
 REPORT_EVERY = 25
 
@@ -105,7 +107,7 @@ def _report(training: Pretraining, metrics: dict[str, Any], rank: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         kept = None
         if rank == 0:
-            save_file(training.flat.state(), Path(folder) / "state.safetensors")
+            save_weights(training.flat.state(), Path(folder) / "state.safetensors")
             kept = Checkpoint.from_directory(folder)
         ray.train.report(metrics, checkpoint=kept)
 
@@ -130,15 +132,17 @@ def _progress(console: Console, file: Path, total: int) -> Iterator[None]:
         task = bar.add_task("teacher", total=total, figures="")
 
         def watch() -> None:
-            said = 0
+            said, first = 0, None
             while not done.wait(0.5):
                 if lines := read_lines(file):
-                    line = lines[-1]
+                    line, now = lines[-1], time.monotonic()
+                    first = first or (lines[0]["iteration"], now)
                     figures = f"loss {line['loss']:.3f}  workers {line['workers']}"
                     bar.update(task, completed=line["iteration"], figures=figures)
                     if not console.is_terminal and line["iteration"] - said >= total // 5:
                         said = line["iteration"]
-                        console.print(f"teacher  {said}/{total}  {figures}", highlight=False)
+                        left = time_left(total - said, [(now - first[1]) / max(said - first[0], 1)])
+                        console.print(f"teacher  {said}/{total}  {figures}, {left}", highlight=False)
 
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()

@@ -2,7 +2,9 @@
 
 import json
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Collection, Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,6 +17,8 @@ from raydmd.config import Recipe
 from raydmd.folders import read_lines
 from raydmd.runtime.metrics import Metrics
 from raydmd.runtime.workers import Receipt
+
+RECENT = 100  # iterations by which the time that is left is told
 
 
 class Recorder:
@@ -34,6 +38,7 @@ class Recorder:
         self._board: SummaryWriter | None = None
         self.exported = Metrics(recipe.name)
         self._since = time.perf_counter()
+        self._recent: deque[float] = deque(maxlen=RECENT)  # seconds of the last iterations
         self._progress = Progress(
             TextColumn("[bold]{task.fields[phase]}"),
             BarColumn(),
@@ -116,6 +121,7 @@ class Recorder:
         assert self._metrics is not None
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
+        self._recent.append(seconds)
         self.exported.iteration(line)
         self.exported.queue(queue)
         self._show(line)
@@ -155,13 +161,22 @@ class Recorder:
         done = line["iteration"] + 1
         self._progress.update(self._task, completed=done, phase=f"phase {line['phase']}", figures=figures)
         if not self.console.is_terminal and (done % max(self.total // 10, 1) == 0 or done == self.total):
-            self.say(f"phase {line['phase']}  {done}/{self.total}  {figures}  {line['seconds']:.2f} s an iteration")
+            left = time_left(self.total - done, self._recent)
+            self.say(
+                f"phase {line['phase']}  {done}/{self.total}  {figures}  {line['seconds']:.2f} s an iteration, {left}"
+            )
         if self._board is not None:
             for key in ("loss_fake", "generator_grad_norm", "dm_gradient", "x_s_mean", "x_s_std", "seconds"):
                 if line[key] is not None:
                     self._board.add_scalar(key, line[key], line["iteration"])
             for role, share in used.items():
                 self._board.add_scalar(f"utilisation/{role}", share, line["iteration"])
+
+
+def time_left(iterations: int, seconds: Collection[float]) -> str:
+    """Say how long so many iterations will take, by how long some took that were of late: ``about 1:02:03 left``."""
+    mean = sum(seconds) / len(seconds) if seconds else 0.0
+    return f"about {timedelta(seconds=round(iterations * mean))} left"
 
 
 def _mean(values: Iterable[float]) -> float | None:
