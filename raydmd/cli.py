@@ -115,27 +115,44 @@ def evaluate(run: Path, samples: int | None) -> None:
 def report(runs: Sequence[Path], out: Path | None) -> None:
     """Write one self-contained HTML page: pictures side by side, curves, the table."""
     from raydmd.evaluation.report import report as write_report
+    from raydmd.progress import telling
     from raydmd.runs import Run
 
-    page = write_report([Run(folder) for folder in runs], out or runs[0] / "report.html")
+    with telling("reporting") as say:
+        page = write_report([Run(folder) for folder in runs], out or runs[0] / "report.html", say)
     console.print(f"report: {page.resolve()}", highlight=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: raydmd generate runs/digits --prompt 7 -n 16 --seed 0 --out pictures")
 @click.argument("run", metavar="RUN", type=FOLDER)
-@click.option("--prompt", metavar="TEXT", required=True, help="What to make; for digits, the digit.")
-@click.option("-n", type=click.IntRange(min=1), default=1, show_default=True, help="How many.")
+@click.option("--prompt", metavar="TEXT", help="What to make; for digits, the digit.")
+@click.option(
+    "--prompts", metavar="FILE", type=FOLDER, help="Many: a text a line, or a .csv, .jsonl or .parquet with a column."
+)
+@click.option("-n", type=click.IntRange(min=1), default=1, show_default=True, help="How many of each prompt.")
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The same seed gives the same pictures."
 )
-@click.option("--out", type=FOLDER, default=Path("pictures"), show_default=True, help="Folder of the PNGs.")
-def generate(run: Path, prompt: str, n: int, seed: int, out: Path) -> None:
-    """Make pictures with a run's experts."""
+@click.option("--out", type=FOLDER, default=Path("pictures"), show_default=True, help="Folder of the PNGs or MP4s.")
+@click.option("--fps", type=click.IntRange(min=1), default=16, show_default=True, help="Frames a second of videos.")
+def generate(run: Path, prompt: str | None, prompts: Path | None, n: int, seed: int, out: Path, fps: int) -> None:
+    """Make pictures, or videos where the model makes those, with a run's experts."""
     from raydmd.evaluation.pictures import generate as make
+    from raydmd.evaluation.prompts import read_prompt_file
+    from raydmd.progress import counting
     from raydmd.runs import Run
 
-    for path in make(Run(run), prompt, n, seed, out):
-        console.print(str(path), highlight=False, soft_wrap=True)
+    if (prompt is None) == (prompts is None):
+        raise UserError("--prompt, --prompts: give one of them")
+    asked = read_prompt_file(prompts) if prompts is not None else [prompt or ""]
+    loaded = Run(run)
+    with counting("making", len(asked) * (n if loaded.family.latent_shape != (2,) else 1)) as made:
+
+        def tell(path: Path) -> None:
+            console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+            made()
+
+        make(loaded, asked, n, seed, out, fps, tell)
 
 
 @app.command(epilog="Example: raydmd serve runs/digits --port 8000 --layout pipelined --teacher")
@@ -240,10 +257,11 @@ def _distill(recipe: Recipe, folder: Path, resume: str) -> bool:
 
 def _evaluate(folder: Path, samples: int | None = None) -> None:
     from raydmd.evaluation.evaluate import evaluate_run
+    from raydmd.progress import telling
     from raydmd.runs import Run
 
-    with console.status("evaluating"):
-        figures = evaluate_run(Run(folder), samples=samples)
+    with telling("evaluating") as say:
+        figures = evaluate_run(Run(folder), samples=samples, progress=say)
     console.print(yaml.safe_dump(_rounded(figures), sort_keys=False), highlight=False, markup=False, end="")
 
 

@@ -109,7 +109,9 @@ WRONG = {
     "report nowhere": ["nowhere", "recipe.yaml"],
     "report": ["RUN"],
     "generate nowhere --prompt 7": ["nowhere", "recipe.yaml"],
-    "generate nowhere": ["--prompt"],
+    "generate nowhere": ["--prompt, --prompts"],
+    "generate nowhere --prompt 7 --prompts 7.txt": ["--prompt, --prompts"],
+    "generate nowhere --prompts nowhere.txt": ["--prompts nowhere.txt", "No such file"],
     "generate nowhere --prompt 7 -n 0": ["-n", "0"],
     "recipes digit": ["did you mean 'digits'?"],
 }
@@ -191,12 +193,17 @@ def test_evaluate_and_report(trained: Run, here: Path, capsys: Any) -> None:
     folder = str(trained.folder)
     assert "49" in refused(["evaluate", folder, "--samples", "49"], capsys)
     assert run(["evaluate", folder]) == 0
-    shown = yaml.safe_load(capsys.readouterr().out)
+    said = capsys.readouterr()
+    shown = yaml.safe_load(said.out)
+    assert [line.split(" (after")[0] for line in said.err.splitlines()] == [
+        "evaluating: sampling the teacher", "evaluating: measuring the teacher", "evaluating: measuring the student",
+    ]  # fmt: skip
     stored = json.loads((trained.folder / "evaluation.json").read_text())
     assert stored["samples"] == shown["samples"] == 60 and stored["method"] == "phased"
     assert shown["student"]["fd_teacher"] == pytest.approx(stored["student"]["fd_teacher"], abs=1e-4)
     assert run(["report", folder]) == 0
-    assert str((trained.folder / "report.html").resolve()) in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert str((trained.folder / "report.html").resolve()) in said.out and said.err.startswith("reporting: ")
     page = (trained.folder / "report.html").read_text()
     assert page.lstrip().lower().startswith("<!doctype html") and "data:image/png;base64," in page
     assert 'src="http' not in page and 'href="http' not in page

@@ -183,11 +183,7 @@ def make_reference(
     Raises:
         UserError: a family that has no figures, or too few samples.
     """
-    if family.name not in ("digits", "ring"):
-        raise UserError(f"teacher.family: there are figures for digits and ring, not for '{family.name}'")
-    count = recipe.evaluation.samples if samples is None else samples
-    if count < FEWEST:
-        raise UserError(f"evaluation.samples: {count} are too few; at least {FEWEST}")
+    count = _count(recipe, family, samples)
     seed, batch = recipe.seed if seed is None else seed, recipe.evaluation.batch
     conditions = in_turn(recipe, family, count)
     scorer = Scorer(recipe, family, teacher)
@@ -200,6 +196,15 @@ def make_reference(
     else:
         judge = RingJudge(many, seed)
     return Reference(conditions, many, judge, seed, batch)
+
+
+def _count(recipe: Recipe, family: Family, samples: int | None) -> int:
+    if family.name not in ("digits", "ring"):
+        raise UserError(f"teacher.family: there are figures for digits and ring, not for '{family.name}'")
+    count = recipe.evaluation.samples if samples is None else samples
+    if count < FEWEST:
+        raise UserError(f"evaluation.samples: {count} are too few; at least {FEWEST}")
+    return count
 
 
 def teacher_samples(
@@ -314,6 +319,7 @@ def evaluate_run(run: Run, samples: int | None = None, progress: Callable[[str],
     say, since = progress or (lambda words: None), time.perf_counter()
     phases, teacher = run.trained_phases(), run.teacher()
     experts, made_from = run.experts(teacher), fingerprint(run)
+    _count(run.recipe, run.family, samples)  # refused before anything is told
     say("sampling the teacher")
     reference = make_reference(run.recipe, run.family, teacher, samples=samples, cache=run.folder / ".cache")
     steps = sum(phase.steps for phase in run.phases)

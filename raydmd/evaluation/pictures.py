@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,8 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from raydmd.errors import RunError, UserError
-from raydmd.evaluation.prompts import from_text
+from raydmd.evaluation.prompts import from_text, own_prompts
+from raydmd.evaluation.videos import FPS, video
 from raydmd.methods.sampling import sample_student
 from raydmd.models.protocol import Family
 from raydmd.runs import Run
@@ -172,51 +173,88 @@ def png_text(about: Mapping[str, str]) -> PngInfo:
 
 def save_png(image: Image.Image, path: Path, about: Mapping[str, str] | None = None) -> Path:
     """Write an image, whole or not at all; see `png_text` for ``about``."""
+    return save_file(png(image, about), path)
+
+
+def save_file(content: bytes, path: Path) -> Path:
+    """Write a file, whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_bytes(png(image, about))
+        partial.write_bytes(content)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return path
 
 
-def generate(run: Run, prompt: str, n: int, seed: int, out: Path) -> list[Path]:
-    """Make pictures with a run's experts: ``out/PROMPT-SEED-I.png`` for I below ``n``; return the paths.
+def generate(
+    run: Run,
+    prompts: str | Sequence[str],
+    n: int,
+    seed: int,
+    out: Path,
+    fps: int = FPS,
+    made: Callable[[Path], None] = lambda path: None,
+) -> list[Path]:
+    """Make pictures or videos with a run's experts: ``out/PROMPT-SEED-I.png`` or ``.mp4`` for I below ``n``.
 
-    Each is made by itself, so picture I of a seed has the same bytes whatever ``n`` is. Points in the plane make one
+    Each is made by itself, so sample I of a seed has the same bytes whatever ``n`` is. Points in the plane make one
     picture of ``n`` points. Every file is whole or not there.
+
+    Args:
+        run: finished.
+        prompts: one, or several, whose files are then numbered from 0001 on.
+        n: samples of each prompt.
+        seed: of their noise.
+        out: the folder of the files.
+        fps: frames a second of videos.
+        made: told of each file.
+
+    Returns:
+        The files' paths.
 
     Raises:
         UserError: a prompt that the family does not know, an expert that is missing, no teacher, or ``out`` is a file.
         RunError: a picture that is not finite.
     """
+    family, all_prompts = run.family, [prompts] if isinstance(prompts, str) else list(prompts)
     device = "cuda" if run.recipe.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
-    conditions = from_text(run.recipe, run.family, prompt, n, device=device)
+    for prompt in all_prompts if own_prompts(family) else all_prompts[:1]:  # a wrong one is told before any is made
+        first = from_text(run.recipe, family, prompt, 1, device=device)
     phases = run.trained_phases()
     if len(phases) < len(run.phases):
         done = f"{len(phases)} of {len(run.phases)} phases"
         raise UserError(f"run '{run.folder}' has experts for {done}: train it to its end")
     experts = run.experts(run.teacher().to(device)).to(device)
-    conditions = {name: value.to(device) for name, value in conditions.items()}
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: there is a file of that name; a folder is needed")
-    one_by_one = not in_plane(run.family)
-    paths = []
-    for start, count in [(i, 1) for i in range(n)] if one_by_one else [(0, n)]:
-        rows = {name: value[start : start + count] for name, value in conditions.items()}
-        made = sample_student(
-            run.family, experts, phases, rows, count,
-            seed=seed, start=start, solver=run.recipe.method.solver, device=device,
-        )  # fmt: skip
-        decoded = run.family.decode(made.latents.to(device)).cpu()
-        if not (finite := finite_samples(made.latents.cpu(), decoded)).all():
-            raise RunError(f"run '{run.folder}': picture {start + int((~finite).nonzero()[0])} of seed {seed} is not "
-                           f"finite: the experts have diverged, or their precision is too small")  # fmt: skip
-        image = enlarge(to_image(decoded[0]), 256) if one_by_one else scatter(decoded, size=512)
-        out.mkdir(parents=True, exist_ok=True)
-        about = {"prompt": prompt, "seed": str(seed), "sample": str(start), "model": run.name}
-        paths.append(save_png(image, out / f"{_file_name(prompt)}-{seed}-{start}.png", about))
+    one_by_one, paths = not in_plane(family), []
+    for number, prompt in enumerate(all_prompts):
+        conditions = from_text(run.recipe, family, prompt, 1, device=device) if number else first
+        conditions = {name: value.to(device) for name, value in conditions.items()}
+        name = (f"{number + 1:04d}-" if len(all_prompts) > 1 else "") + _file_name(prompt)
+        for start, count in [(i, 1) for i in range(n)] if one_by_one else [(0, n)]:
+            rows = {key: value.expand(count, *value.shape[1:]) for key, value in conditions.items()}
+            latents = sample_student(
+                family, experts, phases, rows, count,
+                seed=seed, start=start, solver=run.recipe.method.solver, device=device,
+            ).latents.to(device)  # fmt: skip
+            file = out / f"{name}-{seed}-{start}"
+            about = {"prompt": prompt, "seed": str(seed), "sample": str(start), "model": run.name}
+            moving = family.frames > 1
+            decoded = (family.decode_video(latents) if moving else family.decode(latents)).cpu()
+            if not (finite := finite_samples(latents.cpu(), decoded)).all():
+                what = f"{'video' if moving else 'picture'} {start + int((~finite).nonzero()[0])} of seed {seed}"
+                raise RunError(f"run '{run.folder}': {what} is not finite: the experts have diverged, or their "
+                               f"precision is too small")  # fmt: skip
+            out.mkdir(parents=True, exist_ok=True)
+            if moving:
+                frames = [to_image(frame) for frame in decoded[0].float()]
+                paths.append(save_file(video(frames, fps), file.with_name(f"{file.name}.mp4")))
+            else:
+                image = enlarge(to_image(decoded[0]), 256) if one_by_one else scatter(decoded, size=512)
+                paths.append(save_png(image, file.with_name(f"{file.name}.png"), about))
+            made(paths[-1])
     return paths
 
 

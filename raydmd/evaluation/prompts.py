@@ -1,7 +1,14 @@
 """What to sample for: prompts in turn for pictures and figures, and the prompt that a user gives."""
 
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+import pyarrow as pa
 import torch
+from pyarrow import parquet
 
 from raydmd.config import Recipe
 from raydmd.data.digits import CLASSES
@@ -71,6 +78,44 @@ def from_text(
         table = _table(recipe, family)
         rows = table.rows(_row(table, prompt, given), 1)
     return family.conditions({name: np.repeat(values, count, axis=0) for name, values in rows.items()})
+
+
+def read_prompt_file(path: Path, given: str = "--prompts") -> list[str]:
+    """Return a file's prompts: a line each, or by its ending the column of texts of CSV, JSON lines or Parquet.
+
+    A column of texts is called ``prompt``, ``text`` or ``caption``; a JSON line may be a text itself.
+
+    Raises:
+        UserError: it is not there, cannot be read, or has no prompt or no such column in it.
+    """
+    rows: list[Any]
+    try:
+        if path.suffix == ".parquet":
+            table = parquet.ParquetFile(path)
+            name = next((name for name in TEXT_COLUMNS if name in table.schema_arrow.names), None)
+            rows = table.read([name] if name else []).to_pylist()
+        else:
+            with path.open(encoding="utf-8", newline="") as file:
+                if path.suffix == ".csv":
+                    rows = list(csv.DictReader(file))
+                elif path.suffix == ".jsonl":
+                    rows = [json.loads(line) for line in file if line.strip()]
+                else:
+                    rows = [line.strip() for line in file]
+    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
+        why = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:200]
+        raise UserError(f"{given} {path}: {why}") from None
+    prompts = []
+    for number, row in enumerate(rows, start=1):
+        name = next((name for name in TEXT_COLUMNS if name in row), None) if isinstance(row, dict) else None
+        text = row[name] if name else row
+        if not isinstance(text, str):
+            raise UserError(f"{given} {path}: row {number} has no text under {', '.join(TEXT_COLUMNS)}")
+        if text.strip():
+            prompts.append(text.strip())
+    if not prompts:
+        raise UserError(f"{given} {path}: there is no prompt in it")
+    return prompts
 
 
 def _table(recipe: Recipe, family: Family) -> PromptTable:

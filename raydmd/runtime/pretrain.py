@@ -27,10 +27,10 @@ from raydmd.folders import read_lines
 from raydmd.methods.collective import Alone, Collective
 from raydmd.methods.pretraining import Pretraining
 from raydmd.models.protocol import EmbeddedFamily, save_teacher, save_weights
+from raydmd.progress import time_left
 from raydmd.runs import recipe_family
 from raydmd.runtime.cluster import connect
 from raydmd.runtime.process_group import Distributed
-from raydmd.runtime.recorder import time_left
 
 REPORT_EVERY = 25
 

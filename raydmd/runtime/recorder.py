@@ -3,8 +3,7 @@
 import json
 import time
 from collections import deque
-from collections.abc import Collection, Iterable
-from datetime import timedelta
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from raydmd.config import Recipe
 from raydmd.folders import read_lines
+from raydmd.progress import time_left
 from raydmd.runtime.metrics import Metrics
 from raydmd.runtime.workers import Receipt
 
@@ -171,12 +171,6 @@ class Recorder:
                     self._board.add_scalar(key, line[key], line["iteration"])
             for role, share in used.items():
                 self._board.add_scalar(f"utilisation/{role}", share, line["iteration"])
-
-
-def time_left(iterations: int, seconds: Collection[float]) -> str:
-    """Say how long so many iterations will take, by how long some took that were of late: ``about 1:02:03 left``."""
-    mean = sum(seconds) / len(seconds) if seconds else 0.0
-    return f"about {timedelta(seconds=round(iterations * mean))} left"
 
 
 def _mean(values: Iterable[float]) -> float | None:

@@ -3,7 +3,6 @@
 import io
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +18,7 @@ from raydmd.diffusion.solvers import euler_step, renoise_step
 from raydmd.errors import UserError
 from raydmd.evaluation.pictures import finite_samples, from_pixels, png_text
 from raydmd.evaluation.prompts import from_text, own_prompts
+from raydmd.evaluation.videos import video
 from raydmd.methods.phase import Phase
 from raydmd.methods.rollout import renoise_key
 from raydmd.methods.sampling import sample_key
@@ -303,24 +303,6 @@ def picture(
         image.save(buffer, format="PNG", compress_level=4, pnginfo=png_text(about or {}))
     else:
         image.save(buffer, format=output_format.upper(), quality=QUALITY if compression is None else compression)
-    return buffer.getvalue()
-
-
-def video(images: list[Image.Image], fps: int) -> bytes:
-    """Return frames as an MP4 file (H.264); sides that are odd are cut by a pixel."""
-    import av
-
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("h264", rate=Fraction(fps))
-        stream.width, stream.height = (side - side % 2 for side in images[0].size)
-        stream.pix_fmt = "yuv420p"
-        # x264's look ahead by macroblock trees reads what it never wrote in small frames: a seed's file would vary.
-        stream.options = {"x264-params": "mbtree=0"}
-        for image in images:
-            frame = av.VideoFrame.from_image(image.convert("RGB").crop((0, 0, stream.width, stream.height)))
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
     return buffer.getvalue()
 
 
