@@ -14,6 +14,7 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
@@ -223,6 +224,10 @@ class Monitor(Section):
     samples_every: NonNegative = Field(50, description="iterations between sample grids; 0: none")
     samples: Positive = 40
     tensorboard: bool = True
+    zeroed_warn_share: Share = Field(
+        0.01, description="of an iteration's samples: more without a finite gradient are left out with a warning"
+    )
+    zeroed_end_share: Share = Field(0.5, description="more than this share left out end the run; 1: never")
 
 
 class Evaluation(Section):

@@ -20,7 +20,7 @@ from raydmd.runtime.metrics import Metrics, exported
 
 LINE = {
     "phase": 2, "iteration": 3, "loss_fake": 0.75, "generator_grad_norm": 1.5, "staleness": 1, "samples": 64,
-    "seconds": 0.4,
+    "seconds": 0.4, "zeroed_samples": {"teacher": 2},
     "roles": {"teacher": {"busy_seconds": 0.2, "workers": 2}, "fake": {"busy_seconds": 0.4, "workers": 1}},
 }  # fmt: skip
 DASHBOARD = json.loads((CLUSTER / "grafana.json").read_text())
@@ -110,6 +110,7 @@ def test_the_values(scraped: dict[str, Metric]) -> None:
         ("generator", "rewound"): 1,
     }
     assert values(scraped, "ray_raydmd_lost_steps_total") == {(): 5}
+    assert values(scraped, "ray_raydmd_zeroed_samples_total", "role") == {("teacher",): 6}
     assert values(scraped, "ray_raydmd_recovery_seconds_count", "role") == {("fake",): 1, ("generator",): 1}
     single = {"staleness": 1, "loss_fake": 0.75, "generator_grad_norm": 1.5, "queue_depth": 7,
               "checkpoint_bytes": 4096, "checkpoint_seconds": 0.25}  # fmt: skip

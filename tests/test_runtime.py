@@ -33,7 +33,7 @@ from raydmd.methods.reference import train
 from raydmd.methods.scorer import Scorer
 from raydmd.models.protocol import save_teacher
 from raydmd.runs import Run, recipe_family
-from raydmd.runtime import placement
+from raydmd.runtime import placement, preparation
 from raydmd.runtime.launch import distill
 from raydmd.runtime.manifest import Archive
 from raydmd.runtime.prompts import PromptStream
@@ -324,6 +324,43 @@ def test_an_error_in_a_worker_ends_the_run_and_hangs_nobody(nodes: dict[str, str
     assert str(details) in str(caught.value) and "\n" not in str(caught.value)
     assert "FloatingPointError" in details.read_text() and "collective.py" in details.read_text()
     assert Run(tmp_path / "run").metrics() == []  # no step was committed
+
+
+def test_a_teacher_that_gives_nan_ends_the_run_by_its_name(nodes: dict[str, str], quick, tmp_path: Path) -> None:
+    """Without a prompt it gives NaN, so that all guided scores are none; every sample would be left out, in silence."""
+    recipe = quick("digits", "iterations=20")
+    family = recipe_family(recipe)
+    spoilt: Any = family.load_teacher()
+    with torch.no_grad():
+        spoilt.label.weight[10] = torch.nan
+    save_teacher(spoilt, tmp_path / "teacher", "digits", family.options)
+    teacher = recipe.teacher.model_copy(update={"path": str(tmp_path / "teacher")})
+    with pytest.raises(RunError, match="iteration 0: 16 of 16 samples .* made 16 by the teacher") as caught:
+        distill(recipe.model_copy(update={"teacher": teacher}), tmp_path / "run", console=CONSOLE)
+    assert "monitor.zeroed_end_share" in str(caught.value) and "\n" not in str(caught.value)
+    (line,) = Run(tmp_path / "run").metrics()
+    assert line["zeroed_samples"] == {"teacher": 16} and line["dm_gradient"] == 0.0
+    (event,) = [event for event in Run(tmp_path / "run").events() if event["event"] == "zeroed"]
+    assert event["roles"] == {"teacher": 16} and event["share"] == 1.0
+
+
+@pytest.mark.parametrize("cache_mb", [0, 256])
+def test_a_bad_prompt_row_is_named_wherever_it_is_found(
+    nodes: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_mb: int
+) -> None:
+    """By an actor of Ray Data while the run trains, or as a small set is encoded; not by the look before the run."""
+    recipe = large_recipe("wan", tmp_path, f"prompts.cache_mb={cache_mb}")
+    rows = {name: np.zeros((300, 5, 16), np.float32) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    rows["prompt_embeds"][250, 2, 3] = np.inf
+    write_prompts(tmp_path / "prompts.parquet", rows)
+    with pytest.raises(UserError, match="row 250 of '.*' has values that are not finite in column 'prompt_embeds'"):
+        distill(recipe, tmp_path / "before", console=CONSOLE)
+    assert not (tmp_path / "before").exists()
+    monkeypatch.setattr(preparation, "LOOKED_THROUGH", 0)
+    monkeypatch.setattr(PromptTable, "_refuse_not_finite", lambda *a: None)  # here, in the driver
+    with pytest.raises(UserError, match="row 250 of '.*' has values that are not finite") as caught:
+        distill(recipe, tmp_path / "run", console=CONSOLE)
+    assert "\n" not in str(caught.value)
 
 
 def test_it_begins_with_the_workers_that_there_is_room_for(

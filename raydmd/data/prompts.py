@@ -104,7 +104,7 @@ class PromptTable:
 
         Raises:
             IndexError: a number that is no row's.
-            UserError: a list column whose rows are of unequal lengths, or has empty values.
+            UserError: a list column whose rows are of unequal lengths, empty values, or numbers that are not finite.
         """
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"rows 0..{len(self) - 1}, not {rows.min()}..{rows.max()}")
@@ -133,10 +133,18 @@ class PromptTable:
         file, number = self._places[index]
         table = file.read_row_group(number, columns=self.columns)
         group = {name: to_numpy(table.column(name), name, self.path) for name in self.columns}
+        for name, values in group.items():
+            self._refuse_not_finite(name, values, self._ends[index] - self.groups[index].rows)
         self._cache[index] = group
         while len(self._cache) > 2 and sum(self.groups[kept].size for kept in self._cache) > CACHED_BYTES:
             self._cache.popitem(last=False)
         return group
+
+    def _refuse_not_finite(self, name: str, values: np.ndarray, first: int) -> None:
+        """Refuse numbers that are none, in a column whose rows begin with row ``first``."""
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            row = first + np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))[0]
+            raise UserError(f"prompts: row {row} of '{self.path}' has values that are not finite in column '{name}'")
 
     def _list_files(self) -> list[str]:
         self._filesystem: pyarrow.fs.FileSystem

@@ -12,6 +12,7 @@ from pyarrow import parquet
 
 from raydmd.config import Recipe
 from raydmd.data.digits import CLASSES
+from raydmd.data.encoding import encode_rows
 from raydmd.data.prompts import PromptTable
 from raydmd.errors import UserError, nearest
 from raydmd.models.protocol import Conditions, Family
@@ -35,7 +36,8 @@ def in_turn(recipe: Recipe, family: Family, count: int) -> Conditions:
         return family.conditions({"label": np.arange(count) % CLASSES})
     if not family.condition_columns:
         return family.conditions({})
-    return family.conditions(_table(recipe, family).rows(0, count))
+    table = _table(recipe, family)
+    return encode_rows(family, table, np.arange(count) % len(table))
 
 
 def from_text(

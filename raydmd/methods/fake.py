@@ -1,6 +1,7 @@
 """The fake score's part of an iteration: score matching on the generator's samples, and scoring its proposal."""
 
 import copy
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,7 +41,11 @@ class Fake:
         self.flat = FlatParameters(dict(self.network.named_parameters()), self.recipe.optimizer.fake)
 
     def update(self, batches: list[Samples], collective: Collective | None = None) -> FakeStats:
-        """Train on this replica's micro-batches of x_s (Phased DMD Eq. 13), and step with the others'."""
+        """Train on this replica's micro-batches of x_s (Phased DMD Eq. 13), and step with the others'.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; the message names the role whose fault it is.
+        """
         method, schedule, gradients, losses = self.recipe.method, self.family.schedule, [], []
         with self.flat.attempt():
             for number, samples in enumerate(batches, start=1):
@@ -66,7 +71,15 @@ class Fake:
                 (loss.sum() / self.recipe.batch.size).backward()
                 gradients.append(self.flat.take_gradient(last=number == len(batches)))
                 losses.append((stamp.start, float(loss.detach().mean())))
-            norm = self.flat.step(gradients, self.recipe.batch.micros, collective or Alone())
+            try:
+                norm = self.flat.step(gradients, self.recipe.batch.micros, collective or Alone())
+            except FloatingPointError as error:
+                broken = sum(int((~samples.x_s.isfinite()).flatten(1).any(1).sum()) for samples in batches)
+                if broken:
+                    raise FloatingPointError(f"{error}: the generator made {broken} samples that are not") from error
+                if not all(math.isfinite(loss) for _, loss in losses):
+                    raise FloatingPointError(f"{error}: nor is the fake score's loss, on samples that are") from error
+                raise  # another replica's, or too large a sum
         self.updates += 1
         return FakeStats(norm, losses, self.updates)
 

@@ -1,6 +1,8 @@
 """The generator's part of an iteration: rollouts, a proposal to be scored, the distribution-matching update."""
 
-from dataclasses import dataclass
+import math
+from collections import Counter
+from dataclasses import dataclass, field
 
 import torch
 
@@ -13,19 +15,29 @@ from raydmd.methods.flat import FlatParameters
 from raydmd.methods.pairs import Pairs
 from raydmd.methods.plan import plan_phases
 from raydmd.methods.rollout import exit_step, rollout
+from raydmd.methods.zeroed import by_role
 from raydmd.models.experts import Experts
 from raydmd.models.protocol import Conditions, Denoiser, Family
-from raydmd.objectives.distribution_matching import distribution_matching_gradient, surrogate_loss
+from raydmd.objectives.distribution_matching import gradient_and_zeroed, surrogate_loss
 from raydmd.objectives.regression import regression_loss
 
 
 @dataclass(frozen=True)
 class GeneratorStats:
-    """Figures of one update: the gradient's norm, and per micro-batch (start, |g| mean, x_s mean, x_s std)."""
+    """Figures of one update.
+
+    Attributes:
+        norm: the gradient's, before clipping.
+        micro: per micro-batch (start, mean of |g|, x_s mean, x_s std).
+        version: updates made with it.
+        zeroed: samples of this replica's that were left out, their gradient not being finite, by the role that made
+            them.
+    """
 
     norm: float
     micro: list[tuple[int, float, float, float]]
     version: int
+    zeroed: dict[str, int] = field(default_factory=dict)
 
 
 class Generator:
@@ -108,22 +120,23 @@ class Generator:
 
     def update(self, teacher: list[Score], fake: list[Score], collective: Collective | None = None) -> GeneratorStats:
         """Apply the distribution-matching gradient to this replica's proposals, and step with the others'."""
-        method, gradients, figures = self.recipe.method, [], []
+        method, gradients, figures, zeroed = self.recipe.method, [], [], Counter[str]()
         with self.flat.attempt():
             for number, (real, generated) in enumerate(zip(teacher, fake, strict=True), start=1):
                 x_s, proposal = self._kept.pop(real.stamp.start)
                 assert proposal.stamp.draw == real.stamp.draw == generated.stamp.draw, "scores of another iteration"
-                gradient = distribution_matching_gradient(
+                predictions = real.prediction.to(self.device), generated.prediction.to(self.device)
+                gradient, left_out = gradient_and_zeroed(
                     self.family.schedule,
                     x_s.detach(),
                     proposal.x_t,
-                    real.prediction.to(self.device),
-                    generated.prediction.to(self.device),
+                    *predictions,
                     proposal.t,
                     self.phase.end,
                     self.family.prediction,
                     weight=method.gradient_weight,
                 )
+                zeroed.update(by_role(left_out, x_s.detach(), *predictions))
                 share = x_s.shape[0] / self.recipe.batch.size
                 loss = surrogate_loss(x_s, gradient) * share
                 if self.pairs is not None:
@@ -132,11 +145,16 @@ class Generator:
                 gradients.append(self.flat.take_gradient(last=number == len(teacher)))
                 mean, spread = float(x_s.detach().mean()), float(x_s.detach().std())
                 figures.append((proposal.stamp.start, float(gradient.abs().mean()), mean, spread))
-            norm = self.flat.step(gradients, self.recipe.batch.micros, collective or Alone())
+            try:
+                norm = self.flat.step(gradients, self.recipe.batch.micros, collective or Alone())
+            except FloatingPointError as error:
+                if not all(math.isfinite(mean) for _, _, mean, _ in figures):
+                    raise FloatingPointError(f"{error}: nor are the generator's own samples") from error
+                raise
         self.updates += 1
         self._kept.clear()  # of calls that were dropped and made again by another replica
         self._entries = {key: x for key, x in self._entries.items() if key[0] >= self.updates * self.draws}
-        return GeneratorStats(norm, figures, self.updates)
+        return GeneratorStats(norm, figures, self.updates, dict(zeroed))
 
     def _samples(
         self, iteration: int, update: int, start: int, count: int, conditions: Conditions, grad: bool

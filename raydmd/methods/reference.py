@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from raydmd.config import Recipe
+from raydmd.data.encoding import encode_rows
 from raydmd.data.prompts import PromptTable
 from raydmd.data.row_order import PromptOrder
 from raydmd.methods.fake import Fake, FakeStats
@@ -16,6 +17,7 @@ from raydmd.methods.generator import Generator, GeneratorStats
 from raydmd.methods.pairs import Pairs
 from raydmd.methods.plan import plan_iterations
 from raydmd.methods.scorer import Scorer
+from raydmd.methods.zeroed import refuse_too_many
 from raydmd.models.protocol import Conditions, Denoiser, Family
 
 
@@ -46,6 +48,10 @@ def train(
         prompts: what the samples are conditioned on, in the order of `PromptOrder`.
         on_iteration: called with (iteration, the fake's figures, the generator's) after each iteration.
         iterations: stop after this many, without ending the phase; default: all.
+
+    Raises:
+        UserError: a row of the prompts that cannot be used.
+        RunError: too many samples without a finite gradient.
     """
     generator, fake = Generator(recipe, family, teacher), Fake(recipe, family, teacher)
     run = Reference(generator, fake, Scorer(recipe, family, teacher))
@@ -53,7 +59,7 @@ def train(
     starts, order = range(0, size, micro), PromptOrder(recipe, prompts.groups)
 
     def conditions(iteration: int, update: int, start: int) -> Conditions:
-        return family.conditions(prompts.take(order.draw(iteration, update, start, micro)))
+        return encode_rows(family, prompts, order.draw(iteration, update, start, micro))
 
     if recipe.method.regression.weight:
         generator.pairs = make_pairs(recipe, family, run.scorer, prompts)
@@ -72,6 +78,7 @@ def train(
             real = [run.scorer.score(proposal) for proposal in proposals]
             generated = [fake.score(proposal) for proposal in proposals]
             figures = generator.update(real, generated)
+            refuse_too_many(recipe, iteration, figures.zeroed)
             if on_iteration is not None:
                 on_iteration(iteration, losses, figures)
             iteration += 1
@@ -83,6 +90,6 @@ def make_pairs(recipe: Recipe, family: Family, scorer: Scorer, prompts: PromptTa
     """Let the teacher make the recipe's ODE pairs; their prompts walk all rows, in an order of their own."""
     total, made, order = recipe.method.regression.pairs, [], PromptOrder(recipe, prompts.groups)
     for start in range(0, total, chunk):
-        conditions = family.conditions(prompts.take(order.pairs(start, min(chunk, total - start))))
+        conditions = encode_rows(family, prompts, order.pairs(start, min(chunk, total - start)))
         made.append(scorer.pairs(start, min(chunk, total - start), conditions))
     return Pairs.join(made)

@@ -5,6 +5,7 @@ import torch
 from raydmd.config import Recipe
 from raydmd.diffusion.random import Key, normal
 from raydmd.diffusion.solvers import integrate
+from raydmd.errors import RunError
 from raydmd.methods.batch import Noised, Score
 from raydmd.methods.pairs import Pairs
 from raydmd.models.protocol import Conditions, Denoiser, Family
@@ -64,8 +65,17 @@ class Scorer:
         )  # fmt: skip
 
     def pairs(self, start: int, count: int, conditions: Conditions) -> Pairs:
-        """Make ODE pairs ``start .. start + count``: noise and the teacher's many-step result (DMD Sec. 3.3)."""
+        """Make ODE pairs ``start .. start + count``: noise and the teacher's many-step result (DMD Sec. 3.3).
+
+        Raises:
+            RunError: a result is not finite.
+        """
         noise = normal(Key(self.recipe.seed, 0, "pairs", 0), start, count, self.family.latent_shape)
         noise = noise * float(self.family.schedule.sigma(self.family.schedule.t_max))
         result = self.sample(noise, conditions, steps=self.recipe.teacher.steps)[-1]
+        if broken := int((~result.isfinite()).flatten(1).any(1).sum()):
+            raise RunError(
+                f"{broken} of the teacher's ODE pairs {start} to {start + count - 1} are not finite: "
+                f"look at the teacher's weights and dtype"
+            )
         return Pairs(noise, result.cpu(), conditions)

@@ -258,7 +258,8 @@ class PretrainedFamily(Family):
         if values.dtype.kind != "f" or values.ndim < 3:
             shape = list(values.shape[1:])
             raise UserError(f"prompts: column '{name}' needs embeddings [tokens, width], not {shape} {values.dtype}")
-        return torch.from_numpy(values.astype(np.float32))
+        with np.errstate(over="ignore"):  # a value that float32 cannot hold is refused by whoever has the row's number
+            return torch.from_numpy(values.astype(np.float32))
 
     def _load_vae(self) -> Any:
         if self._vae is None and self.path is not None:

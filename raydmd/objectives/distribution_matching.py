@@ -49,6 +49,22 @@ def distribution_matching_gradient(
     weight: Weight = "normalized",
     eps: float = 1e-6,
 ) -> Tensor:
+    """The gradient of `gradient_and_zeroed`, without saying which samples were left out."""
+    return gradient_and_zeroed(schedule, x_s, x_t, teacher, fake, t, s, prediction, weight, eps)[0]
+
+
+def gradient_and_zeroed(
+    schedule: Schedule,
+    x_s: Tensor,
+    x_t: Tensor,
+    teacher: Tensor,
+    fake: Tensor,
+    t: Time,
+    s: Time,
+    prediction: Prediction,
+    weight: Weight = "normalized",
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
     """The gradient of KL(generated || teacher) with respect to x_s, like x_s, in float32 (float64 if given float64).
 
     x_s, x_t, teacher, fake: [B, ...], with teacher (guided) and fake the predictions at x_t; 0 <= s < t.
@@ -65,8 +81,8 @@ def distribution_matching_gradient(
 
     with the mean over the elements of each sample, never over the batch, where one sample would set another's step.
 
-    A sample whose gradient holds any NaN or infinity gets zeros throughout, so that it cannot spoil the batch. Whoever
-    calls should count the samples of zeros and stop when they are many: they tell of a diverged network.
+    A sample whose gradient holds any NaN or infinity gets zeros throughout, so that it cannot spoil the batch. Which
+    they are is the second result, bool [B]: `raydmd.methods.zeroed` counts them, for they tell of a broken network.
     Raises ValueError for an unknown weight.
     """
     with torch.no_grad():
@@ -83,7 +99,7 @@ def distribution_matching_gradient(
         else:
             raise ValueError(f"unknown weight {weight!r}: one of normalized, raw")
         finite = gradient.isfinite().flatten(1).all(1)
-        return torch.where(finite.reshape(-1, *[1] * (x_s.ndim - 1)), gradient, 0.0)
+        return torch.where(finite.reshape(-1, *[1] * (x_s.ndim - 1)), gradient, 0.0), ~finite
 
 
 def surrogate_loss(x_s: Tensor, gradient: Tensor) -> Tensor:

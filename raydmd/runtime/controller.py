@@ -12,6 +12,7 @@ from ray.exceptions import RayError
 
 from raydmd.config import Recipe
 from raydmd.methods.phase import Phase
+from raydmd.methods.zeroed import refuse_too_many
 from raydmd.runtime.actors import Cluster
 from raydmd.runtime.elastic import Elastic, Stopped
 from raydmd.runtime.faults import cause_of, own_fault
@@ -73,7 +74,7 @@ class Controller:
 
         Raises:
             ray.exceptions.RayError: a worker failed again and again.
-            RunError: a role has no worker, and none came.
+            RunError: a role has no worker, and none came; or too many samples have no finite gradient.
         """
         watch = asyncio.create_task(Watch(self.elastic).run())
         main = asyncio.create_task(self._run())
@@ -342,7 +343,9 @@ class Controller:
         del self._receipts[n]
         self.committed = n + 1
         self.elastic.measure(receipts)
-        return self.recorder.iteration(phase, n, receipts, self.cluster.sizes, self.cluster.scorers.depth)
+        line = self.recorder.iteration(phase, n, receipts, self.cluster.sizes, self.cluster.scorers.depth)
+        refuse_too_many(self.recipe, n, line["zeroed_samples"])
+        return line
 
     async def _write_down_committed(self, iteration: int) -> None:
         """Write down iterations that are committed, though some of their receipts may be lost."""

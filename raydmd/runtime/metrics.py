@@ -13,6 +13,7 @@ SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120
 COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "raydmd_iterations": ("iterations committed", ("phase",)),
     "raydmd_recoveries": ("losses of workers recovered from", ("role", "how")),
+    "raydmd_zeroed_samples": ("samples left out for want of a finite gradient, by the role that made them", ("role",)),
     "raydmd_lost_steps": ("committed steps that a recovery took back", ()),
 }
 HISTOGRAMS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -65,6 +66,8 @@ class Metrics:
             self._set("raydmd_role_workers", workers, role=role)
             share = figures["busy_seconds"] / (seconds * workers) if workers else 0.0
             self._set("raydmd_role_utilisation", share, role=role)
+        for role, count in line["zeroed_samples"].items():
+            self._count("raydmd_zeroed_samples", count, role=role)
         self._set("raydmd_staleness", line["staleness"])
         self._set("raydmd_loss_fake", line["loss_fake"])
         self._set("raydmd_generator_grad_norm", line["generator_grad_norm"])

@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from raydmd.config import Recipe, dump_recipe, load_recipe, parse_recipe
 from raydmd.data.embedded import EMBEDDED
+from raydmd.data.encoding import encode_rows
 from raydmd.data.prompts import PromptTable
 from raydmd.errors import UserError
 from raydmd.folders import expert_file
@@ -23,6 +25,7 @@ from raydmd.runtime.manifest import Archive
 from raydmd.runtime.storage import Store
 
 TEACHER = (f"teacher/{WEIGHTS_FILE}", f"teacher/{CONFIG_FILE}")  # in this order: with the last, it is whole
+LOOKED_THROUGH = 64 * 2**20  # bytes of a prompt table, all of whose rows are encoded before a run; else its first
 FREE = {"name", "runtime", "checkpoint", "monitor", "evaluation"}  # may differ when a run is continued
 
 
@@ -55,7 +58,9 @@ def check(recipe: Recipe) -> None:
     elif family.name not in EMBEDDED:
         raise UserError(f"teacher.path: family '{family.name}' needs a folder or a hub's name of its weights")
     if recipe.prompts.path is not None:
-        family.conditions(PromptTable(recipe.prompts.path, family.condition_columns).rows(0, 1))
+        table = PromptTable(recipe.prompts.path, family.condition_columns)
+        small = sum(group.size for group in table.groups) <= LOOKED_THROUGH
+        encode_rows(family, table, np.arange(len(table) if small else 1))
     elif family.name not in EMBEDDED:
         raise UserError(f"prompts.path: family '{family.name}' ships no prompts; give a Parquet file")
 

@@ -9,14 +9,17 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydmd.config import Recipe
+from raydmd.data.encoding import encode, encode_rows
 from raydmd.data.prompts import PromptTable
 from raydmd.data.row_order import PromptOrder
+from raydmd.errors import UserError
 from raydmd.models.protocol import Family
 from raydmd.runs import recipe_family
 from raydmd.runtime.wire import to_wire
 
 KEPT = 3  # iterations: after a loss the one before the one under way may be taken again, and one is asked for ahead
 CHUNK_BYTES, CHUNK_ROWS = 32 * 2**20, 256  # encoded rows that are read and encoded at once, at most
+ROW = "raydmd-row"  # the column of rows' numbers, between the two kinds of actors
 PASS_CHUNKS = 2000  # of one execution of Ray Data, each chunk a task; then the next one is started
 
 
@@ -31,18 +34,19 @@ class Reader:
     def __call__(self, numbers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return one chunk of rows."""
         start = self.first + int(numbers["id"][0]) * self.chunk
-        return self.table.take(self.order.samples(start, min(self.chunk, self.end - start)))
+        rows = self.order.samples(start, min(self.chunk, self.end - start))
+        return {ROW: rows, **self.table.take(rows)}
 
 
 class Encoder:
     """Turns Parquet columns into condition arrays; for large sets an actor of Ray Data's pool."""
 
-    def __init__(self, family: Family) -> None:
-        self.family = family
+    def __init__(self, family: Family, path: str) -> None:
+        self.family, self.path = family, path
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Encode one block of rows."""
-        return to_wire(self.family.conditions(rows))
+        return to_wire(encode(self.family, rows, rows.pop(ROW), self.path))
 
 
 class PromptStream:
@@ -63,7 +67,6 @@ class PromptStream:
         self.size, self.draws = recipe.batch.size, recipe.method.fake_updates + 1
         self.micro = recipe.batch.micro or recipe.batch.size
         self.columns = list(self.family.condition_columns)
-        self._encode = Encoder(self.family)
         self._opened: tuple[PromptTable, PromptOrder] | None = None
         self._cache: dict[str, np.ndarray] | None = None
         self._chunk = 1
@@ -113,13 +116,13 @@ class PromptStream:
         table, _ = self._open()
         if self._cache is not None:
             return {name: values[rows] for name, values in self._cache.items()}
-        return self._encode(table.take(rows))
+        return self._encode(table, rows)
 
     def _open(self) -> tuple[PromptTable, PromptOrder]:
         """Open the table, and encode a small one, unless that is done; the actor may have been restarted."""
         if self._opened is None:
             table = PromptTable(self.path, self.columns)
-            each = sum(value.nbytes for value in self._encode(table.rows(0, 1)).values())
+            each = sum(value.nbytes for value in self._encode(table, np.arange(1)).values())
             if not self.columns:
                 self._cache = {}
             elif each * len(table) <= self.recipe.prompts.cache_mb * 2**20:
@@ -128,13 +131,29 @@ class PromptStream:
             self._opened = table, PromptOrder(self.recipe, table.groups)
         return self._opened
 
+    def _encode(self, table: PromptTable, rows: np.ndarray) -> dict[str, np.ndarray]:
+        return to_wire(encode_rows(self.family, table, rows))
+
     def _encode_all(self, table: PromptTable, block: int = 1024) -> dict[str, np.ndarray]:
         starts = range(0, len(table), block)
-        parts = [self._encode(table.rows(start, min(block, len(table) - start))) for start in starts]
+        parts = [self._encode(table, np.arange(start, min(start + block, len(table)))) for start in starts]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _stream(self, iteration: int) -> list[Any]:
-        """Return an iteration's micro-batches from the actors of Ray Data."""
+        """Return an iteration's micro-batches from the actors of Ray Data.
+
+        Raises:
+            UserError: a row that cannot be used; the first that is found, at the latest when it is needed.
+        """
+        try:
+            return self._next_of(iteration)
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, UserError):
+                cause = getattr(cause, "cause", None) or cause.__cause__
+            raise (error if cause is None else cause) from None
+
+    def _next_of(self, iteration: int) -> list[Any]:
         wanted = self.draws * self.recipe.batch.micros
         taken = list(islice(self._coming, wanted)) if iteration == self._next else []
         if len(taken) < wanted:  # another iteration than the next, or the last execution is at its end
@@ -156,7 +175,7 @@ class PromptStream:
             Reader, fn_constructor_args=(self.recipe, self.path, self.columns, first, first + length, self._chunk),
             concurrency=1, num_cpus=0.1, batch_size=1, batch_format="numpy", scheduling_strategy=here,
         ).map_batches(
-            Encoder, fn_constructor_args=(self.family,), concurrency=self.recipe.prompts.encoders, num_cpus=0.1,
-            batch_size=None, batch_format="numpy",
+            Encoder, fn_constructor_args=(self.family, self.path), concurrency=self.recipe.prompts.encoders,
+            num_cpus=0.1, batch_size=None, batch_format="numpy",
         )  # fmt: skip
         return iter(dataset.iter_batches(batch_size=self.micro, batch_format="numpy"))

@@ -1,8 +1,9 @@
 """What a run leaves to be seen: metrics.jsonl, events.jsonl, TensorBoard, sample grids, a progress bar."""
 
 import json
+import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -14,11 +15,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 from raydmd.config import Recipe
 from raydmd.folders import read_lines
+from raydmd.methods.zeroed import in_words
 from raydmd.progress import time_left
 from raydmd.runtime.metrics import Metrics
 from raydmd.runtime.workers import Receipt
 
 RECENT = 100  # iterations by which the time that is left is told
+ZEROED_EVERY = 50  # iterations between two events, or two warnings, of samples that were left out
 
 
 class Recorder:
@@ -37,6 +40,7 @@ class Recorder:
         self._metrics: IO[str] | None = None
         self._board: SummaryWriter | None = None
         self.exported = Metrics(recipe.name)
+        self._zeroed_event = self._zeroed_warning = -ZEROED_EVERY  # the iterations of the last ones
         self._since = time.perf_counter()
         self._recent: deque[float] = deque(maxlen=RECENT)  # seconds of the last iterations
         self._progress = Progress(
@@ -101,6 +105,9 @@ class Recorder:
         micro = sorted(row for figures in generator for row in figures.micro)
         losses = sorted(row for figures in fake for row in figures.losses)
         rollouts = [made for r in receipts if r.role == "fake" and r.figures is not None for made, _ in r.versions]
+        zeroed: Counter[str] = Counter()
+        for figures in generator:
+            zeroed.update(figures.zeroed)
         version = iteration + 1
         line = {
             "phase": phase + 1,
@@ -115,6 +122,7 @@ class Recorder:
             "x_s_std": _mean(row[3] for row in micro),
             "staleness": version - 1 - min(rollouts) if rollouts else None,
             "samples": self.recipe.batch.size,
+            "zeroed_samples": dict(zeroed),
             "seconds": seconds,
             "roles": {role: {"busy_seconds": busy[role], "workers": count} for role, count in workers.items()},
         }
@@ -125,6 +133,8 @@ class Recorder:
         self.exported.iteration(line)
         self.exported.queue(queue)
         self._show(line)
+        if zeroed:
+            self._tell_zeroed(iteration, dict(zeroed))
         return line
 
     def pictures(self, name: str, pictures: np.ndarray) -> None:
@@ -148,6 +158,16 @@ class Recorder:
         self._events.close()
         if self._board is not None:
             self._board.close()
+
+    def _tell_zeroed(self, iteration: int, zeroed: dict[str, int]) -> None:
+        """Write an event of samples that were left out, and warn of many; again only after a while, unless of more."""
+        settings, share = self.recipe.monitor, sum(zeroed.values()) / self.recipe.batch.size
+        if iteration >= self._zeroed_event + ZEROED_EVERY or share > settings.zeroed_end_share:
+            self._zeroed_event = iteration
+            self.event("zeroed", iteration=iteration, samples=sum(zeroed.values()), share=share, roles=zeroed)
+        if share > settings.zeroed_warn_share and iteration >= self._zeroed_warning + ZEROED_EVERY:
+            self._zeroed_warning = iteration
+            self.say(f"warning: iteration {iteration}: {in_words(zeroed, self.recipe.batch.size)}")
 
     def _show(self, line: dict[str, Any]) -> None:
         used = {
@@ -174,5 +194,5 @@ class Recorder:
 
 
 def _mean(values: Iterable[float]) -> float | None:
-    values = list(values)
+    values = [value for value in values if math.isfinite(value)]  # JSON has no others
     return float(np.mean(values)) if values else None
