@@ -14,14 +14,17 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from PIL import Image
 from run_folders import make_run
+from safetensors.torch import load_file, save_file
 
 from raydmd.config import parse_recipe
 from raydmd.data.prompts import PromptTable, write_prompts
 from raydmd.errors import UserError
 from raydmd.evaluation import exhibits
+from raydmd.evaluation.comparison import Difference, by_teacher, differences
 from raydmd.evaluation.curves import HEIGHT, LEFT, TOP, WIDTH, Band, Line, chart
 from raydmd.evaluation.pictures import generate
 from raydmd.evaluation.report import _best, report
+from raydmd.models.fingerprint import fingerprint_teacher
 from raydmd.runs import Run
 
 
@@ -155,14 +158,64 @@ def test_pretrained_families_have_pictures_and_no_figures(tmp_path: Path, monkey
     page = Page(report([run], tmp_path / "r.html"))
     assert "figures for digits and ring, not for 'qwen_image'" in page.text and "There are no figures" in page.text
     assert len([image for image in page.images if "8 pictures in rows of 4" in str(image["alt"])]) == 3
+    (asked,) = re.findall(r'<div class="prompts">(.*?)</div>', page.source, re.DOTALL)
+    assert re.findall(r"<li>(.*?)</li>", asked) == ["a cat", "a dog", "a fox"] * 2 + ["a cat", "a dog"]
+    assert all(
+        "row by row: a cat; a dog; a fox; a cat" in str(i["alt"]) for i in page.images if "rows of 4" in str(i["alt"])
+    )
     assert "s = 0.5" in page.text and not (run.folder / "evaluation.json").exists()
     (path,) = generate(run, "a dog", 1, 0, tmp_path / "out")
     assert path.name == "a-dog-0-0.png"
 
+    write_prompts(table, columns)  # without texts
+    assert "<li>row 0</li><li>row 1</li><li>row 2</li><li>row 0</li>" in report([run], tmp_path / "r.html").read_text()
     monkeypatch.setattr(exhibits, "LARGE", 1000)
     assert "too large to be sampled" in Page(report([run], tmp_path / "large.html")).text
     shutil.rmtree(tmp_path / "teacher")
     assert "No pictures: teacher.path: no folder" in Page(report([run], tmp_path / "gone.html")).text
+
+
+def test_runs_on_one_teacher_stand_side_by_side_wherever_it_lies(runs: dict[str, Run], tmp_path: Path) -> None:
+    """As two runs that each trained the same teacher into their own folder; another teacher is another section."""
+    folders = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
+    for folder, source in zip(folders, ("phased", "onestep", "onestep"), strict=True):
+        shutil.copytree(runs[source].folder, folder)
+        shutil.copytree(str(runs[source].recipe.teacher.path), folder / "teacher")
+        recipe = (folder / "recipe.yaml").read_text()
+        (folder / "recipe.yaml").write_text(
+            recipe.replace(str(runs[source].recipe.teacher.path), str(folder / "teacher"))
+        )
+    weights = load_file(folders[2] / "teacher/model.safetensors")
+    save_file({name: value + 0.01 for name, value in weights.items()}, folders[2] / "teacher/model.safetensors")
+    assert by_teacher([Run(folder) for folder in folders]) == [[0, 1], [2]]
+    assert by_teacher([Run(folders[1]), runs["ring"], Run(folders[0])]) == [[0, 2], [1]]
+
+    page = Page(report([Run(folder) for folder in folders[:2]], tmp_path / "r.html"))
+    assert page.text.count("Teacher: digits") == 1
+    shutil.rmtree(folders[0] / "teacher")  # the other one's does as well
+    kept = [event | {"teacher": fingerprint_teacher(Run(folders[1]).family)} for event in Run(folders[0]).events()]
+    (folders[0] / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in kept))
+    page = Page(report([Run(folder) for folder in folders[:2]], tmp_path / "r.html"))
+    assert page.text.count("Teacher: digits") == 1 and "No pictures" not in page.text
+
+
+def test_what_differs_between_recipes_is_shown(runs: dict[str, Run], tmp_path: Path) -> None:
+    phased, onestep = runs["phased"], runs["onestep"]
+    assert differences([phased, onestep]) == [Difference("method.name", ["phased", "dmd"])]
+    assert differences([phased, phased]) == []
+    found = {difference.key: difference.values for difference in differences([phased, onestep, runs["ring"]])}
+    assert found["method.name"] == ["phased", "dmd", "phased"] and "teacher.path" in found and "seed" not in found
+    assert found["teacher.family"] == ["digits", "digits", "ring"] and found["teacher.guidance_scale"][2] == "1"
+
+    def rows(*shown: Run) -> list[str]:
+        page = report(list(shown), tmp_path / "r.html").read_text()
+        (table,) = re.findall(r'<table class="differences">(.*?)</table>', page, re.DOTALL) or [""]
+        return [re.sub(r"<[^>]+>", " ", row).split() for row in re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)[1:]]
+
+    assert rows(phased, onestep) == [["method.name", "phased", "dmd"]]
+    assert rows(phased) == [] and "What differs" not in (tmp_path / "r.html").read_text()
+    shutil.copytree(phased.folder, tmp_path / "again")
+    assert rows(phased, Run(tmp_path / "again")) == [] and "they are the same" in (tmp_path / "r.html").read_text()
 
 
 def test_names_are_escaped_and_told_apart(runs: dict[str, Run], tmp_path: Path) -> None:

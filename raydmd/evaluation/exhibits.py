@@ -15,7 +15,7 @@ from raydmd.diffusion.random import Key, normal
 from raydmd.errors import UserError
 from raydmd.evaluation.evaluate import complete
 from raydmd.evaluation.pictures import Limits, grid, in_plane, limits_of, png, scatter
-from raydmd.evaluation.prompts import in_turn
+from raydmd.evaluation.prompts import in_turn, words_in_turn
 from raydmd.methods.phase import Phase
 from raydmd.methods.sampling import StudentSamples, initial_noise, sample_student
 from raydmd.methods.scorer import Scorer
@@ -72,6 +72,7 @@ class Exhibits:
         self.columns = 10 if self.family.name == "digits" else 4
         self.count = 1500 if self.points else 60 if self.family.name == "digits" else 8
         self.conditions = in_turn(run.recipe, self.family, self.count)
+        self.prompts = words_in_turn(run.recipe, self.family, self.count)
         self.noise = initial_noise(self.family, SEED, 0, self.count)
         self._batch = self.count if self.embedded else 1
         self.many = self._follow(run.recipe.teacher.steps, "heun")
@@ -159,6 +160,8 @@ class Exhibits:
         image = self._scatter(pictures, color) if self.points else grid(pictures, self.columns, 32)
         what = f"{len(pictures)} points" if self.points else f"{len(pictures)} pictures in rows of {self.columns}"
         order = ", column by column the digits 0 to 9" if self.family.name == "digits" else ""
+        if self.prompts:
+            order = f", row by row: {'; '.join(self.prompts)}"
         who = f"{title} ({note})" if note else title
         return _picture(image, title, note, f"{who}: {what}{order}", color)
 

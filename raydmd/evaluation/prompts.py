@@ -40,6 +40,34 @@ def in_turn(recipe: Recipe, family: Family, count: int) -> Conditions:
     return encode_rows(family, table, np.arange(count) % len(table))
 
 
+def words_in_turn(recipe: Recipe, family: Family, count: int) -> list[str]:
+    """Return the prompts of `in_turn`'s samples in words: a column of texts, or the rows' numbers where there is none.
+
+    Empty for families without a table of prompts, and where the table cannot be read.
+    """
+    if family.name == "digits" or not family.condition_columns or recipe.prompts.path is None:
+        return []
+    try:
+        table = PromptTable(recipe.prompts.path, [])
+        rows = np.arange(count) % len(table)
+        column = text_column(table.path)
+        if column is None:
+            return [f"row {row}" for row in rows]
+        return [str(text) for text in PromptTable(table.path, [column]).take(rows)[column]]
+    except UserError:
+        return []
+
+
+def text_column(path: str) -> str | None:
+    """Return the name of a prompt table's column of texts; None if it has none.
+
+    Raises:
+        UserError: no such table.
+    """
+    names = PromptTable(path).columns
+    return next((name for name in TEXT_COLUMNS if name in names), None)
+
+
 def from_text(
     recipe: Recipe,
     family: Family,
@@ -131,13 +159,12 @@ def _row(table: PromptTable, prompt: str, given: str) -> int:
         if len(prompt) <= 18 and int(prompt) < len(table):
             return int(prompt)
         raise UserError(f"{given} {prompt}: '{table.path}' has rows 0..{len(table) - 1}")
-    everything = PromptTable(table.path)
-    for name in TEXT_COLUMNS:
-        if name in everything.columns:
-            texts = [str(text) for text in PromptTable(table.path, [name]).rows(0, len(table))[name]]
-            if prompt in texts:
-                return texts.index(prompt)
-            hint = nearest(prompt, texts if len(texts) <= 10 else texts[:1000])
-            raise UserError(f"{given} {prompt}: no such text in column '{name}' of '{table.path}'{hint[:200]}")
+    name = text_column(table.path)
+    if name is not None:
+        texts = [str(text) for text in PromptTable(table.path, [name]).rows(0, len(table))[name]]
+        if prompt in texts:
+            return texts.index(prompt)
+        hint = nearest(prompt, texts if len(texts) <= 10 else texts[:1000])
+        raise UserError(f"{given} {prompt}: no such text in column '{name}' of '{table.path}'{hint[:200]}")
     rows = f"0..{len(table) - 1}"
     raise UserError(f"{given} {prompt}: '{table.path}' has no column of texts; give a row's number, {rows}")

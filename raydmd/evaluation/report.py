@@ -13,9 +13,11 @@ from PIL import Image
 
 from raydmd.config import dump_recipe
 from raydmd.errors import UserError
+from raydmd.evaluation.comparison import by_teacher, differences
 from raydmd.evaluation.curves import Band, Line, chart
 from raydmd.evaluation.evaluate import Figures, evaluation_of
 from raydmd.evaluation.exhibits import EXPERTS, Exhibits, Picture, picture_file
+from raydmd.evaluation.prompts import words_in_turn
 from raydmd.methods.phase import Phase
 from raydmd.methods.plan import plan_iterations
 from raydmd.runs import Run
@@ -54,9 +56,9 @@ QUIET = ("checkpoint",)
 def report(runs: Sequence[Run], out: Path, progress: Callable[[str], None] | None = None) -> Path:
     """Write one HTML page on one or more runs, whole or not at all; return its path.
 
-    A run that has not been evaluated, or not since its experts changed, is evaluated first.Runs of one teacher share
-    their pictures of it. A run that is still in training shows what it has, and where something is missing (a teacher
-    that has moved, say) the page says so in its place.
+    A run that has not been evaluated, or not since its experts changed, is evaluated first. Runs on one teacher, by
+    its weights' fingerprint, share their pictures of it. A run that is still in training shows what it has, and where
+    something is missing (a teacher that has moved, say) the page says so in its place.
 
     Args:
         runs: to be shown side by side.
@@ -71,17 +73,14 @@ def report(runs: Sequence[Run], out: Path, progress: Callable[[str], None] | Non
     if out.is_dir():
         raise UserError(f"--out {out}: a folder; name the page's file, e.g. {out / 'report.html'}")
     say = progress or (lambda words: None)
-    groups: dict[str, list[int]] = {}
-    for number, run in enumerate(runs):
-        teacher = run.recipe.teacher.model_dump()
-        groups.setdefault(repr((teacher, run.recipe.prompts.path)), []).append(number)
     names = _distinct_names(runs)
     shown = [_run(run, names[i], RUNS[i % len(RUNS)], say) for i, run in enumerate(runs)]
-    sections = [_section([shown[i] for i in numbers], say) for numbers in groups.values()]
+    sections = [_section([shown[i] for i in numbers], say) for numbers in by_teacher(runs)]
     page = _template().render(
         runs=shown,
         sections=sections,
         curves=_curves(shown),
+        differences=differences(runs) if len(runs) > 1 else None,
         title=" · ".join(names),
         when=time.strftime("%Y-%m-%d %H:%M"),
         figure_words={name: words for name, (_, _, words) in FIGURES.items()},
@@ -115,7 +114,9 @@ def _run(run: Run, name: str, color: str, say: Callable[[str], None]) -> dict[st
     return {
         "run": run, "name": name, "color": color, "figures": figures, "note": note, "metrics": metrics, "facts": facts,
         "headline": _headline(figures), "events": _events(run), "recipe": dump_recipe(recipe),
-        "utilisation": _utilisation(metrics), "previews": _previews(run), "pixels": run.family.name == "digits",
+        "utilisation": _utilisation(metrics), "previews": (previews := _previews(run)),
+        "preview_prompts": words_in_turn(recipe, run.family, recipe.monitor.samples) if previews else [],
+        "pixels": run.family.name == "digits",
         "bands": _bands(run.phases, metrics),
     }  # fmt: skip
 
@@ -131,13 +132,18 @@ def _section(shown: list[dict[str, Any]], say: Callable[[str], None]) -> dict[st
         "pixels": first.family.name == "digits",
         "table": _table(shown),
         "boundaries": _boundary_table(shown),
-        "panels": [], "paths": [], "note": "",
+        "panels": [], "paths": [], "note": "", "prompts": [],
     }  # fmt: skip
-    try:
-        exhibits = Exhibits(first)
-    except UserError as error:
-        section["note"] = str(error)
+    exhibits: Exhibits | None = None
+    for one in shown:  # of one teacher: whichever run still has it
+        try:
+            exhibits = Exhibits(one["run"])
+            break
+        except UserError as error:
+            section["note"] = section["note"] or str(error)
+    if exhibits is None:
         return section
+    section["note"], section["prompts"] = "", exhibits.prompts
     few = sorted({sum(phase.steps for phase in one["run"].phases) for one in shown})
     section["points"] = exhibits.points
     section["panels"] = exhibits.teacher_panels(few)
