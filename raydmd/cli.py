@@ -1,5 +1,6 @@
 """The commands. Bad input gets one line and exit code 2; Ctrl-C leaves a run that can be continued (130)."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,7 +67,8 @@ def pretrain(recipe: str, overrides: Sequence[str], out: Path | None) -> None:
 
     loaded = load_recipe(recipe, list(overrides))
     folder = run_pretrain(loaded, out or Path(f"runs/{loaded.name}-teacher"), console)
-    console.print(f"teacher: {folder} (use it with --set teacher.path={folder})", highlight=False, soft_wrap=True)
+    use = shlex.quote(f"teacher.path={folder}")
+    console.print(f"teacher: {folder} (use it with --set {use})", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: raydmd distill digits --set method.name=dmd-sgts --set seed=1 --out runs/sgts")
@@ -96,9 +98,8 @@ def distill(recipe: str, overrides: Sequence[str], out: Path | None, resume: str
     if not _distill(loaded, folder, resume):
         console.print(f"stopped; the same command goes on from {folder}", highlight=False, soft_wrap=True)
         raise click.exceptions.Exit(130)
-    console.print(
-        f"run: {folder} (next: raydmd evaluate {folder}, raydmd report {folder})", highlight=False, soft_wrap=True
-    )
+    then = ", ".join(_next_commands(loaded, folder))
+    console.print(f"run: {folder} (next: {then})", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: raydmd evaluate runs/digits")
@@ -246,6 +247,14 @@ def validate(files: Sequence[Path]) -> None:
             Console(stderr=True).print(f"raydmd: {words}", highlight=False, markup=False, soft_wrap=True)
     if wrong:
         raise click.exceptions.Exit(2)
+
+
+def _next_commands(recipe: Recipe, folder: Path) -> list[str]:
+    """Return the commands that show a finished run, ready to be pasted; only those that this kind of run has."""
+    from raydmd.evaluation.evaluate import has_figures
+
+    place = shlex.quote(str(folder))
+    return [f"raydmd evaluate {place}"] * has_figures(recipe) + [f"raydmd report {place}"]
 
 
 def _distill(recipe: Recipe, folder: Path, resume: str) -> bool:

@@ -18,7 +18,7 @@ from PIL import Image
 from run_folders import make_run
 
 from raydmd import __version__
-from raydmd.cli import app, run
+from raydmd.cli import _next_commands, app, run
 from raydmd.config import load_recipe, parse_recipe, shipped_recipes
 from raydmd.data.prompts import write_prompts
 from raydmd.runs import Run
@@ -275,3 +275,18 @@ def test_a_cluster_of_another_version(here: Path, teachers: dict[str, Path]) -> 
         finally:
             head.communicate()  # at the end of its input it goes
     assert "Version mismatch" in line and "Ray: 1.0.0" in line
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "folder", "expected"),
+    [
+        ("digits", [], "runs/a", ["raydmd evaluate runs/a", "raydmd report runs/a"]),
+        ("ring", [], "my runs/a", ["raydmd evaluate 'my runs/a'", "raydmd report 'my runs/a'"]),
+        ("digits", ["evaluation.samples=10"], "a", ["raydmd report a"]),
+        ("digits", ["teacher.family=wan", "teacher.path=wan"], "a", ["raydmd report a"]),
+    ],
+)
+def test_only_next_commands_that_work_are_named(
+    family: str, overrides: list[str], folder: str, expected: list[str]
+) -> None:
+    assert _next_commands(load_recipe(family, overrides), Path(folder)) == expected

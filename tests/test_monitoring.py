@@ -7,6 +7,7 @@ import socket
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ import ray
 import yaml
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
 from shipped_cluster import CLUSTER, system_config
 
 from raydmd.runtime.metrics import Metrics, exported
+from raydmd.runtime.recorder import Recorder
 
 LINE = {
     "phase": 2, "iteration": 3, "loss_fake": 0.75, "generator_grad_norm": 1.5, "staleness": 1, "samples": 64,
@@ -91,6 +94,18 @@ def values(scraped: dict[str, Metric], name: str, *tags: str) -> dict[tuple[str,
     found = [sample for sample in scraped[name].samples if sample.name == name]
     assert all(sample.labels["run"] == "digits" for sample in found)
     return {tuple(sample.labels[tag] for tag in tags): sample.value for sample in found}
+
+
+def test_two_runs_of_one_recipe_have_two_labels(quick: Any, tmp_path: Path) -> None:
+    def label(folder: Path) -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        recorder = Recorder(folder, quick("ring"), 4, Console(quiet=True))
+        recorder.close()
+        return recorder.exported.run
+
+    first, second = label(tmp_path / "one/digits"), label(tmp_path / "two/digits")
+    assert first != second and first.startswith("digits-") and second.startswith("digits-")
+    assert label(tmp_path / "one/../one/digits") == first  # continued
 
 
 def test_the_endpoint_shows_just_the_names_that_are_told(scraped: dict[str, Metric]) -> None:

@@ -158,7 +158,8 @@ def test_pretrained_families_have_pictures_and_no_figures(tmp_path: Path, monkey
     page = Page(report([run], tmp_path / "r.html"))
     assert "figures for digits and ring, not for 'qwen_image'" in page.text and "There are no figures" in page.text
     assert len([image for image in page.images if "8 pictures in rows of 4" in str(image["alt"])]) == 3
-    (asked,) = re.findall(r'<div class="prompts">(.*?)</div>', page.source, re.DOTALL)
+    asked, first = re.findall(r'<div class="prompts">(.*?)</div>', page.source, re.DOTALL)
+    assert re.findall(r"<li>(.*?)</li>", first) == ["a cat", "a dog", "a fox"] * 2  # of the samples step by step
     assert re.findall(r"<li>(.*?)</li>", asked) == ["a cat", "a dog", "a fox"] * 2 + ["a cat", "a dog"]
     assert all(
         "row by row: a cat; a dog; a fox; a cat" in str(i["alt"]) for i in page.images if "rows of 4" in str(i["alt"])
@@ -197,6 +198,14 @@ def test_runs_on_one_teacher_stand_side_by_side_wherever_it_lies(runs: dict[str,
     (folders[0] / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in kept))
     page = Page(report([Run(folder) for folder in folders[:2]], tmp_path / "r.html"))
     assert page.text.count("Teacher: digits") == 1 and "No pictures" not in page.text
+
+
+def test_the_readmes_example_is_of_one_teacher() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"raydmd report (runs/\S+) (runs/\S+) ", readme)
+    given = [re.findall(rf"raydmd distill (.*) --out {folder}\b", readme)[0] for folder in shown]
+    assert {tuple(re.findall(r"--set (teacher\S+)", words)) for words in given} == {("teacher.path=runs/teacher",)}
+    assert "raydmd pretrain digits --out runs/teacher" in readme
 
 
 def test_what_differs_between_recipes_is_shown(runs: dict[str, Run], tmp_path: Path) -> None:

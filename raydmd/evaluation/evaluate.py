@@ -40,6 +40,12 @@ from raydmd.runs import Run
 Figures = dict[str, Any]
 FEWEST = 2 * CLASSES
 EULER = (4, 8)
+WITH_FIGURES = ("digits", "ring")
+
+
+def has_figures(recipe: Recipe) -> bool:
+    """Whether a run by ``recipe`` can be measured: its family has figures, and its evaluation enough samples."""
+    return recipe.teacher.family in WITH_FIGURES and recipe.evaluation.samples >= FEWEST
 
 
 class Judge(ABC):
@@ -199,7 +205,7 @@ def make_reference(
 
 
 def _count(recipe: Recipe, family: Family, samples: int | None) -> int:
-    if family.name not in ("digits", "ring"):
+    if family.name not in WITH_FIGURES:
         raise UserError(f"teacher.family: there are figures for digits and ring, not for '{family.name}'")
     count = recipe.evaluation.samples if samples is None else samples
     if count < FEWEST:

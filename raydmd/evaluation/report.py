@@ -16,7 +16,7 @@ from raydmd.errors import UserError
 from raydmd.evaluation.comparison import by_teacher, differences
 from raydmd.evaluation.curves import Band, Line, chart
 from raydmd.evaluation.evaluate import Figures, evaluation_of
-from raydmd.evaluation.exhibits import EXPERTS, Exhibits, Picture, picture_file
+from raydmd.evaluation.exhibits import EXPERTS, ON_THE_WAY, Exhibits, Picture, picture_file
 from raydmd.evaluation.prompts import words_in_turn
 from raydmd.methods.phase import Phase
 from raydmd.methods.plan import plan_iterations
@@ -81,6 +81,7 @@ def report(runs: Sequence[Run], out: Path, progress: Callable[[str], None] | Non
         sections=sections,
         curves=_curves(shown),
         differences=differences(runs) if len(runs) > 1 else None,
+        on_the_way=ON_THE_WAY,
         title=" · ".join(names),
         when=time.strftime("%Y-%m-%d %H:%M"),
         figure_words={name: words for name, (_, _, words) in FIGURES.items()},

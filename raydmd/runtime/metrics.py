@@ -4,6 +4,9 @@ Ray shows each with the prefix ``ray_``; a counter's name gains ``_total`` there
 and ``_sum``. `exported` gives those names: the dashboard and the alerts in ``cluster/`` are held against it.
 """
 
+import socket
+from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
@@ -39,14 +42,27 @@ def exported() -> set[str]:
     return names | {f"ray_{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "count", "sum")}
 
 
+def run_label(folder: Path) -> str:
+    """Return what tells a run from others in the metrics: its folder's name, and a hash of where that lies.
+
+    Two runs of one recipe so have two labels, and a run that is continued in its folder keeps its own.
+    """
+    place = folder.resolve()
+    return f"{place.name}-{blake2b(f'{socket.gethostname()}:{place}'.encode(), digest_size=3).hexdigest()}"
+
+
 class Metrics:
     """What a run reports; needs a Ray that is up. Every figure has the tag ``run``.
 
     Args:
-        run: the run's name.
+        run: the run's label, as `run_label` gives it.
+
+    Attributes:
+        run: the label.
     """
 
     def __init__(self, run: str) -> None:
+        self.run = run
         self._default = {"run": run}
         self._counters = {name: Counter(name, words, ("run", *tags)) for name, (words, tags) in COUNTERS.items()}
         self._gauges = {name: Gauge(name, words, ("run", *tags)) for name, (words, tags) in GAUGES.items()}

@@ -17,7 +17,7 @@ from raydmd.config import Recipe
 from raydmd.folders import read_lines
 from raydmd.methods.zeroed import in_words
 from raydmd.progress import time_left
-from raydmd.runtime.metrics import Metrics
+from raydmd.runtime.metrics import Metrics, run_label
 from raydmd.runtime.workers import Receipt
 
 RECENT = 100  # iterations by which the time that is left is told
@@ -39,7 +39,7 @@ class Recorder:
         self._events = (folder / "events.jsonl").open("a", encoding="utf-8")
         self._metrics: IO[str] | None = None
         self._board: SummaryWriter | None = None
-        self.exported = Metrics(recipe.name)
+        self.exported = Metrics(run_label(folder))
         self._zeroed_event = self._zeroed_warning = -ZEROED_EVERY  # the iterations of the last ones
         self._since = time.perf_counter()
         self._recent: deque[float] = deque(maxlen=RECENT)  # seconds of the last iterations
