@@ -28,7 +28,7 @@ class Teacher(Section):
 
     family: str = Field("digits", description="kind of network: digits, ring, qwen-image, wan")
     path: str | None = Field(
-        None, description="its weights: a folder of `raydmd pretrain`, or what from_pretrained takes"
+        None, description="a folder of `raydmd pretrain` or of a diffusers model, or hf://owner/name@revision"
     )
     guidance_scale: float = Field(
         1.5, ge=0, description="w in u + w (c - u); 1: no guidance (the w of Self-Forcing and CausVid is this less 1)"

@@ -1,5 +1,6 @@
 """A run's folder: what is where, and loading a finished or unfinished run from it."""
 
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from raydmd.methods.plan import plan_phases
 from raydmd.models.adapter_files import check_adapter
 from raydmd.models.experts import Experts
 from raydmd.models.families import build_family
-from raydmd.models.fingerprint import fingerprint_teacher
+from raydmd.models.fingerprint import commit_of, fingerprint_teacher
+from raydmd.models.hub import HUB, parse_hub_name
 from raydmd.models.protocol import Denoiser, Family
 
 
@@ -31,7 +33,8 @@ class Run:
         if not (self.folder / "recipe.yaml").is_file():
             siblings = [path.parent.name for path in self.folder.parent.glob("*/recipe.yaml")]
             raise UserError(f"no run in '{folder}': it has no recipe.yaml{nearest(self.folder.name, siblings)}")
-        self.recipe: Recipe = with_teacher(load_recipe(str(self.folder / "recipe.yaml")), self.folder)
+        recipe = with_teacher(load_recipe(str(self.folder / "recipe.yaml")), self.folder)
+        self.recipe: Recipe = with_commit(recipe, self._written_fingerprint())
         self.family: Family = recipe_family(self.recipe)
         self.phases: list[Phase] = plan_phases(self.recipe, self.family.schedule.t_max)
 
@@ -54,8 +57,11 @@ class Run:
         Raises:
             UserError: the run did not write it, and the teacher is not there.
         """
+        return self._written_fingerprint() or fingerprint_teacher(self.family)
+
+    def _written_fingerprint(self) -> str:
         started = [event for event in self.events() if event.get("event") == "started" and "teacher" in event]
-        return str(started[-1]["teacher"]) if started else fingerprint_teacher(self.family)
+        return str(started[-1]["teacher"]) if started else ""
 
     def trained_phases(self) -> list[Phase]:
         """Return the phases whose experts are there, in order.
@@ -110,6 +116,15 @@ def with_teacher(recipe: Recipe, folder: Path) -> Recipe:
     if recipe.teacher.path is not None:
         return recipe
     return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"path": own_teacher(folder)})})
+
+
+def with_commit(recipe: Recipe, fingerprint: str) -> Recipe:
+    """Return the recipe with a hub's teacher at the commit of a run's fingerprint; with any other as it is."""
+    path, commit = recipe.teacher.path, commit_of(fingerprint)
+    if path is None or not path.startswith(HUB) or commit is None:
+        return recipe
+    pinned = str(replace(parse_hub_name(path), revision=commit))
+    return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"path": pinned})})
 
 
 def recipe_family(recipe: Recipe) -> Family:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub import COMMIT, put_in_cache
+from mortal import manifest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_families_diffusers import CLASSES, CONFIGS, SHAPES
@@ -18,9 +20,8 @@ from raydmd.models.hub import HubName, cached_snapshot, parse_hub_name
 from raydmd.models.protocol import Family
 from raydmd.runs import Run
 from raydmd.runtime.launch import distill
-from raydmd.runtime.manifest import Archive, Manifest
+from raydmd.runtime.manifest import Archive
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -110,6 +111,8 @@ def test_forty_gigabytes_are_sampled_and_not_read(wan: Path, copy: Path) -> None
         with (folder / f"diffusion_pytorch_model-{shard + 1:05d}-of-00008.safetensors").open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
             file.truncate(8 + len(header) + 250 * each)
+    index = {shard.name: shard.name for shard in folder.glob("*.safetensors")}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": index}))
     before = _read_bytes()
     first = of(copy)
     assert _read_bytes() - before < 400 * 2**20  # of 40 GB
@@ -127,20 +130,13 @@ def _read_bytes() -> int:
 def test_of_the_hub_it_names_the_commit(wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a cache laid out as huggingface_hub does: refs, snapshots of links into blobs."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    model = tmp_path / "models--Someone--tiny-wan"
-    for number, file in enumerate(sorted(path for path in wan.rglob("*") if path.is_file())):
-        blob, link = model / "blobs" / f"b{number}", model / "snapshots" / COMMIT / file.relative_to(wan)
-        blob.parent.mkdir(parents=True, exist_ok=True)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, blob)
-        link.symlink_to(blob)
-    (model / "refs").mkdir()
-    (model / "refs/main").write_text(COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    put_in_cache(wan, tmp_path, "Someone/tiny-wan", COMMIT)
     for name in ("hf://Someone/tiny-wan", "hf://Someone/tiny-wan@main", f"hf://Someone/tiny-wan@{COMMIT}"):
         assert of(name) == f"{of(wan)}@{COMMIT}"
     assert same_teacher(of("hf://Someone/tiny-wan"), of(wan))
     assert cached_snapshot(HubName("Someone/tiny-wan", "other")) is None
-    with pytest.raises(UserError, match="'hf://Someone/other' is not in this machine's cache"):
+    with pytest.raises(UserError, match="'hf://Someone/other' is not in this machine's cache, and HF_HUB_OFFLINE"):
         of("hf://Someone/other")
 
 
@@ -180,7 +176,7 @@ def begun(recipe, folder: Path, fingerprint: str) -> None:
     """Leave a folder as a run does that was stopped after its first iteration."""
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
-    record = Manifest(1, 0, 1, 2, 48, recipe.seed, 0, teacher=fingerprint)
+    record = manifest(1, fake_version=2, fake_cursor=32, seed=recipe.seed, teacher=fingerprint)
     Archive(str(folder / "checkpoints")).save(record, {})
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from raydmd.errors import UserError
-from raydmd.models.hub import HUB, cached_snapshot, parse_hub_name
+from raydmd.models.hub import HUB, fetch, parse_hub_name, resolve_commit
 
 
 def read_config(place: str, subfolder: str, name: str = "config.json") -> dict[str, Any] | None:
@@ -20,7 +20,7 @@ def read_config(place: str, subfolder: str, name: str = "config.json") -> dict[s
         UserError: the file is no JSON object, or the hub cannot be asked.
     """
     file = _on_hub(place, subfolder, name) if place.startswith(HUB) else Path(place) / subfolder / name
-    if file is None or not file.is_file():
+    if not file.is_file():
         return None
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -31,18 +31,5 @@ def read_config(place: str, subfolder: str, name: str = "config.json") -> dict[s
     return config
 
 
-def _on_hub(place: str, subfolder: str, name: str) -> Path | None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-
-    hub = parse_hub_name(place)
-    if (snapshot := cached_snapshot(hub)) is not None and (snapshot / subfolder / name).is_file():
-        return snapshot / subfolder / name
-    try:
-        return Path(hf_hub_download(hub.name, name, subfolder=subfolder, revision=hub.revision))
-    except LocalEntryNotFoundError as error:
-        raise UserError(f"teacher.path: cannot read {subfolder}/{name} of '{place}' from the hub") from error
-    except EntryNotFoundError:
-        return None
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise UserError(f"teacher.path: cannot read {subfolder}/{name} of '{place}' from the hub") from error
+def _on_hub(place: str, subfolder: str, name: str) -> Path:
+    return fetch(resolve_commit(parse_hub_name(place)), [f"{subfolder}/{name}"]) / subfolder / name

@@ -34,6 +34,11 @@ def same_teacher(one: str, other: str) -> bool:
     return one.partition(REVISION)[0] == other.partition(REVISION)[0]
 
 
+def commit_of(fingerprint: str) -> str | None:
+    """Return the hub's commit that a fingerprint names, if it does."""
+    return fingerprint.partition(REVISION)[2] or None
+
+
 def _content(file: Path) -> bytes:
     """Return what is hashed of a file: a small hash of a large one.
 

@@ -1,7 +1,6 @@
 """What the families of diffusers' pretrained networks share: loading, prompt embeddings, decoding with the VAE."""
 
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +14,15 @@ from raydmd.diffusion.schedule import RectifiedFlow
 from raydmd.errors import UserError, nearest
 from raydmd.models.config_files import read_config
 from raydmd.models.hub import HUB
-from raydmd.models.protocol import Conditions, Denoiser, Family, no_folder, one_line, require_column
+from raydmd.models.protocol import Conditions, Denoiser, Family, one_line, require_column
 from raydmd.models.sampler_grid import SamplerGrid, sampler_grid
-from raydmd.models.teacher_folder import TeacherFolder, find_teacher
+from raydmd.models.teacher_folder import CONFIG, TeacherFolder, find_teacher
 from raydmd.models.vae import VaeConfig, decode_latents, decoding_dtype, vae_config
+from raydmd.models.weight_files import check_weights, meta_network, read_json, variant_of, weight_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PATCHES = (1, 2, 2)  # latents of a token along frames, height and width, where there is no transformer yet
+ENCODER = ("text_encoder*/*", "tokenizer*/*", "processor/*")  # a pipeline's parts that encode prompts
 
 
 class PretrainedDenoiser(Denoiser):
@@ -53,17 +54,19 @@ class PretrainedFamily(Family):
     - ``latent_shape``: of one sample;
     - ``dtype``: of the frozen weights (float32, bfloat16, float16); LoRA weights are float32 always;
     - ``subfolder``: of the transformer in a pipeline's folder;
+    - ``variant``: of the weights' files, e.g. ``fp16``;
     - ``negative_prompt``: the null prompt's text, where prompts are encoded as they come;
     - ``gradient_checkpointing``: recompute blocks in the backward pass, for memory.
     """
 
     pipeline_class: ClassVar[str]
+    text_width: ClassVar[str]  # the config's key of it
     transformer_class: ClassVar[str]
     vae_class: ClassVar[str]
     gives_sigmas: ClassVar[bool] = False  # whether the pipeline gives its scheduler sigmas and mu
     defaults: ClassVar[Mapping[str, Any]] = {
         "latent_shape": None, "dtype": "float32", "subfolder": "transformer", "negative_prompt": "",
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": False, "variant": "",
     }  # fmt: skip
 
     def __init__(self, path: str | None = None, options: Mapping[str, Any] | None = None) -> None:
@@ -77,31 +80,68 @@ class PretrainedFamily(Family):
             dtype = self.options["dtype"]
             raise UserError(f"teacher.options.dtype: no '{dtype}'{nearest(dtype, DTYPES)}")
         self.schedule = RectifiedFlow()
+        self._snapshot: TeacherFolder | None = None
         self._vae: Any = None
         self._pipeline: Any = None  # text encoder and tokenizer alone
         self._null: dict[str, np.ndarray] = {}
 
+    @property
+    def pipelines(self) -> tuple[str, ...]:
+        """The pipelines that the family runs as they are made."""
+        return (self.pipeline_class,)
+
     def _check_latent_shape(self) -> None:
         """Refuse a latent shape that the network cannot take."""
 
+    def _check_config(self, config: Any) -> None:
+        """Refuse a transformer, by its config, that the family would run otherwise, or with other latents."""
+
     def _wrap(self, transformer: Any) -> PretrainedDenoiser:
-        """Put the loaded transformer behind the protocol; refuse one that does not fit ``latent_shape``."""
+        """Put the loaded transformer behind the protocol."""
         raise NotImplementedError
 
     def load_teacher(self) -> Denoiser:
         """Load the frozen transformer with diffusers' ``from_pretrained``.
 
         Raises:
-            UserError: no path, nothing there, another kind of network, or one that does not fit ``latent_shape``.
+            UserError: what `check_teacher` refuses.
         """
-        if self.path is None:
-            raise UserError(f"teacher.path: family '{self.name}' needs the teacher's folder, or {HUB}owner/name")
-        transformer = self._from_pretrained(self.transformer_class, self.options["subfolder"])
-        network = self._wrap(transformer)
+        self.check_teacher()
+        folder = self.teacher_folder().transformer
+        network = self._wrap(self._from_pretrained(self.transformer_class, folder, self.options["variant"] or None))
         network.requires_grad_(False).eval()
         if self.options["gradient_checkpointing"]:
             network.checkpoint_activations(checkpoint)
         return network
+
+    def check_teacher(self) -> None:
+        """Refuse a folder that would not be used whole, or does not fit, by its configs and its weights' headers.
+
+        Raises:
+            UserError: ``teacher...: ...``, also where there is no path.
+        """
+        import diffusers
+
+        folder = self.teacher_folder()
+        folder.check_pipeline(self.name, self.pipelines, alone="subfolder" in self.given)
+        file = folder.transformer / CONFIG
+        if (found := read_json(file).get("_class_name")) != self.transformer_class:
+            raise UserError(f"teacher.path: {file} is of a {found}; family '{self.name}' needs a "
+                            f"{self.transformer_class}")  # fmt: skip
+        network = meta_network(file, getattr(diffusers, self.transformer_class))
+        self._config = network.config
+        self._check_config(network.config)
+        folder.fetch_weights(self.options["variant"])
+        files = weight_files(folder.transformer, self.options["variant"])
+        check_weights(folder.transformer, files, network)
+
+    def check_conditions(self, conditions: Conditions) -> None:
+        """Hold the prompts' width against the transformer's; `check_teacher` has been called."""
+        width = self._config[self.text_width]
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            if name in conditions and conditions[name].shape[-1] != width:
+                raise UserError(f"prompts: column '{name}' is of width {conditions[name].shape[-1]}, but the teacher "
+                                f"takes {width}")  # fmt: skip
 
     def teacher_folder(self) -> TeacherFolder:
         """Return where the teacher lies on this machine.
@@ -111,15 +151,20 @@ class PretrainedFamily(Family):
         """
         if self.path is None:
             raise UserError(f"teacher.path: family '{self.name}' needs the teacher's folder, or {HUB}owner/name")
-        return find_teacher(self.path, self.options["subfolder"])
+        found = self._snapshot or find_teacher(self.path, self.options["subfolder"])
+        self._snapshot = None if found.hub is None else found  # the hub is asked once
+        return found
 
     def teacher_files(self) -> dict[str, Path]:
         """Return the transformer's config and weights, and what of the pipeline training depends on."""
-        return self.teacher_folder().files()
+        folder = self.teacher_folder()
+        folder.fetch_weights(self.options["variant"])
+        return folder.files(weight_files(folder.transformer, self.options["variant"]))
 
     def teacher_revision(self) -> str | None:
         """Return the hub's commit, of a teacher from there."""
-        return self.teacher_folder().revision
+        hub = self.teacher_folder().hub
+        return None if hub is None else hub.revision
 
     def conditions(self, rows: Mapping[str, np.ndarray]) -> Conditions:
         """Return the prompts' embeddings [B, L, D] and, where given, the null prompt's."""
@@ -130,9 +175,21 @@ class PretrainedFamily(Family):
     @property
     def reads_text(self) -> bool:
         """Whether there is a text encoder beside the transformer."""
-        return self.path is not None and (
-            self.path.startswith(HUB) or (Path(self.path) / "text_encoder" / "config.json").is_file()
-        )
+        return self.path is not None and self._has_part("text_encoder")
+
+    def _has_part(self, part: str) -> bool:
+        """Whether the pipeline's folder has a part beside the transformer."""
+        return (self._root() / part / CONFIG).is_file()
+
+    def _root(self) -> Path:
+        """Return the pipeline's folder, which need not have a transformer."""
+        assert self.path is not None
+        return self.teacher_folder().root if self.path.startswith(HUB) else Path(self.path)
+
+    def _fetch(self, *patterns: str) -> None:
+        """Have parts of the pipeline here, where it is the hub's."""
+        if self.path is not None and self.path.startswith(HUB):
+            self.teacher_folder().fetch(patterns)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> dict[str, np.ndarray]:
@@ -185,7 +242,7 @@ class PretrainedFamily(Family):
         Raises:
             UserError: the VAE is of another kind, or for latents of other channels.
         """
-        config = None if self.path is None else read_config(self.path, "vae")
+        config = None if self.path is None else read_config(str(self._root()), "vae")
         return VaeConfig() if config is None else vae_config(config, self.latent_shape[0])
 
     @cached_property
@@ -197,7 +254,7 @@ class PretrainedFamily(Family):
         """
         config = None
         if self.path is not None:
-            config = read_config(self.path, self.options["subfolder"]) or read_config(self.path, "")
+            config = read_config(str(self._root()), self.options["subfolder"]) or read_config(str(self._root()), "")
         size = (config or {}).get("patch_size", PATCHES)
         sizes = (1, size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list | tuple) else ()
         if len(sizes) != len(PATCHES) or not all(type(n) is int and n > 0 for n in sizes):
@@ -243,7 +300,7 @@ class PretrainedFamily(Family):
         Raises:
             UserError: the scheduler is one that is not followed here.
         """
-        config = None if self.path is None else read_config(self.path, "scheduler", "scheduler_config.json")
+        config = None if self.path is None else read_config(str(self._root()), "scheduler", "scheduler_config.json")
         return None if config is None else sampler_grid(config, sigmas_given=self.gives_sigmas)
 
     def _tokens(self, shape: tuple[int, ...]) -> int:
@@ -263,9 +320,11 @@ class PretrainedFamily(Family):
 
     def _load_vae(self) -> Any:
         if self._vae is None and self.path is not None:
-            if self.path.startswith(HUB) or (Path(self.path) / "vae" / "config.json").is_file():
-                dtype = decoding_dtype(DTYPES[self.options["dtype"]])
-                self._vae = self._from_pretrained(self.vae_class, "vae", dtype).requires_grad_(False).eval()
+            if self._has_part("vae"):
+                self._fetch("vae/*")
+                folder, dtype = self._root() / "vae", decoding_dtype(DTYPES[self.options["dtype"]])
+                variant = variant_of(folder, self.options["variant"])
+                self._vae = self._from_pretrained(self.vae_class, folder, variant, dtype).requires_grad_(False).eval()
         return self._vae
 
     def _load_pipeline(self) -> Any:
@@ -276,45 +335,32 @@ class PretrainedFamily(Family):
             if self.path is None or not self.reads_text:
                 raise UserError(f"teacher.path: '{self.path}' has no text_encoder/config.json to encode prompts with")
             kind = getattr(diffusers, self.pipeline_class)
-            without = {name: None for name in ("transformer", "transformer_2", "vae", "scheduler")
+            without: dict[str, Any] = {name: None for name in ("transformer", "transformer_2", "vae", "scheduler")
                        if name in inspect.signature(kind).parameters}  # fmt: skip
             dtype = DTYPES[self.options["dtype"]]
             try:
-                self._pipeline = kind.from_pretrained(
-                    self.path.removeprefix(HUB), torch_dtype=dtype, use_safetensors=True, **without
-                )
+                self._fetch(*ENCODER)
+                root = self._root()
+                without["variant"] = variant_of(root / "text_encoder", self.options["variant"])
+                self._pipeline = kind.from_pretrained(root, torch_dtype=dtype, use_safetensors=True, **without)
             except (OSError, ValueError, RuntimeError, AttributeError) as error:
                 raise UserError(f"teacher.path: cannot load the text encoder of '{self.path}': "
                                 f"{one_line(error)}") from error  # fmt: skip
             self._pipeline.set_progress_bar_config(disable=True)
         return self._pipeline
 
-    def _from_pretrained(self, class_name: str, subfolder: str, dtype: torch.dtype | None = None) -> Any:
-        """Load a diffusers model from ``path``: its subfolder where there is one, else the folder itself."""
+    def _from_pretrained(
+        self, class_name: str, folder: Path, variant: str | None, dtype: torch.dtype | None = None
+    ) -> Any:
+        """Load a diffusers model from its folder."""
         import diffusers
 
-        assert self.path is not None
-        place = self.path.removeprefix(HUB)
-        within: str | None = subfolder
-        if not self.path.startswith(HUB):
-            folder = Path(place)
-            if not folder.is_dir():
-                raise no_folder(folder)
-            within = subfolder if (folder / subfolder / "config.json").is_file() else None
-            config = folder / (within or "") / "config.json"
-            if not config.is_file():
-                raise UserError(f"teacher.path: '{place}' has neither {subfolder}/config.json nor config.json")
-            try:
-                found = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
-            except (ValueError, AttributeError) as error:
-                raise UserError(f"teacher.path: {config} is not a diffusers model's config") from error
-            if found != class_name:
-                raise UserError(f"teacher.path: {config} is of a {found}; family '{self.name}' needs a {class_name}")
         dtype = dtype or DTYPES[self.options["dtype"]]
         try:
-            return getattr(diffusers, class_name).from_pretrained(place, subfolder=within, torch_dtype=dtype)
+            kind = getattr(diffusers, class_name)
+            return kind.from_pretrained(folder, torch_dtype=dtype, variant=variant, use_safetensors=True)
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"teacher.path: cannot load '{self.path}': {one_line(error)}") from error
+            raise UserError(f"teacher.path: cannot load '{folder}': {one_line(error)}") from error
 
 
 def checkpoint(module: nn.Module, *args: Any) -> Any:

@@ -77,6 +77,22 @@ class Family(ABC):
             UserError: the path is missing, or holds something else.
         """
 
+    def check_teacher(self) -> None:
+        """Refuse a teacher that does not fit, in seconds. By default it is loaded, which is right for small ones.
+
+        Raises:
+            UserError: what `load_teacher` raises.
+        """
+        self.load_teacher()
+
+    def check_conditions(self, conditions: Conditions) -> None:
+        """Hold the conditions of a row of prompts against the teacher that `check_teacher` has looked at.
+
+        Raises:
+            UserError: they do not fit the network.
+        """
+        return None
+
     def teacher_files(self) -> dict[str, Path]:
         """Return the files on this machine that the denoiser is made of, by a name that does not tell where they lie.
 

@@ -14,6 +14,8 @@ from raydmd.models.protocol import Conditions, require_column
 
 BUCKET = 64
 """Tokens."""
+POSITIONS = 4096
+"""Of the rotary embedding, on either side of 0; the picture is centred, and the text follows on its diagonal."""
 
 
 def pack(latents: Tensor, p: int = 2) -> Tensor:
@@ -58,6 +60,7 @@ class QwenImageFamily(PretrainedFamily):
 
     name: ClassVar[str] = "qwen_image"
     pipeline_class: ClassVar[str] = "QwenImagePipeline"
+    text_width: ClassVar[str] = "joint_attention_dim"
     transformer_class: ClassVar[str] = "QwenImageTransformer2DModel"
     vae_class: ClassVar[str] = "AutoencoderKLQwenImage"
     gives_sigmas: ClassVar[bool] = True
@@ -119,12 +122,37 @@ class QwenImageFamily(PretrainedFamily):
         if len(shape) not in (3, 4) or (len(shape) == 4 and shape[1] != 1) or shape[-2] % 2 or shape[-1] % 2:
             raise UserError(f"teacher.options.latent_shape: [C, 1, H, W] or [C, H, W], H and W even, not {list(shape)}")
 
-    def _wrap(self, transformer: Any) -> QwenImageDenoiser:
-        channels, patched = transformer.config.in_channels, transformer.config.patch_size**2
-        if channels != patched * self.latent_shape[0]:
-            raise UserError(f"teacher.options.latent_shape: the teacher takes {channels // patched} channels, "
+    def check_conditions(self, conditions: Conditions) -> None:
+        """Hold the prompts' width and length against the transformer's; `check_teacher` has been called."""
+        super().check_conditions(conditions)
+        tokens, first = (
+            conditions["prompt_embeds"].shape[1],
+            max(self.latent_shape[-2:]) // self._config.patch_size // 2,
+        )
+        if first + tokens > POSITIONS:
+            raise UserError(f"prompts: {tokens} tokens do not go with latent_shape {list(self.latent_shape)}: the "
+                            f"teacher has {POSITIONS} positions, and the text's begin at {first}")  # fmt: skip
+
+    def _check_config(self, config: Any) -> None:
+        channels, patch = config.in_channels, config.patch_size
+        for key in ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
+            if config.get(key):
+                raise UserError(f"teacher.path: the transformer in '{self.path}' has {key} (a guidance-distilled, edit "
+                                f"or layered one); family 'qwen_image' takes text to image's")  # fmt: skip
+        if channels != patch**2 * (config.out_channels or channels):
+            raise UserError(f"teacher.path: the transformer in '{self.path}' takes {channels} channels and gives "
+                            f"{config.out_channels} a latent; by its patches of {patch} it would take "
+                            f"{patch**2} times as many as it gives")  # fmt: skip
+        if channels != patch**2 * self.latent_shape[0]:
+            raise UserError(f"teacher.options.latent_shape: the teacher takes {channels // patch**2} channels, "
                             f"not {self.latent_shape[0]}")  # fmt: skip
-        if any(size % transformer.config.patch_size for size in self.latent_shape[-2:]):
+        if any(size % patch for size in self.latent_shape[-2:]):
             raise UserError(f"teacher.options.latent_shape: {list(self.latent_shape[-2:])} is not divisible by the "
-                            f"teacher's patches {transformer.config.patch_size}")  # fmt: skip
+                            f"teacher's patches {patch}")  # fmt: skip
+        patches = [size // patch for size in self.latent_shape[-2:]]
+        if max(patches) > 2 * POSITIONS:
+            raise UserError(f"teacher.options.latent_shape: {patches} patches along the sides, but the teacher has "
+                            f"{2 * POSITIONS} positions along each")  # fmt: skip
+
+    def _wrap(self, transformer: Any) -> QwenImageDenoiser:
         return QwenImageDenoiser(transformer)

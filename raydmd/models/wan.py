@@ -47,6 +47,7 @@ class WanFamily(PretrainedFamily):
 
     name: ClassVar[str] = "wan"
     pipeline_class: ClassVar[str] = "WanPipeline"
+    text_width: ClassVar[str] = "text_dim"
     transformer_class: ClassVar[str] = "WanTransformer3DModel"
     vae_class: ClassVar[str] = "AutoencoderKLWan"
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -59,6 +60,11 @@ class WanFamily(PretrainedFamily):
         self.condition_columns = ["prompt_embeds", "negative_prompt_embeds"]
         if self.options["image_channels"]:
             self.condition_columns.append("image_latents")
+
+    @property
+    def pipelines(self) -> tuple[str, ...]:
+        """The pipeline of text to video, or with the option ``image_channels`` that of image to video."""
+        return ("WanImageToVideoPipeline",) if self.options["image_channels"] else (self.pipeline_class,)
 
     def conditions(self, rows: Mapping[str, np.ndarray]) -> Conditions:
         """Return the columns as tensors."""
@@ -100,16 +106,28 @@ class WanFamily(PretrainedFamily):
         if len(self.latent_shape) != 4:
             raise UserError(f"teacher.options.latent_shape: [C, frames, H, W], not {list(self.latent_shape)}")
 
-    def _wrap(self, transformer: Any) -> WanDenoiser:
-        config, shape = transformer.config, self.latent_shape
-        if config.in_channels != shape[0] + self.options["image_channels"]:
-            raise UserError(
-                f"teacher.options.latent_shape: the teacher takes {config.in_channels} channels, not {shape[0]} "
-                f"and image_channels {self.options['image_channels']}"
-            )
+    def _check_config(self, config: Any) -> None:
+        shape, images = self.latent_shape, self.options["image_channels"]
+        if config.image_dim is not None or config.added_kv_proj_dim is not None:
+            raise UserError(f"teacher.path: the transformer in '{self.path}' attends to an image's embeddings "
+                            f"(image_dim {config.image_dim}, as Wan 2.1's image to video does), which family 'wan' "
+                            f"does not give it")  # fmt: skip
+        if config.in_channels not in ((out := config.out_channels or config.in_channels), out + images):
+            raise UserError(f"teacher.path: the transformer in '{self.path}' takes {config.in_channels} channels and "
+                            f"gives {out}; an image's go with teacher.options.image_channels: "
+                            f"{config.in_channels - out}, not {images}")  # fmt: skip
+        if config.in_channels != shape[0] + images:
+            raise UserError(f"teacher.options.latent_shape: the teacher takes {config.in_channels} channels, not "
+                            f"{shape[0]} and image_channels {images}")  # fmt: skip
         if any(size % patch for size, patch in zip(shape[1:], config.patch_size, strict=True)):
             raise UserError(
                 f"teacher.options.latent_shape: {list(shape[1:])} is not divisible by the teacher's patches "
                 f"{list(config.patch_size)}"
             )
+        tokens = [size // patch for size, patch in zip(shape[1:], config.patch_size, strict=True)]
+        if max(tokens) > config.rope_max_seq_len:
+            raise UserError(f"teacher.options.latent_shape: {list(shape[1:])} makes {tokens} patches along the axes, "
+                            f"but the teacher has {config.rope_max_seq_len} positions along each")  # fmt: skip
+
+    def _wrap(self, transformer: Any) -> WanDenoiser:
         return WanDenoiser(transformer)

@@ -26,6 +26,7 @@ from raydmd.runtime.preparation import (
     fetch_teacher,
     has_experts,
     notes,
+    pin_teacher,
     prepare,
 )
 from raydmd.runtime.pretrain import pretrain
@@ -57,11 +58,12 @@ def distill(
     Raises:
         UserError: a bad recipe, a folder that holds another run, workers that cannot be placed.
     """
-    console, recipe = console or Console(), absolute(recipe)
+    console, given = console or Console(), absolute(recipe)
+    recipe = pin_teacher(given, folder)
     check(recipe)
     for note in notes(recipe):
         console.print(note, highlight=False, markup=False, soft_wrap=True)
-    done = prepare(recipe, folder, resume)
+    done = prepare(given, folder, resume)
     own, recipe = recipe.teacher.path is None, with_teacher(recipe, folder)
     if own:
         fetch_teacher(recipe, folder)

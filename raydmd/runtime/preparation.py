@@ -15,10 +15,11 @@ from raydmd.folders import expert_file
 from raydmd.locations import absolute_location
 from raydmd.methods.limits import check_method
 from raydmd.models.fingerprint import same_teacher
+from raydmd.models.hub import HUB, parse_hub_name, resolve_commit
 from raydmd.models.pretrained import PretrainedFamily
 from raydmd.models.protocol import CONFIG_FILE, WEIGHTS_FILE
 from raydmd.models.sampler_grid import SCHEDULER_FILE
-from raydmd.runs import recipe_family
+from raydmd.runs import recipe_family, with_commit
 from raydmd.runtime.archivist import keep_experts
 from raydmd.runtime.cluster import checkpoints
 from raydmd.runtime.manifest import Archive
@@ -42,6 +43,22 @@ def absolute(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=changes)
 
 
+def pin_teacher(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe with the commit of a hub's teacher: that of the run in ``folder``, else the newest.
+
+    So all workers take the same, at any time, and a run that is continued takes what it was begun with.
+
+    Raises:
+        UserError: the hub has no such model, or cannot be reached and the cache has none.
+    """
+    if not (recipe.teacher.path or "").startswith(HUB) or recipe.teacher.family in EMBEDDED:
+        return recipe
+    newest = Archive(checkpoints(recipe, folder)).peek()
+    begun = with_commit(recipe, newest.teacher if newest else "")
+    pinned = str(resolve_commit(parse_hub_name(begun.teacher.path or "")))
+    return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"path": pinned})})
+
+
 def check(recipe: Recipe) -> None:
     """Refuse what would fail later, before anything is written.
 
@@ -51,7 +68,7 @@ def check(recipe: Recipe) -> None:
     family = recipe_family(recipe)
     check_method(recipe, family)
     if recipe.teacher.path is not None:
-        family.load_teacher()
+        family.check_teacher()
         family.teacher_times(recipe.teacher.steps, recipe.teacher.timestep_shift)
         if isinstance(family, PretrainedFamily):
             family.shape_for(*family.picture_size)  # the VAE's config and the patches go with the latents
@@ -60,7 +77,9 @@ def check(recipe: Recipe) -> None:
     if recipe.prompts.path is not None:
         table = PromptTable(recipe.prompts.path, family.condition_columns)
         small = sum(group.size for group in table.groups) <= LOOKED_THROUGH
-        encode_rows(family, table, np.arange(len(table) if small else 1))
+        conditions = encode_rows(family, table, np.arange(len(table) if small else 1))
+        if recipe.teacher.path is not None:
+            family.check_conditions(conditions)
     elif family.name not in EMBEDDED:
         raise UserError(f"prompts.path: family '{family.name}' ships no prompts; give a Parquet file")
 
