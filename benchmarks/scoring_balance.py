@@ -12,6 +12,9 @@ into 64 micro-batches. The pool does not know the speeds when it starts.
     python benchmarks/scoring_balance.py --json scoring_balance.json
 """
 
+import raydmd.runtime  # noqa: F401  # has Ray keep to loopback, which it decides when it is imported
+
+# isort: split
 import asyncio
 import statistics
 import time

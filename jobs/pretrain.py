@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the job's working folder need not be installed
 
-from raydmd.cli import main
+from raydmd.entry import main
 
 if __name__ == "__main__":
     main(["pretrain", *sys.argv[1:]])

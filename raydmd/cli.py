@@ -1,21 +1,20 @@
 """The commands. Bad input gets one line and exit code 2; Ctrl-C leaves a run that can be continued (130)."""
 
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 import yaml
-from rich.console import Console
 
-from raydmd import __version__
+from raydmd import __version__, interrupts
 from raydmd.bench.command import bench
 from raydmd.config import Recipe, dump_recipe, load_recipe, shipped_recipes
+from raydmd.console import console, errors
+from raydmd.entry import main as main
 from raydmd.errors import RunError, UserError
-
-console = Console()
+from raydmd.runtime.address import check_cluster
 
 FOLDER = click.Path(path_type=Path)
 recipe_argument = click.argument("recipe", metavar="RECIPE")
@@ -24,7 +23,18 @@ set_option = click.option(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class Commands(click.Group):
+    """A group that a Ctrl-C leaves without the empty line that click writes for it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise click.Abort from None
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, message="%(version)s")
 def app() -> None:
     """Distil diffusion models into few-step experts on a Ray cluster."""
@@ -44,8 +54,8 @@ def quickstart(out: Path, overrides: Sequence[str]) -> None:
     from raydmd.evaluation.report import report as write_report
     from raydmd.runs import Run
 
-    if not _distill(load_recipe("digits", list(overrides)), out, "auto"):
-        raise click.exceptions.Exit(130)
+    if not _distill(load_recipe("digits", list(overrides)), out, "auto") or interrupts.received():
+        raise click.exceptions.Exit(interrupts.exit_code())
     _evaluate(out)
     page = write_report([Run(out)], out / "report.html")
     console.print(f"\nlook at the pictures: {page.resolve()}", highlight=False, soft_wrap=True)
@@ -63,9 +73,10 @@ def pretrain(recipe: str, overrides: Sequence[str], out: Path | None) -> None:
 
     RECIPE is a YAML file, or a name that `raydmd recipes` lists.
     """
+    loaded = load_recipe(recipe, list(overrides))
+    check_cluster()
     from raydmd.runtime.pretrain import pretrain as run_pretrain
 
-    loaded = load_recipe(recipe, list(overrides))
     folder = run_pretrain(loaded, out or Path(f"runs/{loaded.name}-teacher"), console)
     use = shlex.quote(f"teacher.path={folder}")
     console.print(f"teacher: {folder} (use it with --set {use})", highlight=False, markup=False, soft_wrap=True)
@@ -97,7 +108,7 @@ def distill(recipe: str, overrides: Sequence[str], out: Path | None, resume: str
         folder, resume = Path(resume), "auto"
     if not _distill(loaded, folder, resume):
         console.print(f"stopped; the same command goes on from {folder}", highlight=False, soft_wrap=True)
-        raise click.exceptions.Exit(130)
+        raise click.exceptions.Exit(interrupts.exit_code())
     then = ", ".join(_next_commands(loaded, folder))
     console.print(f"run: {folder} (next: {then})", highlight=False, markup=False, soft_wrap=True)
 
@@ -206,13 +217,14 @@ def serve(
     serving = absolute(load_serving(str(run), layout, teacher, fast, list(overrides), keys))
     if keys:
         words = "raydmd: --api-key shows in `ps` to everybody on this machine; RAYDMD_API_KEY and api_keys_file do not"
-        Console(stderr=True).print(words, highlight=False, markup=False, soft_wrap=True)
+        errors.print(words, highlight=False, markup=False, soft_wrap=True)
     if config_out is not None:
         demand_keys(serving, host, no_keys)
         text = config_of(serving, host, port)
         config_out.write_text(text, encoding="utf-8")
         console.print(f"serve deploy {config_out}", highlight=False, soft_wrap=True)
         return
+    check_cluster()
     serve_run(serving, host, port, proxy, console, no_keys)
 
 
@@ -244,7 +256,7 @@ def validate(files: Sequence[Path]) -> None:
         except (UserError, OSError) as error:
             wrong += 1
             words = f"{file}: {error.strerror}" if isinstance(error, OSError) else str(error)
-            Console(stderr=True).print(f"raydmd: {words}", highlight=False, markup=False, soft_wrap=True)
+            errors.print(f"raydmd: {words}", highlight=False, markup=False, soft_wrap=True)
     if wrong:
         raise click.exceptions.Exit(2)
 
@@ -259,6 +271,7 @@ def _next_commands(recipe: Recipe, folder: Path) -> list[str]:
 
 def _distill(recipe: Recipe, folder: Path, resume: str) -> bool:
     """Train the embedded teacher into the run's folder if none is given, then distil."""
+    check_cluster()
     from raydmd.runtime.launch import distill as run_distill
 
     return run_distill(recipe, folder, resume, console)
@@ -282,31 +295,31 @@ def _rounded(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit with its code."""
-    sys.exit(run(arguments))
-
-
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code. Used by the jobs, too."""
-    errors = Console(stderr=True)
     try:
         return int(app(arguments, prog_name="raydmd", standalone_mode=False) or 0)
     except click.exceptions.NoArgsIsHelpError as error:
         console.print(error.format_message(), highlight=False, markup=False, soft_wrap=True)
         return 2
-    except (UserError, click.ClickException) as error:
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        errors.print(f"raydmd: {' '.join(message.split())}", highlight=False, markup=False, soft_wrap=True)
-        return 2
-    except OSError as error:
-        if error.filename is None:
-            raise
-        errors.print(f"raydmd: {error.filename}: {error.strerror}", highlight=False, markup=False, soft_wrap=True)
-        return 2
-    except RunError as error:
-        errors.print(f"raydmd: {error}", highlight=False, markup=False, soft_wrap=True)
-        return 1
-    except (KeyboardInterrupt, click.Abort):
-        errors.print("raydmd: interrupted", highlight=False)
-        return 130
+    except (Exception, KeyboardInterrupt) as error:
+        code, words = _end(error)
+        errors.print(f"raydmd: {words}", highlight=False, markup=False, soft_wrap=True)
+        return code
+
+
+def _end(error: BaseException) -> tuple[int, str]:
+    """Return the exit code and the line of a command that ended with an error; raise one that nobody foresaw."""
+    if (failure := interrupts.failure()) is not None:
+        return 1, str(failure)
+    if interrupts.raised() or isinstance(error, KeyboardInterrupt | click.Abort):  # whatever it was turned into
+        return interrupts.exit_code(), "interrupted"
+    if isinstance(error, click.ClickException):
+        return 2, " ".join(error.format_message().split())
+    if isinstance(error, UserError):
+        return 2, " ".join(str(error).split())
+    if isinstance(error, RunError):
+        return 1, str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return 2, f"{error.filename}: {error.strerror}"
+    raise error

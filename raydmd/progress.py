@@ -8,6 +8,8 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from raydmd.console import errors
+
 TENTHS = 10  # lines of a log, at most
 
 
@@ -20,7 +22,7 @@ def time_left(count: int, seconds: Collection[float]) -> str:
 @contextmanager
 def counting(what: str, total: int, console: Console | None = None) -> Iterator[Callable[[], None]]:
     """Show how many of ``total`` are done; what is yielded is to be called after each."""
-    console = console or Console(stderr=True)
+    console = console or errors
     began, done = time.monotonic(), 0
     columns = (
         TextColumn(f"[bold]{what}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
@@ -43,7 +45,7 @@ def counting(what: str, total: int, console: Console | None = None) -> Iterator[
 @contextmanager
 def telling(what: str, console: Console | None = None) -> Iterator[Callable[[str], None]]:
     """Show what is being done; what is yielded is to be told in a few words."""
-    console, began = console or Console(stderr=True), time.monotonic()
+    console, began = console or errors, time.monotonic()
     if console.is_terminal:
         with console.status(what) as status:
             yield lambda words: status.update(f"{what}: {words}")

@@ -1,9 +1,12 @@
 """What several test files share: small teachers, recipes that run in a second, prompts."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from commands import beyond_loopback
 from run_folders import make_run
 
 import raydmd.runtime  # before Ray: what it starts here then listens on loopback only  # noqa: F401
@@ -15,6 +18,21 @@ from raydmd.models.protocol import save_teacher
 from raydmd.runs import recipe_family
 
 torch.set_num_threads(1)
+
+_looked_at: set[str] = set()  # Rays of this process
+
+
+@pytest.fixture(autouse=True)
+def rays_listen_on_loopback_only() -> Iterator[None]:
+    """Look once at every Ray that a test, or a fixture that it uses, has started in this process."""
+    yield
+    import ray
+
+    if ray.is_initialized() and (session := ray._private.worker._global_node.session_name) not in _looked_at:
+        _looked_at.add(session)
+        elsewhere, _ = beyond_loopback(psutil.Process().children(recursive=True))
+        assert elsewhere == []
+
 
 SMALL = {
     "ring": ["teacher.options={width: 32, depth: 2}", "pretrain.batch=64", "pretrain.micro=64"],

@@ -256,7 +256,7 @@ def test_a_cluster_whose_token_is_not_given(here: Path, teachers: dict[str, Path
 
 
 ANOTHER = """
-import sys, ray
+import sys, raydmd.runtime, ray
 ray.__version__ = "1.0.0"
 print(ray.init("local", num_cpus=1, include_dashboard=False).address_info["gcs_address"], flush=True)
 sys.stdin.read()

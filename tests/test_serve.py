@@ -43,7 +43,7 @@ class Server:
     def __init__(self, run: Path, log: Path, *arguments: str, **variables: str) -> None:
         (self.port,) = free_ports(1)
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+        environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_ADDRESS": "", **variables}  # blank: unset
         self.log, self.url = log, f"http://127.0.0.1:{self.port}"
         with log.open("w") as output:
             self.process = subprocess.Popen(

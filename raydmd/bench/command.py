@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
+from raydmd.console import console
 from raydmd.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 FOLDER = click.Path(path_type=Path)
 PROMPTS = ("a lighthouse at dusk", "two cats on a windowsill", "a bowl of ripe plums", "snow on a mountain village")
 REQUESTS = 100
-
-console = Console()
 
 
 @click.group(epilog="Example: raydmd bench serve --url http://127.0.0.1:8000 --concurrency 1,4,16")

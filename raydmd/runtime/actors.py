@@ -35,7 +35,9 @@ class Cluster:
         return {role: len(self.crews[role].members) for role in ("teacher", "fake", "generator")}
 
     def close(self) -> None:
-        """End every actor, so that the run holds nothing of a cluster that others use."""
+        """End every actor, so that the run holds nothing of a cluster that others use; nothing where Ray is gone."""
+        if not ray.is_initialized():
+            return
         for crew in self.crews.values():
             crew.close()
         for actor in (self.prompts, self.archivist, self.warden):

@@ -3,17 +3,21 @@
 import logging
 import math
 import os
-import socket
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raydmd import interrupts
 from raydmd.config import Recipe
+from raydmd.console import notices_to
 from raydmd.errors import RunError, UserError
+from raydmd.runtime import cluster_address
 from raydmd.runtime.actors import Cluster
+from raydmd.runtime.address import check_reachable
 from raydmd.runtime.archivist import Archivist
 from raydmd.runtime.controller import micro_batches
 from raydmd.runtime.crew import Crew
@@ -23,76 +27,87 @@ from raydmd.runtime.placement import wait_for_helpers, wait_for_workers
 from raydmd.runtime.pool import ScorerPool
 from raydmd.runtime.process_group import Rendezvous
 from raydmd.runtime.prompts import PromptStream
+from raydmd.runtime.ray_compat import (
+    adopt_orphans,
+    no_accidental_start,
+    own_signals,
+    quiet_dead_workers,
+)
+from raydmd.runtime.ray_health import HealthMonitor
 from raydmd.runtime.recorder import Recorder
 from raydmd.runtime.warden import Warden
 from raydmd.runtime.workers import PARTS, WORKERS, Factory
 
 
-def connect(recipe: Recipe) -> bool:
-    """Join the cluster that RAY_ADDRESS names (a job's own, inside a job), else start one here, on loopback.
-
-    Returns:
-        Whether one was started, which the caller then shuts down.
-
-    Raises:
-        UserError: RAY_ADDRESS names no cluster that can be joined.
-        RunError: Ray does not start here.
-    """
+def connect(recipe: Recipe, folder: Path) -> AbstractContextManager[HealthMonitor]:
+    """Join or start a Ray as `joined` does, large enough for a recipe; what Ray says goes to ``folder``/run.log."""
     roles = (recipe.runtime.teacher, recipe.runtime.fake, recipe.runtime.generator)
     claimed = sum(role.cpus * role.max_workers for role in roles) + 2  # two more for Ray Data's tasks
-    return join_or_start(claimed, recipe.runtime.object_store_mb)
+    return joined(claimed, recipe.runtime.object_store_mb, folder / "run.log")
 
 
-def join_or_start(claimed: float, object_store_mb: int) -> bool:
-    """Join the cluster that RAY_ADDRESS names, else start one here, on loopback.
+@contextmanager
+def joined(claimed: float, object_store_mb: int, log: Path) -> Iterator[HealthMonitor]:
+    """Join the cluster that RAY_ADDRESS names (a job's own, inside a job), else start one here, on loopback.
+
+    One that was started is ended at the end; while inside, a Ray that is lost ends what the main thread does (see
+    `HealthMonitor`). Within another of these it is the outer one's.
 
     Args:
         claimed: CPUs that are asked for in all; one that is started here has as many, whatever the machine has.
         object_store_mb: of one that is started here.
-
-    Returns:
-        Whether one was started, which the caller then shuts down.
+        log: file that is given what Ray says.
 
     Raises:
-        UserError: RAY_ADDRESS names no cluster that can be joined.
+        UserError: RAY_ADDRESS names no cluster that can be joined; said within 15 s.
         RunError: Ray does not start here.
     """
+    inner = ray.is_initialized()
+    with nullcontext() if inner else notices_to(log):
+        owned = join_or_start(claimed, object_store_mb)
+        monitor = HealthMonitor()
+        if not inner:
+            monitor.start()
+        try:
+            yield monitor
+        finally:
+            monitor.stop()
+            if owned and monitor.lost is None:
+                ray.shutdown()
+
+
+def join_or_start(claimed: float, object_store_mb: int) -> bool:
+    """Do what `joined` says; return whether a Ray was started, which the caller then shuts down."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")  # of dead workers we tell in our own words
+    quiet_dead_workers()
+    no_accidental_start()
     if ray.is_initialized():
         return False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
-    if "RAY_ADDRESS" in os.environ:
-        _check_reachable(os.environ["RAY_ADDRESS"])
+    with own_signals():
+        if (address := cluster_address()) is not None:
+            check_reachable(address)
+            try:
+                ray.init(**quiet)
+            except Exception as error:  # another Ray or Python there; no node of it here
+                raise UserError(f"RAY_ADDRESS: {' '.join(str(error).split())[:300]}") from None
+            return False
+        make_room_for_sockets()
+        if interrupts.installed():
+            adopt_orphans()
         try:
-            ray.init(**quiet)
-        except Exception as error:  # nobody answers; another Ray or Python there; no token; an address of no such form
-            raise UserError(f"RAY_ADDRESS: {' '.join(str(error).split())[:300]}") from None
-        return False
-    make_room_for_sockets()
-    try:
-        with in_a_group_of_its_own():
-            ray.init(
-                "local",  # never some cluster that happens to run here
-                num_cpus=max(os.cpu_count() or 1, math.ceil(claimed)),
-                object_store_memory=object_store_mb * 2**20,
-                include_dashboard=False,
-                _node_ip_address="127.0.0.1",
-                **quiet,
-            )
-    except Exception as error:  # Ray raises no other kind, e.g. on a machine that is too busy to start it in time
-        raise RunError(f"Ray does not start here: {' '.join(str(error).split())[:300]}") from error
+            with in_a_group_of_its_own():
+                ray.init(
+                    "local",  # never some cluster that happens to run here
+                    num_cpus=max(os.cpu_count() or 1, math.ceil(claimed)),
+                    object_store_memory=object_store_mb * 2**20,
+                    include_dashboard=False,
+                    _node_ip_address="127.0.0.1",
+                    **quiet,
+                )
+        except Exception as error:  # Ray raises no other kind, e.g. on a machine that is too busy to start it in time
+            raise RunError(f"Ray does not start here: {' '.join(str(error).split())[:300]}") from error
     return True
-
-
-def _check_reachable(address: str) -> None:
-    """Refuse an address at which nobody listens; Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-        except OSError as error:
-            raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from None
 
 
 async def launch(

@@ -1,17 +1,18 @@
 """`raydmd distill`: from a recipe and a folder to a finished run, or to one that can be continued."""
 
 import asyncio
-import signal
 import time
 from pathlib import Path
 
-import ray
 from ray.exceptions import RayError, RayTaskError
 from rich.console import Console
 
 from raydmd.config import Recipe
+from raydmd.console import console as terminal
 from raydmd.data.prompts import ensure_embedded_prompts
 from raydmd.errors import RunError, UserError
+from raydmd.interrupts import graceful
+from raydmd.methods.phase import Phase
 from raydmd.methods.plan import plan_iterations, plan_phases
 from raydmd.models.fingerprint import fingerprint_teacher
 from raydmd.models.protocol import CONFIG_FILE
@@ -58,7 +59,7 @@ def distill(
     Raises:
         UserError: a bad recipe, a folder that holds another run, workers that cannot be placed.
     """
-    console, given = console or Console(), absolute(recipe)
+    console, given = console or terminal, absolute(recipe)
     recipe = pin_teacher(given, folder)
     check(recipe)
     for note in notes(recipe):
@@ -77,43 +78,63 @@ def distill(
         return True
     if own and done and not trained:
         raise UserError(f"--out {folder}: it lacks the teacher that the run trained; put it back: {folder}/teacher")
-    owned = connect(recipe)
-    recorder = None
+    with connect(recipe, folder) as ray_health:
+        try:
+            return _distill(recipe, folder, own, trained, phases, lengths, console, parts, until)
+        except (RayError, RunError) as error:
+            raise ray_health.error() or _explained(error, folder) from None
+
+
+def _distill(
+    recipe: Recipe,
+    folder: Path,
+    own: bool,
+    trained: bool,
+    phases: list[Phase],
+    lengths: list[int],
+    console: Console,
+    parts: dict[str, Factory] | None,
+    until: int | None,
+) -> bool:
+    """Do what is left to do on the Ray that is there; return whether the run is finished."""
+    if own and not trained:
+        pretrain(recipe, folder / "teacher", console)
+    if own:
+        archive_teacher(recipe, folder)
+    fingerprint = fingerprint_teacher(recipe_family(recipe))
+    prompts = recipe.prompts.path or str(ensure_embedded_prompts(recipe_family(recipe), folder / "prompts"))
+    recorder = Recorder(folder, recipe, sum(lengths), console)
+
+    async def main() -> Controller:
+        since = time.perf_counter()
+        cluster = await launch(recipe, folder, prompts, recorder, parts)
+        loop = asyncio.get_running_loop()
+        try:
+            controller = Controller(recipe, phases, lengths, cluster, recorder, until, since, fingerprint)
+
+            def stop() -> None:
+                recorder.say("stopping at the iteration's end; its checkpoint lets you go on (Ctrl-C again: at once)")
+                controller.stop()
+
+            with graceful(lambda: loop.call_soon_threadsafe(stop)):
+                await controller.run()
+        finally:
+            cluster.close()
+        seconds = round(time.perf_counter() - since, 3)
+        kind = "finished" if controller.finished else "stopped"
+        recorder.event(kind, iteration=controller.committed, seconds=seconds)
+        return controller
+
     try:
-        if own and not trained:
-            pretrain(recipe, folder / "teacher", console)
-        if own:
-            archive_teacher(recipe, folder)
-        fingerprint = fingerprint_teacher(recipe_family(recipe))
-        prompts = recipe.prompts.path or str(ensure_embedded_prompts(recipe_family(recipe), folder / "prompts"))
-        recorder = Recorder(folder, recipe, sum(lengths), console)
-
-        async def main() -> Controller:
-            since = time.perf_counter()
-            cluster = await launch(recipe, folder, prompts, recorder, parts)
-            try:
-                controller = Controller(recipe, phases, lengths, cluster, recorder, until, since, fingerprint)
-                with _Interrupts(asyncio.get_running_loop(), controller, recorder):
-                    await controller.run()
-            finally:
-                cluster.close()
-            seconds = round(time.perf_counter() - since, 3)
-            kind = "finished" if controller.finished else "stopped"
-            recorder.event(kind, iteration=controller.committed, seconds=seconds)
-            return controller
-
         return asyncio.run(main()).finished
-    except RayError as error:
-        raise _explained(error, folder) from None
     finally:
-        if recorder is not None:
-            recorder.close()
-        if owned:
-            ray.shutdown()
+        recorder.close()
 
 
-def _explained(error: RayError, folder: Path) -> Exception:
+def _explained(error: Exception, folder: Path) -> Exception:
     """Turn a worker's error into one line; what Ray says of it goes to error.txt."""
+    if isinstance(error, RunError):
+        return error
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, UserError | RunError):
         return type(cause)(str(cause))
@@ -121,26 +142,3 @@ def _explained(error: RayError, folder: Path) -> Exception:
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
     first = lines[-1] if "creation task" in lines[0] else lines[0]
     return RunError(f"a worker ended the run: {first} (details: {folder}/error.txt; the same command goes on)")
-
-
-class _Interrupts:
-    """While inside, the first Ctrl-C (or SIGTERM) stops the run at the iteration's edge; a second one at once."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, controller: Controller, recorder: Recorder) -> None:
-        self.loop, self.controller, self.recorder = loop, controller, recorder
-        self.task = asyncio.current_task()
-
-    def __enter__(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.loop.add_signal_handler(number, self._received)
-
-    def __exit__(self, *exception: object) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.loop.remove_signal_handler(number)
-
-    def _received(self) -> None:
-        if self.controller.stopping and self.task is not None:
-            self.task.cancel()
-            return
-        self.recorder.say("stopping at the iteration's end; its checkpoint lets you go on (Ctrl-C again: at once)")
-        self.controller.stop()

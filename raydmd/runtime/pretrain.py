@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.train
 import torch
 import torch.distributed as dist
@@ -21,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_file
 
 from raydmd.config import Recipe, parse_recipe
+from raydmd.console import console as terminal
 from raydmd.data.embedded import EMBEDDED
 from raydmd.errors import UserError
 from raydmd.folders import read_lines
@@ -44,14 +44,14 @@ def pretrain(recipe: Recipe, folder: Path, console: Console | None = None) -> Pa
     Raises:
         UserError: the family is not an embedded one, or the folder already holds a teacher.
     """
-    console, folder = console or Console(), folder.resolve()
+    console, folder = console or terminal, folder.resolve()
     family, settings = _embedded_family(recipe), recipe.pretrain
     if (folder / "config.json").is_file():
         raise UserError(f"--out {folder}: it already holds a teacher; choose another folder")
     workers: Any = (settings.min_workers, settings.max_workers)  # a range is what makes Ray Train elastic
     progress_file = folder / "pretrain.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         train_loop,
         train_loop_config={"recipe": recipe.model_dump(mode="json"), "progress": str(progress_file)},
         torch_config=TorchConfig(backend="gloo"),
@@ -66,20 +66,21 @@ def pretrain(recipe: Recipe, folder: Path, console: Console | None = None) -> Pa
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )
-    owned = connect(recipe)
-    try:
+    with connect(recipe, folder):
         with _progress(console, progress_file, settings.iterations):
             result = trainer.fit()
         assert result.checkpoint is not None
         training = Pretraining(recipe, family)
         with result.checkpoint.as_directory() as kept:
             training.flat.load_state(load_file(Path(kept) / "state.safetensors"))
-    finally:
-        if owned:
-            ray.shutdown()
     save_teacher(training.teacher(), folder, family.name, family.options)
     shutil.rmtree(folder / "train")
     return folder
+
+
+class _Trainer(TorchTrainer):
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Leave Ctrl-C to the command: Ray Train's own handler swallows the first two and ends with 0."""
 
 
 def train_loop(config: dict[str, Any]) -> None:

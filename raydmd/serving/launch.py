@@ -3,8 +3,8 @@
 import logging
 import os
 import shutil
-import signal
 import socket
+import tempfile
 import threading
 from ipaddress import ip_address
 from pathlib import Path
@@ -13,9 +13,10 @@ from typing import Any, Literal
 import yaml
 from rich.console import Console
 
-import raydmd.runtime  # before Ray: what it starts here then listens on loopback only  # noqa: F401
 from raydmd.errors import RunError, UserError
+from raydmd.interrupts import graceful
 from raydmd.runs import Run
+from raydmd.runtime import cluster_address  # before Ray: what it starts here then listens on loopback only
 from raydmd.serving.haproxy import HeldPorts, trusted, use_haproxy
 from raydmd.serving.http.headers import IMPORT_PATH
 from raydmd.serving.pipeline import experts_of, read_card, stages_of
@@ -76,7 +77,7 @@ def serve_run(
     """
     experts = experts_of(read_card(serving))
     demand_keys(serving, host, no_keys)
-    joins = bool(os.environ.get("RAY_ADDRESS"))
+    joins = cluster_address() is not None
     if proxy == "haproxy" and joins:
         raise UserError("--proxy haproxy: it is a setting of the cluster's processes: start its nodes with "
                         "RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1")  # fmt: skip
@@ -129,44 +130,41 @@ def _serve(serving: Serving, experts: int, host: str, port: int, behind: bool, c
         behind: HAProxy listens there, and all else on loopback.
         console: where progress is shown.
     """
-    import ray
     from ray import serve
     from ray.serve.config import HTTPOptions, ProxyLocation
     from ray.serve.schema import LoggingConfig
 
-    from raydmd.runtime.cluster import join_or_start
+    from raydmd.runtime.cluster import joined
     from raydmd.serving.app import application
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    owned = join_or_start(claimed(serving, experts), 512)
-    try:
-        quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
-        options = HTTPOptions(host="127.0.0.1" if behind else host, port=port)
-        serve.start(ProxyLocation.HeadOnly, options, logging_config=quiet)
-        with console.status("starting replicas"):
-            serve.run(application(serving), name=APP, route_prefix="/", logging_config=quiet)
-        shown = f"[{host}]" if ":" in host else host
-        console.print(f"serving {serving.run} at http://{shown}:{port} (Ctrl-C stops)", highlight=False, soft_wrap=True)
-        _wait_for_signal()
-    except RuntimeError as error:
-        raise RunError(f"the replicas do not start: {' '.join(str(error).split())[:500]}") from None
-    finally:
-        with console.status("finishing what was begun"):
-            serve.delete(APP)
-        if owned:
-            ray.shutdown()
+    log = Path(serving.run if os.access(serving.run, os.W_OK) else tempfile.gettempdir()) / "run.log"
+    with joined(claimed(serving, experts), 512, log) as ray_health:
+        try:
+            quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
+            options = HTTPOptions(host="127.0.0.1" if behind else host, port=port)
+            serve.start(ProxyLocation.HeadOnly, options, logging_config=quiet)
+            with console.status("starting replicas"):
+                serve.run(application(serving), name=APP, route_prefix="/", logging_config=quiet)
+            shown = f"[{host}]" if ":" in host else host
+            console.print(
+                f"serving {serving.run} at http://{shown}:{port} (Ctrl-C stops)", highlight=False, soft_wrap=True
+            )
+            _wait_for_signal()
+        except RuntimeError as error:
+            words = f"the replicas do not start: {' '.join(str(error).split())[:500]}"
+            raise ray_health.error() or RunError(words) from None
+        finally:
+            if ray_health.error() is None:
+                with console.status("finishing what was begun"):
+                    serve.delete(APP)
 
 
 def _wait_for_signal() -> None:
-    """Return at Ctrl-C, SIGTERM or SIGHUP."""
+    """Return at the first of Ctrl-C, SIGTERM and SIGHUP."""
     stopped = threading.Event()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in numbers}
-    try:
+    with graceful(stopped.set):
         stopped.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def claimed(serving: Serving, experts: int) -> float:

@@ -1,0 +1,123 @@
+"""What the runtime needs of Ray's private parts, each with what happens where a Ray has it no more."""
+
+import ctypes
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from raydmd import interrupts
+
+SUBREAPER = 36  # prctl's PR_SET_CHILD_SUBREAPER
+
+
+@contextmanager
+def own_signals() -> Iterator[None]:
+    """While Ray starts inside, keep SIGTERM with whoever has it now.
+
+    Ray's Python side would turn it into SystemExit, and its native side into a stack trace on stderr. That one is
+    installed once in a process: so it is done here, and what it replaced is put back before any work depends on it.
+    Without these private names SIGTERM ends a run as Ray would have it.
+    """
+    from ray._private import utils
+
+    if not interrupts.installed():  # a library's SIGTERM is Ray's to handle, as its users know it
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    module: Any = utils
+    replaced = module.set_sigterm_handler
+    try:
+        install = ctypes.CDLL(ray._raylet.__file__)._ZN3ray6RayLog27InstallFailureSignalHandlerEPKcb
+        install.argtypes, install.restype = [ctypes.c_char_p, ctypes.c_bool], None
+        install(None, False)
+        signal.signal(signal.SIGTERM, handler)
+    except (AttributeError, OSError):
+        pass
+    module.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        module.set_sigterm_handler = replaced
+        signal.signal(signal.SIGTERM, handler)
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of its grandchildren whose parent dies, so that it can end them (Linux)."""
+    try:
+        ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+    except (AttributeError, OSError):
+        pass
+
+
+def node_processes() -> dict[str, "subprocess.Popen[bytes]"]:
+    """Return the raylet and the control store (GCS) that this process started; none where it joined a cluster."""
+    node = ray._private.worker._global_node
+    if node is None:
+        return {}
+    names = {"raylet": "raylet", "gcs_server": "control store (gcs_server)"}
+    return {names[kind]: infos[-1].process for kind, infos in node.all_processes.items() if kind in names and infos}
+
+
+def joined_ports() -> dict[str, tuple[str, int]]:
+    """Return where the control store of the cluster and this machine's raylet listen: (host, port) by name."""
+    node, here = ray._private.worker._global_node, ray.get_runtime_context().get_node_id()
+    assert node is not None
+    host, _, port = node.gcs_address.rpartition(":")
+    found = {"control store (GCS)": (host.strip("[]"), int(port))}
+    for each in ray.nodes():
+        if each["NodeID"] == here:
+            found["raylet"] = (each["NodeManagerAddress"], each["NodeManagerPort"])
+    return found
+
+
+def gcs_answers(address: str, timeout_s: float) -> bool:
+    """Whether a gRPC server (a Ray's control store) answers at HOST:PORT; never takes longer than ``timeout_s``."""
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+
+    channel = init_grpc_channel(address)
+    try:
+        grpc.channel_ready_future(channel).result(timeout=timeout_s)
+        return True
+    except grpc.FutureTimeoutError:
+        return False
+    finally:
+        channel.close()
+
+
+def check_token() -> None:
+    """Raise RuntimeError where the cluster demands a token and none is found; Ray's native code ends the process."""
+    from ray._private.authentication import authentication_token_setup as authentication
+
+    authentication.ensure_token_if_auth_enabled(None, create_token_if_missing=False)
+
+
+def resolved(address: str) -> str:
+    """Return HOST:PORT of the cluster that ``auto`` finds, or ``address`` itself.
+
+    Raises:
+        ConnectionError: none runs on this machine.
+    """
+    from ray._private import services
+
+    return str(services.get_ray_address_from_environment("auto", None)) if address == "auto" else address
+
+
+def quiet_dead_workers() -> None:
+    """Have Ray not print the logs of workers that died: the runtime tells of them in its own words."""
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher
+
+    global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+
+
+def no_accidental_start() -> None:
+    """Have no call start a Ray by itself, such as one in a clean-up after ``ray.shutdown()``."""
+    from ray._private import auto_init_hook
+
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # of processes that are started from here
+    auto_init_hook.enable_auto_connect = False
