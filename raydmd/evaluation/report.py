@@ -72,6 +72,7 @@ def report(runs: Sequence[Run], out: Path, progress: Callable[[str], None] | Non
         raise UserError("report: name at least one run's folder")
     if out.is_dir():
         raise UserError(f"--out {out}: a folder; name the page's file, e.g. {out / 'report.html'}")
+    out.parent.mkdir(parents=True, exist_ok=True)  # before the work of minutes: it may not be possible
     say = progress or (lambda words: None)
     names = _distinct_names(runs)
     shown = [_run(run, names[i], RUNS[i % len(RUNS)], say) for i, run in enumerate(runs)]
@@ -86,7 +87,6 @@ def report(runs: Sequence[Run], out: Path, progress: Callable[[str], None] | Non
         when=time.strftime("%Y-%m-%d %H:%M"),
         figure_words={name: words for name, (_, _, words) in FIGURES.items()},
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}")
     partial.write_text(page, encoding="utf-8")
     partial.replace(out)
