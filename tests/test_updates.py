@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from raydmd.data.row_order import RowGroup, RowOrder
 from raydmd.diffusion.random import Key, normal, uniform
 from raydmd.methods.batch import Score
 from raydmd.methods.fake import Fake
@@ -148,16 +149,16 @@ def test_scores_of_another_iteration_are_refused(quick) -> None:
 
 
 def test_an_iteration_has_its_own_regression_pairs(quick) -> None:
-    """Iteration n uses pairs 16 n .. 16 n + 16; those of another iteration are not touched."""
+    """Two iterations walk all 32 pairs, each 16 of them; those of another iteration are not touched."""
     recipe = quick("ring", "method.name=dmd", "method.regression.weight=1", "method.regression.pairs=32")
     family = recipe_family(recipe)
     generator = Generator(recipe, family, family.load_teacher())
     noise = normal(Key(0, 0, "pairs", 0), 0, 32, (2,))
     result = torch.zeros(32, 2)
-    result[:16] = torch.nan
+    result[RowOrder(0, "regression", [RowGroup(32, 0)]).rows(0, 16)] = torch.nan  # those of iteration 0
     generator.pairs = Pairs(noise, result, {})
     generator.start_phase(0, 0)
-    for iteration, spoilt in ((1, False), (0, True), (3, False), (2, True)):
+    for iteration, spoilt in ((1, False), (0, True), (1, False), (2, True)):  # 2 begins a new epoch
         proposals = [generator.propose(iteration, start, 4, {}) for start in (0, 4, 8, 12)]
         scores = [Score(p.stamp, torch.zeros_like(p.x_t)) for p in proposals]
         if spoilt:
