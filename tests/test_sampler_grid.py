@@ -154,7 +154,7 @@ def test_a_broken_file_is_named(tmp_path):
     file.parent.mkdir()
     for text in ("{", "[]", "\ufffe"):
         file.write_text(text)
-        with pytest.raises(UserError, match="scheduler_config.json is not readable"):
+        with pytest.raises(UserError, match="scheduler_config.json is not a diffusers"):
             build_family("wan", str(tmp_path), {"latent_shape": SHAPES["wan"][0]}).teacher_times(4)
 
 

@@ -242,7 +242,7 @@ class PretrainedFamily(Family):
         Raises:
             UserError: the VAE is of another kind, or for latents of other channels.
         """
-        config = None if self.path is None else read_config(str(self._root()), "vae")
+        config = None if self.path is None else read_config(self._root(), "vae")
         return VaeConfig() if config is None else vae_config(config, self.latent_shape[0])
 
     @cached_property
@@ -254,7 +254,7 @@ class PretrainedFamily(Family):
         """
         config = None
         if self.path is not None:
-            config = read_config(str(self._root()), self.options["subfolder"]) or read_config(str(self._root()), "")
+            config = read_config(self._root(), self.options["subfolder"]) or read_config(self._root(), "")
         size = (config or {}).get("patch_size", PATCHES)
         sizes = (1, size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list | tuple) else ()
         if len(sizes) != len(PATCHES) or not all(type(n) is int and n > 0 for n in sizes):
@@ -300,7 +300,7 @@ class PretrainedFamily(Family):
         Raises:
             UserError: the scheduler is one that is not followed here.
         """
-        config = None if self.path is None else read_config(str(self._root()), "scheduler", "scheduler_config.json")
+        config = None if self.path is None else read_config(self._root(), "scheduler", "scheduler_config.json")
         return None if config is None else sampler_grid(config, sigmas_given=self.gives_sigmas)
 
     def _tokens(self, shape: tuple[int, ...]) -> int:
