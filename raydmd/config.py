@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from raydmd.errors import UserError, nearest
 from raydmd.locations import parse_location
+from raydmd.strict_yaml import StrictLoader
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -284,9 +285,13 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
             )
         path = shipped[name_or_path]
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)  # noqa: S506  (a SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if tree is None:
+        raise UserError(f"{path}: nothing in it")
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys, not a {type(tree).__name__}")
     tree.setdefault("name", path.stem)

@@ -13,7 +13,7 @@ from raydmd.data.prompts import PromptTable, write_prompts
 from raydmd.errors import UserError
 from raydmd.models.digits import DigitsFamily
 from raydmd.models.points import RingFamily
-from raydmd.runtime.preparation import check
+from raydmd.recipe_check import check
 
 
 def columns(bad: int | None = None, value: float = np.nan, column: str = "prompt_embeds") -> dict[str, np.ndarray]:

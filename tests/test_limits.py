@@ -9,8 +9,8 @@ from raydmd.errors import UserError
 from raydmd.methods.limits import check_method
 from raydmd.methods.plan import plan_phases
 from raydmd.objectives.distribution_matching import distribution_matching_gradient, guided
+from raydmd.recipe_check import check
 from raydmd.runs import recipe_family
-from raydmd.runtime.preparation import check
 
 FIXED = "method.score_interval=fixed"
 CASES = {  # what is set, what the error says, and the nearest that is allowed

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from test_large_families import large_recipe, run_large
 
 import raydmd.runtime  # before Ray  # noqa: F401
+from raydmd import recipe_check
 from raydmd.config import Recipe, load_recipe
 from raydmd.data.prompts import PromptTable, write_prompts
 from raydmd.data.row_order import PromptOrder
@@ -33,7 +34,7 @@ from raydmd.methods.reference import train
 from raydmd.methods.scorer import Scorer
 from raydmd.models.protocol import save_teacher
 from raydmd.runs import Run, recipe_family
-from raydmd.runtime import placement, preparation
+from raydmd.runtime import placement
 from raydmd.runtime.launch import distill
 from raydmd.runtime.manifest import Archive
 from raydmd.runtime.prompts import PromptStream
@@ -356,7 +357,7 @@ def test_a_bad_prompt_row_is_named_wherever_it_is_found(
     with pytest.raises(UserError, match="row 250 of '.*' has values that are not finite in column 'prompt_embeds'"):
         distill(recipe, tmp_path / "before", console=CONSOLE)
     assert not (tmp_path / "before").exists()
-    monkeypatch.setattr(preparation, "LOOKED_THROUGH", 0)
+    monkeypatch.setattr(recipe_check, "LOOKED_THROUGH", 0)
     monkeypatch.setattr(PromptTable, "_refuse_not_finite", lambda *a: None)  # here, in the driver
     with pytest.raises(UserError, match="row 250 of '.*' has values that are not finite") as caught:
         distill(recipe, tmp_path / "run", console=CONSOLE)

@@ -16,8 +16,8 @@ from raydmd.diffusion.times import step_grid
 from raydmd.errors import UserError
 from raydmd.methods.scorer import Scorer
 from raydmd.models.families import build_family
+from raydmd.recipe_check import check, notes
 from raydmd.runs import recipe_family
-from raydmd.runtime.preparation import check, notes
 from raydmd.serving.parts import Noise, teacher_steps
 
 torch.set_num_threads(1)

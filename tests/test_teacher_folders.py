@@ -16,7 +16,7 @@ from raydmd.data.prompts import write_prompts
 from raydmd.errors import UserError
 from raydmd.models.families import build_family
 from raydmd.models.pretrained import PretrainedFamily
-from raydmd.runtime.preparation import check
+from raydmd.recipe_check import check
 
 NAME = "diffusion_pytorch_model.safetensors"
 PIPELINES = {"wan": "WanPipeline", "qwen_image": "QwenImagePipeline"}

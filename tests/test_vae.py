@@ -12,7 +12,7 @@ from raydmd.errors import UserError
 from raydmd.models.families import build_family
 from raydmd.models.qwen_image import pack, unpack
 from raydmd.models.vae import vae_config
-from raydmd.runtime.preparation import check
+from raydmd.recipe_check import check
 
 torch.set_num_threads(1)
 

@@ -16,17 +16,15 @@ from raydmd.methods.phase import Phase
 from raydmd.methods.plan import plan_iterations, plan_phases
 from raydmd.models.fingerprint import fingerprint_teacher
 from raydmd.models.protocol import CONFIG_FILE
+from raydmd.recipe_check import absolute, check, notes
 from raydmd.runs import recipe_family, with_teacher
 from raydmd.runtime.cluster import connect, launch
 from raydmd.runtime.controller import Controller
 from raydmd.runtime.preparation import (
-    absolute,
     archive_teacher,
-    check,
     check_fingerprint,
     fetch_teacher,
     has_experts,
-    notes,
     pin_teacher,
     prepare,
 )

@@ -3,44 +3,23 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from raydmd.config import Recipe, dump_recipe, load_recipe, parse_recipe
 from raydmd.data.embedded import EMBEDDED
-from raydmd.data.encoding import encode_rows
-from raydmd.data.prompts import PromptTable
 from raydmd.errors import UserError
 from raydmd.folders import expert_file
-from raydmd.locations import absolute_location
-from raydmd.methods.limits import check_method
 from raydmd.models.fingerprint import same_teacher
 from raydmd.models.hub import HUB, parse_hub_name, resolve_commit
-from raydmd.models.pretrained import PretrainedFamily
 from raydmd.models.protocol import CONFIG_FILE, WEIGHTS_FILE
-from raydmd.models.sampler_grid import SCHEDULER_FILE
-from raydmd.runs import recipe_family, with_commit
+from raydmd.runs import with_commit
 from raydmd.runtime.archivist import keep_experts
 from raydmd.runtime.cluster import checkpoints
 from raydmd.runtime.manifest import Archive
 from raydmd.runtime.storage import Store
 
 TEACHER = (f"teacher/{WEIGHTS_FILE}", f"teacher/{CONFIG_FILE}")  # in this order: with the last, it is whole
-LOOKED_THROUGH = 64 * 2**20  # bytes of a prompt table, all of whose rows are encoded before a run; else its first
 FREE = {"name", "runtime", "checkpoint", "monitor", "evaluation"}  # may differ when a run is continued
-
-
-def absolute(recipe: Recipe) -> Recipe:
-    """Return the recipe with local paths made absolute, so that it means the same elsewhere."""
-    changes: dict[str, Any] = {}
-    for name in ("teacher", "prompts"):
-        section = getattr(recipe, name)
-        if section.path is not None and Path(section.path).exists():
-            changes[name] = section.model_copy(update={"path": str(Path(section.path).resolve())})
-    if recipe.checkpoint.path is not None:
-        place = absolute_location(recipe.checkpoint.path)
-        changes["checkpoint"] = recipe.checkpoint.model_copy(update={"path": place})
-    return recipe.model_copy(update=changes)
 
 
 def pin_teacher(recipe: Recipe, folder: Path) -> Recipe:
@@ -57,40 +36,6 @@ def pin_teacher(recipe: Recipe, folder: Path) -> Recipe:
     begun = with_commit(recipe, newest.teacher if newest else "")
     pinned = str(resolve_commit(parse_hub_name(begun.teacher.path or "")))
     return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"path": pinned})})
-
-
-def check(recipe: Recipe) -> None:
-    """Refuse what would fail later, before anything is written.
-
-    Raises:
-        UserError: a method, a teacher or a file of prompts that is not there or does not fit.
-    """
-    family = recipe_family(recipe)
-    check_method(recipe, family)
-    if recipe.teacher.path is not None:
-        family.check_teacher()
-        family.teacher_times(recipe.teacher.steps, recipe.teacher.timestep_shift)
-        if isinstance(family, PretrainedFamily):
-            family.shape_for(*family.picture_size)  # the VAE's config and the patches go with the latents
-    elif family.name not in EMBEDDED:
-        raise UserError(f"teacher.path: family '{family.name}' needs a folder or a hub's name of its weights")
-    if recipe.prompts.path is not None:
-        table = PromptTable(recipe.prompts.path, family.condition_columns)
-        small = sum(group.size for group in table.groups) <= LOOKED_THROUGH
-        conditions = encode_rows(family, table, np.arange(len(table) if small else 1))
-        if recipe.teacher.path is not None:
-            family.check_conditions(conditions)
-    elif family.name not in EMBEDDED:
-        raise UserError(f"prompts.path: family '{family.name}' ships no prompts; give a Parquet file")
-
-
-def notes(recipe: Recipe) -> list[str]:
-    """Return what is worth saying of a recipe that `check` accepts, a line each."""
-    family = recipe_family(recipe)
-    if isinstance(family, PretrainedFamily) and recipe.teacher.timestep_shift is None and family.sampler_grid is None:
-        return [f"teacher.timestep_shift: '{family.path}' has no {SCHEDULER_FILE}: the teacher's own sampler takes "
-                f"evenly spaced times"]  # fmt: skip
-    return []
 
 
 def prepare(recipe: Recipe, folder: Path, resume: str) -> int:

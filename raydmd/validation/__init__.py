@@ -4,12 +4,13 @@ A recipe, a cluster-launcher file, a Ray Serve configuration, or Kubernetes obje
 and Prometheus' files are left to their own tools.
 """
 
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
-from raydmd.config import Recipe, parse_recipe
+from raydmd.config import Recipe, load_recipe
 from raydmd.errors import UserError, nearest
 from raydmd.validation.document import read_documents
 from raydmd.validation.kuberay import KINDS, check_kuberay, check_serve_config
@@ -17,11 +18,33 @@ from raydmd.validation.launcher import check_launcher, launcher_keys
 
 OBJECT = ("apiVersion", "kind", "metadata", "spec")
 SERVE = ("proxy_location", "http_options", "grpc_options", "logging_config", "applications", "target_capacity")
+SAME_WORD = 0.75  # similarity of a key and its misspelling; below, a file without any right key is of another kind
 PROMETHEUS = ("groups", "scrape_configs")
+
+
+class Verdict(NamedTuple):
+    """What a file is.
+
+    Attributes:
+        words: its kinds, and what could not be told here.
+        checked: whether any part of it was checked; else it is for other tools, or unknown.
+    """
+
+    words: str
+    checked: bool
 
 
 def validate_file(path: Path) -> str:
     """Check a file and return in words what it is, e.g. ``recipe`` or ``RayJob; PersistentVolumeClaim skipped``.
+
+    Raises:
+        UserError: as `inspect_file`.
+    """
+    return inspect_file(path).words
+
+
+def inspect_file(path: Path) -> Verdict:
+    """Check a file, and say in words what it is and whether it was checked.
 
     Raises:
         UserError: one line that names the file, the first wrong key's path and the nearest right one.
@@ -31,28 +54,31 @@ def validate_file(path: Path) -> str:
         if not documents:
             raise UserError("nothing in it")
         kinds = [_check(document, path) for document in documents]
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: unknown kind of file: it is not text") from None
+    except yaml.YAMLError as error:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     checked = [kind for kind, known in kinds if known]
     skipped = [kind for kind, known in kinds if not known]
-    return "; ".join(filter(None, [", ".join(checked), f"{', '.join(skipped)} skipped" if skipped else ""]))
+    words = "; ".join(filter(None, [", ".join(checked), f"{', '.join(skipped)} skipped" if skipped else ""]))
+    return Verdict(words, bool(checked))
 
 
 def _check(document: Any, path: Path) -> tuple[str, bool]:
     """Check one document; return its kind and whether it was checked (else another tool's)."""
     if not isinstance(document, dict):
-        raise UserError(f"a mapping of keys is expected, not a {type(document).__name__}")
+        raise UserError(f"unknown kind of file: a mapping of keys is expected, not a {type(document).__name__}")
     keys = [str(key) for key in document]
     tops = {"object": OBJECT, "launcher": tuple(launcher_keys()), "serve": SERVE, "recipe": tuple(Recipe.model_fields)}
     if any(key in PROMETHEUS for key in keys):
         return "Prometheus (check it with promtool)", False
     kind = max(tops, key=lambda name: (sum(key in tops[name] for key in keys), _near(keys, tops[name])))
-    if not any(key in tops[kind] for key in keys) and not _near(keys, tops[kind]):
+    if not any(key in tops[kind] or get_close_matches(key, tops[kind], cutoff=SAME_WORD) for key in keys):
         raise UserError(
-            f"neither a recipe, a cluster-launcher file, a Serve configuration nor a KubeRay manifest "
-            f"(its keys: {', '.join(keys)})"
+            f"unknown kind of file: neither a recipe, a cluster-launcher file, a Serve configuration nor a KubeRay "
+            f"manifest (its keys: {', '.join(keys)})"
         )
     if kind == "launcher":
         check_launcher(document)
@@ -64,8 +90,8 @@ def _check(document: Any, path: Path) -> tuple[str, bool]:
             raise UserError(str(error).removeprefix(".").replace("'.", "'")) from None
         return "Serve configuration", True
     if kind == "recipe":
-        _recipe(document, path)
-        return "recipe", True
+        said = _recipe(path)
+        return f"recipe; {'; '.join(said)}" if said else "recipe", True
     for key in keys:
         if key not in OBJECT and nearest(key, OBJECT).startswith("; did"):
             raise UserError(f"unknown key '{key}'{nearest(key, OBJECT)}")
@@ -85,10 +111,15 @@ def _near(keys: list[str], names: tuple[str, ...]) -> int:
     return sum(nearest(key, names).startswith("; did") for key in keys)
 
 
-def _recipe(document: dict[str, Any], path: Path) -> None:
-    """Check a recipe and all that can be told of it without its teacher."""
-    document.setdefault("name", path.stem)
+def _recipe(path: Path) -> list[str]:
+    """Check a recipe as `raydmd distill` does; return what only a network, a hub or a cluster can tell.
+
+    Raises:
+        UserError: what `raydmd distill` refuses.
+    """
+    from raydmd.recipe_check import check_offline
+
     try:
-        parse_recipe(document, "")
+        return check_offline(load_recipe(str(path)))
     except UserError as error:
-        raise UserError(str(error).removeprefix(": ")) from None
+        raise UserError(str(error).removeprefix(f"{path}: ")) from None

@@ -8,23 +8,7 @@ import yaml
 from jsonschema import Draft7Validator, ValidationError
 
 from raydmd.errors import UserError, nearest
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key given twice is an error; YAML's own rule, that the last one wins, hides a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, (list, dict)):
-                continue  # SafeLoader itself refuses these
-            if key in seen:
-                raise UserError(f"line {key_node.start_mark.line + 1}: key '{key}' is given twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+from raydmd.strict_yaml import StrictLoader
 
 
 def read_documents(text: str) -> list[Any]:
@@ -34,7 +18,7 @@ def read_documents(text: str) -> list[Any]:
         yaml.YAMLError: not YAML.
         UserError: a key is given twice in one mapping.
     """
-    documents = yaml.load_all(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+    documents = yaml.load_all(text, Loader=StrictLoader)  # noqa: S506  (a SafeLoader)
     return [document for document in documents if document is not None]
 
 

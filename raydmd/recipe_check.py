@@ -1,0 +1,135 @@
+"""What can be told of a recipe before a run: `raydmd distill` and `raydmd validate` refuse the same, in one wording."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raydmd.config import Recipe
+from raydmd.data.embedded import EMBEDDED
+from raydmd.data.encoding import encode_rows
+from raydmd.data.prompts import PromptTable
+from raydmd.errors import UserError
+from raydmd.locations import absolute_location
+from raydmd.methods.limits import check_method
+from raydmd.models.hub import HUB, cached_snapshot, parse_hub_name
+from raydmd.models.pretrained import PretrainedFamily
+from raydmd.models.protocol import Conditions, EmbeddedFamily, Family
+from raydmd.models.sampler_grid import SCHEDULER_FILE
+from raydmd.models.teacher_folder import find_teacher
+from raydmd.models.weight_files import weight_files
+from raydmd.runs import recipe_family
+
+LOOKED_THROUGH = 64 * 2**20  # bytes of a prompt table, all of whose rows are encoded before a run; else its first
+
+
+def absolute(recipe: Recipe) -> Recipe:
+    """Return the recipe with local paths made absolute, so that it means the same elsewhere."""
+    changes: dict[str, Any] = {}
+    for name in ("teacher", "prompts"):
+        section = getattr(recipe, name)
+        if section.path is not None and Path(section.path).exists():
+            changes[name] = section.model_copy(update={"path": str(Path(section.path).resolve())})
+    if recipe.checkpoint.path is not None:
+        place = absolute_location(recipe.checkpoint.path)
+        changes["checkpoint"] = recipe.checkpoint.model_copy(update={"path": place})
+    return recipe.model_copy(update=changes)
+
+
+def check(recipe: Recipe, prompts: bool = True) -> None:
+    """Refuse what would fail later, before anything is written.
+
+    Args:
+        recipe: the recipe.
+        prompts: whether its file of prompts is read.
+
+    Raises:
+        UserError: a method, a teacher or a file of prompts that is not there or does not fit.
+    """
+    family = recipe_family(recipe)
+    check_method(recipe, family)
+    if recipe.teacher.path is not None:
+        family.check_teacher()
+        family.teacher_times(recipe.teacher.steps, recipe.teacher.timestep_shift)
+        if isinstance(family, PretrainedFamily):
+            family.shape_for(*family.picture_size)  # the VAE's config and the patches go with the latents
+    elif isinstance(family, EmbeddedFamily) and family.name in EMBEDDED:
+        family.new_network()
+    else:
+        raise UserError(f"teacher.path: family '{family.name}' needs a folder or a hub's name of its weights")
+    if recipe.prompts.path is None:
+        if family.name not in EMBEDDED:
+            raise UserError(f"prompts.path: family '{family.name}' ships no prompts; give a Parquet file")
+    elif prompts:
+        conditions = _encode(recipe, family)
+        if recipe.teacher.path is not None:
+            family.check_conditions(conditions)
+
+
+def check_offline(recipe: Recipe) -> list[str]:
+    """Check a recipe by what is on this machine; return what only a network, a hub or a cluster can tell, a line each.
+
+    Raises:
+        UserError: what `check` refuses.
+    """
+    recipe = absolute(recipe)
+    said, path, checked = [], recipe.teacher.path or "", recipe
+    if path.startswith(HUB) and isinstance(family := recipe_family(recipe), PretrainedFamily):
+        snapshot = cached_snapshot(parse_hub_name(path))
+        if snapshot is None or not _is_whole(snapshot, family):
+            said.append(f"teacher.path: '{path}' is not, or not whole, in this machine's cache")
+            return [*said, *_check_without_teacher(recipe)]
+        checked = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"path": str(snapshot)})})
+    remote = _is_remote(recipe.prompts.path)
+    check(checked, prompts=not remote)
+    return [*said, *_of_elsewhere(recipe), *notes(checked)]
+
+
+def notes(recipe: Recipe) -> list[str]:
+    """Return what is worth saying of a recipe that `check` accepts, a line each."""
+    family = recipe_family(recipe)
+    if isinstance(family, PretrainedFamily) and recipe.teacher.timestep_shift is None and family.sampler_grid is None:
+        return [f"teacher.timestep_shift: '{family.path}' has no {SCHEDULER_FILE}: the teacher's own sampler takes "
+                f"evenly spaced times"]  # fmt: skip
+    return []
+
+
+def _check_without_teacher(recipe: Recipe) -> list[str]:
+    """Check the rest of a recipe whose teacher is not here; return what is elsewhere."""
+    family = recipe_family(recipe)
+    check_method(recipe, family)
+    if recipe.prompts.path is None:
+        raise UserError(f"prompts.path: family '{family.name}' ships no prompts; give a Parquet file")
+    if not _is_remote(recipe.prompts.path):
+        _encode(recipe, family)
+    return _of_elsewhere(recipe)
+
+
+def _encode(recipe: Recipe, family: Family) -> Conditions:
+    """Return the conditions of a small table's rows, of a large one's first."""
+    table = PromptTable(str(recipe.prompts.path), family.condition_columns)
+    small = sum(group.size for group in table.groups) <= LOOKED_THROUGH
+    return encode_rows(family, table, np.arange(len(table) if small else 1))
+
+
+def _of_elsewhere(recipe: Recipe) -> list[str]:
+    said = [f"{key}: '{path}' is not looked at" for key, path in
+            (("prompts.path", recipe.prompts.path), ("checkpoint.path", recipe.checkpoint.path))
+            if path is not None and _is_remote(path)]  # fmt: skip
+    roles = {role: getattr(recipe.runtime, role) for role in ("teacher", "fake", "generator")}
+    said += [f"runtime.{role}: whether its resources and labels are there, the cluster tells"
+             for role, settings in roles.items() if settings.resources or settings.labels]  # fmt: skip
+    return said
+
+
+def _is_remote(path: str | None) -> bool:
+    return path is not None and "://" in path and not path.startswith("file://")
+
+
+def _is_whole(snapshot: Path, family: PretrainedFamily) -> bool:
+    """Whether the cache has all of a teacher's files, as far as can be told."""
+    try:
+        folder = find_teacher(str(snapshot), family.options["subfolder"])
+        return bool(weight_files(folder.transformer, family.options["variant"]))
+    except UserError:
+        return False
