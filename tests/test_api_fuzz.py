@@ -18,7 +18,7 @@ from raydmd.serving.settings import parse_serving
 GENERATIONS = "/v1/images/generations"
 ROUTES = [
     GENERATIONS, "/v1/videos", "/v1/videos/video_1", "/v1/videos/video_1/content", "/v1/files/x.png", "/v1/models",
-    "/v1/models/tiny", "/health", "/metrics", "/",
+    "/v1/models/tiny", "/health", "/metrics", "/", "/docs", "/docs/docs.js", "/openapi.json",
 ]  # fmt: skip
 GOOD = b'{"prompt": "3", "seed": 1}'
 FUZZ = settings(

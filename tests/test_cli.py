@@ -177,6 +177,8 @@ def test_generate_writes_the_same_pictures_for_the_same_seed(trained: Run, here:
     for name in first:
         image = Image.open(here / "a" / name)
         assert image.width == image.height >= 8 and len(np.unique(np.asarray(image))) > 4
+        sample = name.removesuffix(".png").split("-")[-1]
+        assert image.text == {"prompt": "7", "seed": "5", "sample": sample, "model": trained.name}  # type: ignore[attr-defined]
     assert made("b", "-n", "3", "--seed", "5") == first
     other = made("c", "-n", "3", "--seed", "6")
     assert set(other.values()).isdisjoint(first.values())

@@ -1,7 +1,13 @@
 """The page at ``/`` in a real browser, over the API with a real run behind it."""
 
 import io
+import json
+import os
+import shlex
 import shutil
+import subprocess
+import sys
+import zipfile
 from base64 import b64decode
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +18,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, Response, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Response, expect, sync_playwright
 from run_folders import make_run
 from served import LONG, api, until
 from test_videos import make_video_run
@@ -154,7 +160,9 @@ def test_shows_each_step_its_expert_and_the_pictures_that_the_api_answers(visit,
     assert not same(one.pixels(), served.pictures(prompt="7", seed=42, n=3))
     with page.expect_download() as download:
         page.get_by_role("link", name="Save").nth(1).click()
-    assert np.array_equal(np.asarray(Image.open(download.value.path()).convert("RGBA")), truth[1])
+    assert shown_size(page.locator(".pictures img").nth(1)) == saved_as(download.value.path().read_bytes(), truth[1])
+    about = Image.open(download.value.path()).text  # type: ignore[attr-defined]
+    assert about == {"prompt": "7", "seed": "41", "sample": "1", "model": "tiny"}
 
     steps.get_by_role("button").first.click()  # shows what the first step promised, and the last the end again
     assert not same(one.pixels(), truth)
@@ -162,8 +170,9 @@ def test_shows_each_step_its_expert_and_the_pictures_that_the_api_answers(visit,
     assert same(one.pixels(), truth)
 
     page.get_by_role("radio", name="2").check(force=True)
-    one.make()  # without "keep", with another seed
-    assert page.get_by_label("Seed", exact=True).input_value() != "41"
+    page.get_by_role("button", name="Random").click()
+    one.make()
+    assert page.get_by_label("Seed", exact=True).input_value() == ""
     page.get_by_role("button", name="Show again: 7, seed 41").click()
     assert same(one.pixels(), truth)
     assert page.get_by_role("radio", name="7").is_checked()
@@ -212,9 +221,13 @@ def test_a_link_makes_the_same_again_and_the_teacher_beside_it(visit, served: Se
     steps = page.locator("[data-maker=teacher] .steps li[data-made-by=teacher] button:enabled")
     assert steps.count() == TEACHER_STEPS
     expect(page.locator("#verdict")).to_contain_text(f"{TEACHER_STEPS} steps in")
+    expect(page.locator("#verdict")).to_contain_text("medians of")
+    assert page.evaluate("shown.map((view) => view.runs.length)")[0] > 1
     ratio, networks = float(page.locator("#ratio").inner_text().rstrip("×")), "shown.map((view) => view.networks())"
     student, long = page.evaluate(networks)
     assert ratio == pytest.approx(long / student, rel=0.05, abs=0.051)  # it is shown with one digit after the point
+    page.evaluate("shown[0].runs = [2, 900, 1]; shown[1].runs = [30, 20, 7000, 10]; compareTimes(shown)")
+    assert page.locator("#ratio").inner_text() == "13×"  # 25 / 2: neither the first nor the mean
     page.evaluate("location.hash = '#prompt=6&seed=9'")  # as if another link was followed, and back
     expect(page.locator("#live")).to_contain_text("picture of 6, seed 9")
     assert same(one.pixels(), served.pictures(prompt="6", seed=9))
@@ -226,7 +239,11 @@ def test_a_link_makes_the_same_again_and_the_teacher_beside_it(visit, served: Se
 def test_what_the_server_refuses_is_said_at_its_field(visit, served: Served) -> None:
     one = visit(f"{served.url}/#prompt=3&seed=9&n=99")
     wrong = one.page.locator("#n-wrong")
-    expect(wrong).to_contain_text("at most 16")
+    expect(wrong).to_contain_text("at most 16")  # the page knows the limit from the server
+    assert not [answer for answer in one.answers if answer.status == 400]
+    one.page.evaluate("model.raydmd.limits.n = 100")  # as if it had been lowered since
+    one.page.get_by_role("button", name="Make", exact=True).click()
+    expect(wrong).to_contain_text("pictures at once, not 99")
     assert [answer.status for answer in one.answers][-1] == 400
     field = one.page.get_by_label("Pictures", exact=True)
     expect(field).to_be_focused()
@@ -252,6 +269,119 @@ def test_what_the_server_refuses_is_said_at_its_field(visit, served: Served) -> 
     one.page.get_by_role("button", name="Try again").click()
     one.made()
     assert same(one.pixels(), served.pictures(prompt="1", seed=2))
+
+
+def test_an_empty_seed_is_random_and_said(visit, served: Served) -> None:
+    one = visit(served.url)
+    page, field = one.page, one.page.get_by_label("Seed", exact=True)
+    seeds = []
+    for _ in range(2):
+        expect(field).to_have_value("")
+        one.make()
+        said = page.locator("[data-maker=student] .asked").inner_text()
+        seeds.append(int(said.split("seed ")[1].split(" ")[0]))
+    assert seeds[0] != seeds[1]
+    first = page.locator("#picker :checked").input_value()
+    assert same(one.pixels(), served.pictures(prompt=first, seed=seeds[1], n=4))
+    page.get_by_role("button", name="use again").click()
+    expect(field).to_have_value(str(seeds[1]))
+    one.make()
+    assert same(one.pixels(), served.pictures(prompt=first, seed=seeds[1], n=4))
+    assert page.get_by_label("Pictures", exact=True).get_attribute("max") == "16"
+    assert one.complaints == []
+
+
+def shown_size(image: Locator) -> tuple[int, int]:
+    box = image.bounding_box()
+    assert box is not None and box["width"] > 8
+    return round(box["width"]), round(box["height"])
+
+
+def saved_as(file: bytes, truth: np.ndarray) -> tuple[int, int]:
+    """Return the size of a saved file, which shows these pixels."""
+    image = Image.open(io.BytesIO(file)).convert("RGBA")
+    small = image.resize((truth.shape[1], truth.shape[0]), Image.Resampling.NEAREST)
+    assert np.array_equal(np.asarray(small), truth)
+    return image.size
+
+
+def test_full_size_by_a_click_and_all_saved_at_once(visit, served: Served) -> None:
+    one = visit(f"{served.url}/#prompt=7&seed=41&n=3")
+    one.made()
+    page, truth = one.page, served.pictures(prompt="7", seed=41, n=3)
+    expect(page.locator("[data-maker=student] .asked")).to_contain_text("7 · seed 41 · 8 × 8")
+    page.locator(".pictures button.frame").nth(1).click()
+    viewer, large = page.get_by_role("dialog"), page.locator("#viewer-img")
+    expect(page.locator("#viewer-text")).to_contain_text("picture 2 of 3 · 8 × 8")
+    width, height = shown_size(large)
+    assert width == height and width % 8 == 0 and width > shown_size(page.locator(".pictures img").first)[0]
+
+    def pixels() -> np.ndarray:
+        flat = large.evaluate(CANVAS)
+        return np.array(flat[2:], dtype=np.uint8).reshape(flat[0], flat[1], 4)
+
+    assert np.array_equal(pixels(), truth[1])
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#viewer-text")).to_contain_text("picture 3 of 3")
+    page.get_by_role("button", name="Next picture").click()
+    expect(page.locator("#viewer-text")).to_contain_text("picture 1 of 3")
+    assert np.array_equal(pixels(), truth[0])
+    with page.expect_download() as download:
+        viewer.get_by_role("link", name="Save").click()
+    assert saved_as(download.value.path().read_bytes(), truth[0]) == (width, height)
+    page.keyboard.press("Escape")
+    expect(viewer).to_be_hidden()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save all").click()
+    assert download.value.suggested_filename == "tiny-7-41.zip"
+    with zipfile.ZipFile(download.value.path()) as archive:
+        assert archive.testzip() is None
+        assert archive.namelist() == [f"tiny-7-41-{number}.png" for number in (1, 2, 3)]
+        for i, name in enumerate(archive.namelist()):
+            assert saved_as(archive.read(name), truth[i]) == shown_size(page.locator(".pictures img").nth(i))
+    assert one.complaints == [] and one.foreign(served) == []
+
+
+def test_what_is_copied_makes_the_same_pictures(visit, served: Served, tmp_path: Path) -> None:
+    one = visit(f"{served.url}/#prompt=7&seed=41&n=2")
+    one.made()
+    one.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    copied = {}
+    for name in ("curl", "Python"):
+        one.page.get_by_role("button", name=f"Copy as {name}").click()
+        expect(one.page.locator("#live")).to_have_text(f"Copied as {name}.")
+        copied[name] = one.page.evaluate("navigator.clipboard.readText()")
+    truth = served.pictures(prompt="7", seed=41, n=2)
+    environment = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
+    subprocess.run([sys.executable, "-c", copied["Python"]], cwd=tmp_path, env=environment, check=True, timeout=MS)
+    files = [(tmp_path / f"picture-{number}.png").read_bytes() for number in range(2)]
+    assert [saved_as(file, pixels) for file, pixels in zip(files, truth, strict=True)] == [(8, 8)] * 2
+    words = shlex.split(copied["curl"])
+    assert words[:2] == ["curl", f"{served.url}/v1/images/generations"]
+    assert same(served.pictures(**json.loads(words[words.index("-d") + 1])), truth)
+    quoted = 'curlOf({...shown[0], id: shown[0].id, request: {prompt: `it\'s "7"`, n: 1, seed: 1, size: null}})'
+    words = shlex.split(one.page.evaluate(quoted))
+    assert json.loads(words[words.index("-d") + 1])["prompt"] == 'it\'s "7"'
+    one.page.evaluate("sessionStorage.setItem(KEY, 'a-secret')")
+    for maker in ("curlOf", "pythonOf"):
+        text = one.page.evaluate(f"{maker}(shown[0])")
+        assert "RAYDMD_API_KEY" in text and "a-secret" not in text
+
+
+def test_the_description_is_shown_by_files_from_here(visit, run: Path) -> None:
+    with api(run, KEY) as (url, _):
+        one = visit(f"{url}/docs")
+        one.page.get_by_label("This server asks for an API key.").fill(KEY)
+        one.page.keyboard.press("Enter")
+        health = one.page.locator("#operations-server-health")
+        expect(one.page.locator("#operations-images-createImage")).to_be_visible()
+        health.get_by_role("button").first.click()
+        health.get_by_role("button", name="Try it out").click()
+        health.get_by_role("button", name="Execute").click()
+        expect(health.locator(".live-responses-table .response-col_status").last).to_contain_text("200")
+        assert one.foreign(Served(url)) == []
+        unauthorized = "the server responded with a status of 401"  # the first look, without a key
+        assert [words for words in one.complaints if unauthorized not in words] == []
 
 
 def test_a_busy_server_is_asked_again_until_stopped(visit, run: Path) -> None:

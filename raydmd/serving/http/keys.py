@@ -19,8 +19,9 @@ LOOK_SECONDS = 1.0  # between looks at the file of keys
 class Keys:
     """The API keys that are let in; with none, everybody is.
 
-    Open to all are the page, ``/health``, ``/metrics`` (counts and times alone: no prompt, no key), and pictures
-    under ``/v1/files/``, whose names cannot be guessed, so that a browser can show them.
+    Open to all are the pages at ``/`` and ``/docs`` (they ask for the key, and have nothing to hide), ``/health``,
+    ``/metrics`` (counts and times alone: no prompt, no key), and pictures under ``/v1/files/``, whose names cannot be
+    guessed, so that a browser can show them.
 
     The file of keys is read again when it changes. One that is gone, empty or half written changes nothing: a server
     with keys never opens to everybody.
@@ -33,8 +34,8 @@ class Keys:
         UserError: the file of keys is missing or has no key in it.
     """
 
-    OPEN = frozenset({"/", "/health", "/metrics"})
-    OPEN_BELOW = ("/v1/files/",)
+    OPEN = frozenset({"/", "/docs", "/health", "/metrics"})
+    OPEN_BELOW = ("/v1/files/", "/docs/")
 
     def __init__(self, serving: Serving, more: Iterable[str] = ()) -> None:
         self.serving, self._more = serving, frozenset(key_digest(key) for key in more)
@@ -67,6 +68,10 @@ class Keys:
             log.warning("%s; the keys of before go on", error)
         else:
             log.info("%s has changed: %d API keys are let in", self.serving.api_keys_file, len(self._digests))
+
+    def asked(self) -> bool:
+        """Say whether keys are asked for."""
+        return bool(self._digests)
 
     def owner(self, path: str, authorization: bytes) -> str:
         """Return whose request it is: a name that tells keys apart and does not tell the key.

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from raydmd.serving.http.errors import ApiError
+from raydmd.serving.http.openapi import Operation
 
 PAGE = Path(__file__).with_name("page.html")
 
@@ -63,6 +64,10 @@ class Page:
             "referrer-policy": "no-referrer",
             "cache-control": "no-cache",
         }
+
+    def operations(self) -> list[Operation]:
+        """Return its routes."""
+        return [Operation("GET", "/", self.show, shown=False, open=True)]
 
     async def show(self, request: Request) -> Response:
         """``GET /``."""
