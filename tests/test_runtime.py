@@ -168,7 +168,16 @@ def labels_of(conditions: Any) -> list[int]:
 def test_the_stream_hands_out_the_rows_of_the_order_streamed_or_kept(
     nodes: dict[str, str], quick, tmp_path: Path, cache_mb: int
 ) -> None:
-    """Also from the middle, as on resume. Only what is too large to keep is encoded by actors of Ray Data."""
+    """Also from the middle, as on resume. Only what is too large to keep is encoded by actors of Ray Data.
+
+    They need no more than tenths of a CPU: the roles' workers have the others.
+    """
+
+    class Held:
+        """Takes CPUs."""
+
+    held = [ray.remote(Held).options(num_cpus=cpus).remote() for cpus in (1.6, 1, 1)]  # of the nodes' 2, 1 and 1
+    ray.get([actor.__ray_ready__.remote() for actor in held])
     labels = (np.arange(40) ** 2 % 10).astype(np.int64)
     path = write_prompts(tmp_path / "labels.parquet", {"other": np.zeros(40), "label": labels})
     recipe, before = quick("digits", f"prompts.cache_mb={cache_mb}"), encoders()
@@ -182,7 +191,8 @@ def test_the_stream_hands_out_the_rows_of_the_order_streamed_or_kept(
     assert ray.get(stream.pairs.remote(30, 20))["label"].tolist() == labels[order.pairs(30, 20)].tolist()
     assert ray.get(stream.rows.remote(33, 9))["label"].tolist() == labels[np.arange(33, 42) % 40].tolist()
     assert (encoders() > before) == (cache_mb == 0)
-    ray.kill(stream)
+    for actor in (stream, *held):
+        ray.kill(actor)
 
 
 def encoders() -> int:

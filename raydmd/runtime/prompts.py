@@ -20,7 +20,7 @@ from raydmd.runtime.wire import to_wire
 KEPT = 3  # iterations: after a loss the one before the one under way may be taken again, and one is asked for ahead
 CHUNK_BYTES, CHUNK_ROWS = 32 * 2**20, 256  # encoded rows that are read and encoded at once, at most
 ROW = "raydmd-row"  # the column of rows' numbers, between the two kinds of actors
-PASS_CHUNKS = 2000  # of one execution of Ray Data, each chunk a task; then the next one is started
+PASS_CHUNKS = 1000  # of one execution of Ray Data, each chunk a task; then the next one is started
 
 
 class Reader:
@@ -171,7 +171,10 @@ class PromptStream:
         first, length = iteration * each, max(1, PASS_CHUNKS * self._chunk // each) * each
         count = -(-length // self._chunk)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        dataset = ray.data.range(count, override_num_blocks=count).map_batches(
+        numbers = [
+            {"id": number} for number in range(count)
+        ]  # blocks that take no CPU to make, unlike ray.data.range's
+        dataset = ray.data.from_items(numbers, override_num_blocks=count).map_batches(
             Reader, fn_constructor_args=(self.recipe, self.path, self.columns, first, first + length, self._chunk),
             concurrency=1, num_cpus=0.1, batch_size=1, batch_format="numpy", scheduling_strategy=here,
         ).map_batches(
