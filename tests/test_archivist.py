@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from raydmd.folders import expert_file
 from raydmd.runtime.archivist import NICE, Archivist
+from raydmd.runtime.helpers import HelperHeartbeat, start_helper
 from raydmd.runtime.manifest import Archive
 from raydmd.runtime.shards import LabelledTensors
 
@@ -39,10 +40,7 @@ def make() -> Iterator[Any]:
     actors = []
 
     def start(folder: Path, uri: str | None = None, keep: int = 2) -> Any:
-        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
-        actors.append(
-            ray.remote(Archivist).options(**options).remote(str(folder), uri or f"{folder}/checkpoints", keep)
-        )
+        actors.append(start_helper(Archivist, str(folder), uri or f"{folder}/checkpoints", keep))
         return actors[-1]
 
     yield start
@@ -84,6 +82,18 @@ def test_a_run_folders_expert_that_differs_is_replaced_and_one_that_does_not_is_
     path.write_bytes(path.read_bytes()[:-1])
     ray.get(archivist.restore.remote())
     assert same(load_file(path), expert(7))
+
+
+def test_its_heartbeat_says_what_it_is_at_and_that_it_gets_on(make: Any, tmp_path: Path) -> None:
+    archivist = make(tmp_path)
+    pid, _ = process(archivist)
+    assert ray.get(archivist.heartbeat.remote()) == HelperHeartbeat(pid, None, 0)
+    saved = archivist.save.remote(manifest(3), ["generator"], ray.put({"w": np.arange(2**26, dtype=np.float32)}))
+    seen: set[int] = set()
+    while not ray.wait([saved], timeout=0)[0]:
+        beat = ray.get(archivist.heartbeat.remote())  # while it is at work
+        seen |= {beat.progress} if beat.call == "save" else set()
+    assert len(seen) > 2 and ray.get(archivist.heartbeat.remote()).call is None
 
 
 def test_trainers_come_first(make: Any, tmp_path: Path) -> None:

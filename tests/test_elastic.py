@@ -96,6 +96,10 @@ def test_helpers_are_killed(nodes: Any, quick: Any, prompts: Any, tmp_path: Path
             process.kill()
             story.until(lambda name=name, old=process: [p for p in story.processes(name) if p.pid != old.pid])
             story.go_on(15)  # over a checkpoint
+        for helper in ("checkpoint writer", "control caller"):  # each was heard of before it was killed
+            story.until(lambda helper=helper: story.events("helper-recovered", helper=helper))
+        told = {event["helper"]: event["why"] for event in story.events("helper-lost")}
+        assert told["checkpoint writer"] == told["control caller"] == "its process was killed or crashed"
         story.kill("fake")  # and the warden is needed for this
         story.lost_and_recovered(1)
 

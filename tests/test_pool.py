@@ -25,9 +25,10 @@ from raydmd.runs import recipe_family
 from raydmd.runtime import pool as pool_module
 from raydmd.runtime.crew import Member
 from raydmd.runtime.groups import Call
+from raydmd.runtime.helpers import BESIDE
 from raydmd.runtime.pool import DEPTH, ScorerPool
 from raydmd.runtime.wire import from_wire, to_wire
-from raydmd.runtime.workers import BESIDE, TeacherWorker, make_part
+from raydmd.runtime.workers import TeacherWorker, make_part
 
 SLOW, FAST = 1.0, 0.02  # seconds
 

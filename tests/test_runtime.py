@@ -35,6 +35,7 @@ from raydmd.methods.scorer import Scorer
 from raydmd.models.protocol import save_teacher
 from raydmd.runs import Run, recipe_family
 from raydmd.runtime import placement
+from raydmd.runtime.helpers import start_helper
 from raydmd.runtime.launch import distill
 from raydmd.runtime.manifest import Archive
 from raydmd.runtime.prompts import PromptStream
@@ -157,7 +158,7 @@ def test_large_networks_with_embedded_prompts(nodes: dict[str, str], tmp_path: P
 
 def prompt_stream(kind: type[PromptStream], recipe: Recipe, path: Path) -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(kind).options(num_cpus=0, scheduling_strategy=here).remote(recipe, str(path))
+    return start_helper(kind, recipe, str(path), scheduling_strategy=here)
 
 
 def labels_of(conditions: Any) -> list[int]:

@@ -10,6 +10,7 @@ import ray
 from ray import ObjectRef
 
 from raydmd.folders import expert_file
+from raydmd.runtime.helpers import Helper, tracked
 from raydmd.runtime.manifest import Archive, Manifest, Shards
 from raydmd.runtime.shards import pieces
 from raydmd.runtime.storage import Store
@@ -17,7 +18,7 @@ from raydmd.runtime.storage import Store
 NICE = 10  # trainers on the same cores come first
 
 
-class Archivist:
+class Archivist(Helper):
     """Writes one thing at a time, on the node that has the run's folder. It may be restarted at any moment.
 
     Args:
@@ -33,11 +34,13 @@ class Archivist:
         os.nice(NICE)  # before Arrow starts its threads, which inherit it
         self.folder = Path(folder)
         self.archive = Archive(uri, keep)
+        self.archive.store.progress = self.advance
 
     def ready(self) -> str:
         """Return where it writes, without what the URI says besides."""
         return str(self.archive.store)
 
+    @tracked
     def save(self, manifest: Manifest, names: list[str], *states: dict[str, np.ndarray]) -> tuple[Manifest, float]:
         """Write one manifest with the trainers' states, which come as object references.
 
@@ -51,6 +54,7 @@ class Archivist:
         written = self.archive.save(manifest, dict(zip(names, states, strict=True)))
         return written, time.perf_counter() - since
 
+    @tracked
     def save_expert(self, index: int, weights: dict[str, np.ndarray]) -> None:
         """Write a finished expert's weights into the archive and where the run keeps them.
 
@@ -60,6 +64,7 @@ class Archivist:
         self.archive.save_expert(index, weights)
         _keep(self.folder, index, weights)
 
+    @tracked
     def restore(self) -> tuple[Manifest | None, list[str], dict[str, ObjectRef]]:
         """Read the newest whole manifest; write finished experts that the run's folder lacks.
 

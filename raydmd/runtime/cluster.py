@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from raydmd.runtime.archivist import Archivist
 from raydmd.runtime.controller import micro_batches
 from raydmd.runtime.crew import Crew
 from raydmd.runtime.groups import TrainerGroup
+from raydmd.runtime.helpers import start_helper
 from raydmd.runtime.own_ray import in_a_group_of_its_own, make_room_for_sockets
 from raydmd.runtime.placement import wait_for_helpers, wait_for_workers
 from raydmd.runtime.pool import ScorerPool
@@ -128,12 +130,7 @@ async def launch(
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
-    def helper(kind: type, *arguments: Any) -> Any:
-        """Start an actor beside the driver that comes back, and makes its unfinished calls again, when it is killed."""
-        options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
-        remote: Any = ray.remote(kind).options(**options)
-        return remote.remote(*arguments)
-
+    helper = partial(start_helper, scheduling_strategy=here)
     rows = prompts if "://" in prompts else str(Path(prompts).resolve())
     crews = {role: Crew(role, recipe, (parts or PARTS)[role]) for role in WORKERS}
     rendezvous = Rendezvous(ray.util.get_node_ip_address())
@@ -151,6 +148,7 @@ async def launch(
             crew.fill()
         await wait_for_workers(crews, recipe.runtime.placement_timeout, recorder.say)
         helpers = {f"the rows of {prompts}": cluster.prompts, "the place of checkpoints": cluster.archivist}
+        helpers["the control caller"] = cluster.warden
         await wait_for_helpers(helpers, recipe.runtime.placement_timeout, recorder.say)
     except BaseException:
         cluster.close()

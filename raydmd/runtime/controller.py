@@ -11,11 +11,13 @@ from ray import ObjectRef
 from ray.exceptions import RayError
 
 from raydmd.config import Recipe
+from raydmd.errors import RunError
+from raydmd.locations import KEY
 from raydmd.methods.phase import Phase
 from raydmd.methods.zeroed import refuse_too_many
 from raydmd.runtime.actors import Cluster
-from raydmd.runtime.elastic import Elastic, Stopped
-from raydmd.runtime.faults import cause_of, own_fault
+from raydmd.runtime.elastic import Elastic
+from raydmd.runtime.faults import Stopped
 from raydmd.runtime.groups import Call
 from raydmd.runtime.manifest import Manifest
 from raydmd.runtime.process_group import StepDropped
@@ -65,7 +67,7 @@ class Controller:
         self.finished = self.stopping = self._paired = self._previewed = False
         self.elastic = Elastic(self.recipe, self.cluster, self.recorder, lambda: self.stopping)
         self._background: set[asyncio.Task[None]] = set()
-        self._checkpointed: tuple[int, asyncio.Task[None]] | None = None  # the edge that is written, or being written
+        self.checkpoints = self.elastic.checkpoints
         self._receipts: dict[int, list[ObjectRef]] = {}
         self._forget_the_dropped()
 
@@ -81,14 +83,32 @@ class Controller:
         try:
             await asyncio.wait((watch, main), return_when=asyncio.FIRST_COMPLETED)
             await (watch if watch.done() else main)
+            await self._finish_writing()
         except Stopped:
-            pass
+            main.cancel()
+            await asyncio.gather(main, return_exceptions=True)
+            await self._finish_writing()
         finally:
             for task in (watch, main):
                 task.cancel()
             await asyncio.gather(watch, main, return_exceptions=True)
-            if self._background and main.done() and not main.cancelled() and main.exception() is None:
-                await asyncio.wait(self._background)
+            self.checkpoints.close()
+
+    async def _finish_writing(self) -> None:
+        """Wait for what is written in the background, but not for ever.
+
+        Raises:
+            RunError: the run is finished, and storage did not take all of it.
+        """
+        if not await self.checkpoints.drain():
+            words = ", ".join(self.checkpoints.close())
+            if not self.stopping:
+                raise RunError(f"{KEY}: {words}: not written, for its storage does not get on")
+            self.recorder.say(f"{words}: not written, for its storage does not get on")
+            self.recorder.event("checkpoint-failed", iteration=self.next, why="its storage does not get on")
+        self.checkpoints.check()
+        if self._background:
+            await asyncio.wait(self._background, timeout=self.recipe.runtime.dead_after)
 
     async def _run(self) -> None:
         """Train; after a loss mend the cluster and train on."""
@@ -121,7 +141,7 @@ class Controller:
         if standing.experts is not None:  # a manifest's state, and not the workers' own
             self.experts, self._paired = standing.experts, False
             self._receipts.clear()
-            self._checkpointed = None
+            self.checkpoints.forget()
             self._announced = -1
             self.recorder.rewind(standing.iteration)
         self.next = self.committed = standing.iteration
@@ -146,10 +166,11 @@ class Controller:
             while self.next < end and not self._halted():
                 await self._change_workers(phase)
                 await self._iterate(phase, self.next)
+                self.checkpoints.check()
                 if self.next < end and (
                     self.next % self.recipe.checkpoint.every == 0 or self.elastic.progress.owes_checkpoint
                 ):
-                    self._checkpoint(phase.index, may_wait=True)
+                    self._checkpoint(phase.index)
             if self.next < end:  # stopped
                 self._checkpoint(phase.index)
                 return
@@ -235,7 +256,11 @@ class Controller:
         """Fix the expert, keep it, and record that the phase is done."""
         generators = self.cluster.generators
         await asyncio.gather(*generators.all("end_phase", phase.index, self.next))
-        await self.cluster.archivist.save_expert.remote(phase.index, generators.one("expert", phase.index))
+        written = self.checkpoints.put_expert(phase.index, generators.one("expert", phase.index))
+        if not await self.checkpoints.wait_for(written) and not self.stopping:
+            limit = self.recipe.runtime.dead_after
+            self.recorder.say(f"going on: the storage of checkpoints has not got on for {limit:g} s")
+            self.recorder.event("checkpoint-late", phase=phase.index + 1, iteration=self.next)
         self.experts = phase.index + 1
         self._checkpoint(self.experts)
 
@@ -247,21 +272,14 @@ class Controller:
         }
         self._expect(self.elastic.resizing.edge(at))
         if self.elastic.resizing.must_pause():
-            await self._checkpoint(phase.index)
+            await self.checkpoints.wait_for(self._checkpoint(phase.index))
             raise StepDropped("the last worker of a role has to leave its node")
 
-    def _checkpoint(self, phase: int, may_wait: bool = False) -> asyncio.Task[None]:
-        """Have the state at this edge written in the background, once; at a phase's edge the experts are the state.
-
-        States that wait for the archivist fill the object store: while it writes one, what ``may_wait`` is left to a
-        later edge. What may not wait is handed over at once, so that the archivist has it when its worker is gone.
-        """
+    def _checkpoint(self, phase: int) -> asyncio.Future[None]:
+        """Have the state at this edge written in the background, once; at a phase's edge the experts are the state."""
         n, fakes = self.next, self._fake_updates
-        if self._checkpointed is not None and self._checkpointed[0] == n:
-            return self._checkpointed[1]
-        if may_wait and self._checkpointed is not None and not self._checkpointed[1].done():
-            self.elastic.progress.owes_checkpoint = True
-            return self._checkpointed[1]
+        if (known := self.checkpoints.of(n)) is not None:
+            return known
         manifest = Manifest(
             iteration=n,
             phase=phase,
@@ -277,25 +295,7 @@ class Controller:
         at = {"generator": n, "fake": fakes}
         states = [group.one("state", at[role]) for role, group in groups.items()]
         self.elastic.progress.owes_checkpoint = False
-
-        async def written() -> None:
-            try:
-                whole, seconds = await self.cluster.archivist.save.remote(manifest, list(groups), *states)
-            except RayError as error:
-                if self._checkpointed is not None and self._checkpointed[0] == n:
-                    self._checkpointed = None
-                if own_fault(error) is None:  # somebody whose state it needed was lost
-                    self.elastic.progress.owes_checkpoint = True
-                    return
-                self.recorder.say(f"a checkpoint was not written: {cause_of(error)}")
-                self.recorder.event("checkpoint-failed", iteration=n, why=str(cause_of(error))[:300])
-                return
-            size = sum(file["bytes"] for file in whole.files.values())
-            self.recorder.event("checkpoint", iteration=n, bytes=size, seconds=round(seconds, 3))
-            self.recorder.exported.checkpoint(size, seconds)
-
-        self._checkpointed = n, self._behind(written())
-        return self._checkpointed[1]
+        return self.checkpoints.put_manifest(manifest, list(groups), states)
 
     def _preview(self, phase: Phase, n: int) -> None:
         """Have a grid of samples drawn now and then."""

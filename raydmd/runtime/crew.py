@@ -10,11 +10,15 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 
 from raydmd.config import Recipe
+from raydmd.errors import RunError
+from raydmd.runtime.helpers import BESIDE
 from raydmd.runtime.placement import actor_options, describe, worker_device
-from raydmd.runtime.workers import BESIDE, PARTS, WORKERS, Factory, Identity
+from raydmd.runtime.workers import PARTS, WORKERS, Factory, Identity
 
 AGAIN = 1.0  # seconds until a worker that failed while starting is asked for again; doubles each time...
 RARELY = 600.0  # ...up to this
+SLOWER = 3.0  # times the role's slowest start so far, after which a start counts as stuck...
+LEAST_START_S = 30.0  # ...and at least this many seconds
 
 
 @dataclass(eq=False)
@@ -78,6 +82,8 @@ class Crew:
         self._numbers = 0
         self._coming: dict[Any, asyncio.Task[None]] = {}
         self._since: dict[Any, float] = {}
+        self._placed: dict[Any, float] = {}  # those that Ray does not lack room for, since when
+        self._slowest_start: float | None = None  # seconds
         self._needed = True  # at the last failed start
         self._failed_starts, self._pause = 0, AGAIN  # in a row
         self._closed = False
@@ -97,9 +103,41 @@ class Crew:
         """Handles of workers that are not up yet."""
         return list(self._coming)
 
+    @property
+    def unplaced(self) -> list[Any]:
+        """Those of them that Ray was last seen to have no room for; the others are starting."""
+        return [actor for actor in self._coming if actor not in self._placed]
+
     def waiting_since(self) -> float | None:
         """Return since when (time.monotonic) a worker has been waited for, if one is."""
         return min(self._since.values(), default=None)
+
+    def words(self) -> str:
+        """Say who is on the way, and what they wait for."""
+        waiting = len(self.unplaced)
+        starting = len(self._coming) - waiting
+        parts = [f"{waiting} {self.role} worker(s) wait for {self.asks} each"] if waiting else []
+        return "; ".join(parts + ([f"{starting} {self.role} worker(s) are starting"] if starting else []))
+
+    def see_placed(self, unplaced: set[Any]) -> None:
+        """Take note of which workers Ray has no room for; start those again that have been starting for too long."""
+        now, runtime = time.monotonic(), self.recipe.runtime
+        for actor in unplaced:
+            self._placed.pop(actor, None)
+        slowest = runtime.placement_timeout if self._slowest_start is None else SLOWER * self._slowest_start
+        limit = max(runtime.dead_after, slowest, LEAST_START_S)
+        for actor in [actor for actor in self._coming if actor not in unplaced]:
+            if now - self._placed.setdefault(actor, now) > limit:
+                self._coming[actor].cancel()
+                self._forget(actor)
+                ray.kill(actor)
+                self._failed_starts += 1
+                self.trouble = RunError(f"it was starting for over {limit:g} s, and is started again")
+                if self._failed_starts >= runtime.max_failures and self._is_short():
+                    self.failure = RunError(f"{self.role}: its workers do not come up within {limit:g} s")
+                    self.changed()
+                else:
+                    self.fill()
 
     def fill(self) -> None:
         """Ask for workers until the role has its max of those that stay."""
@@ -141,6 +179,7 @@ class Crew:
             self.recipe, number, settings.threads, device, part
         )
         self._since[actor] = time.monotonic()
+        self._placed[actor] = self._since[actor]  # until Ray says that it has no room
         self._coming[actor] = asyncio.create_task(self._receive(actor, number))
 
     async def _receive(self, actor: Any, number: int) -> None:
@@ -155,7 +194,7 @@ class Crew:
         except RayError as error:
             self._forget(actor)
             ray.kill(actor)
-            needed = len(self.members) + len(self.arrived) < self.settings.min_workers
+            needed = self._is_short()
             if needed != self._needed:
                 self._needed, self._failed_starts, self._pause = needed, 0, AGAIN
             pause = self._pause
@@ -171,10 +210,16 @@ class Crew:
             await asyncio.sleep(pause)
             self.fill()
             return
+        took = time.monotonic() - self._placed.get(actor, time.monotonic())
+        self._slowest_start = max(took, self._slowest_start or 0.0)
         self._forget(actor)
         self._failed_starts, self._pause = 0, AGAIN
         self.arrived.append(Member(self.role, number, actor, identity))
         self.changed()
 
+    def _is_short(self) -> bool:
+        return len(self.members) + len(self.arrived) < self.settings.min_workers
+
     def _forget(self, actor: Any) -> None:
         del self._coming[actor], self._since[actor]
+        self._placed.pop(actor, None)

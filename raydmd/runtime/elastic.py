@@ -9,21 +9,19 @@ import ray
 from ray import ObjectRef
 
 from raydmd.config import Recipe
-from raydmd.errors import PortableError, RunError, UserError
+from raydmd.errors import RunError, UserError
 from raydmd.methods.plan import plan_phases
 from raydmd.runtime.actors import TRAINERS, Cluster
+from raydmd.runtime.checkpoint_queue import CheckpointQueue
 from raydmd.runtime.crew import Crew, Member
-from raydmd.runtime.faults import LOSSES_PER_FAILURE, cause_of, first_own_fault, in_words, is_gone
+from raydmd.runtime.faults import LOSSES_PER_FAILURE, Stopped, cause_of, first_own_fault, in_words, is_gone
+from raydmd.runtime.helper_health import CALLER, PROMPTS, WRITER, HelperMonitor
 from raydmd.runtime.process_group import StepDropped
 from raydmd.runtime.recorder import Recorder
 from raydmd.runtime.resizing import Progress, Resizing, hand_over
 from raydmd.runtime.workers import Position, Receipt
 
 ANSWER = 2.0  # seconds within which a living worker answers beside its work
-
-
-class Stopped(PortableError):
-    """The run was asked to stop while it waited for workers."""
 
 
 @dataclass
@@ -78,6 +76,11 @@ class Elastic:
         self.progress = Progress()
         self.resizing = Resizing(self.cluster, self.recorder, self.progress)
         self.changed = asyncio.Event()
+        helpers = {WRITER: self.cluster.archivist, PROMPTS: self.cluster.prompts, CALLER: self.cluster.warden}
+        self.monitor = HelperMonitor(helpers, self.recorder, self.recipe.runtime.dead_after)
+        self.checkpoints = CheckpointQueue(
+            self.cluster.archivist, self.monitor, self.recorder, self._checkpoint_lost, self.stopping
+        )
         for crew in self.cluster.crews.values():
             crew.changed = self.changed.set
         self.cluster.scorers.lost = self.lost
@@ -104,6 +107,9 @@ class Elastic:
             pid=member.identity.pid, why=why,
             left=len(crew.members), iteration=self.progress.committed,
         )  # fmt: skip
+
+    def _checkpoint_lost(self) -> None:
+        self.progress.owes_checkpoint = True
 
     def step_committed(self, iteration: int, seconds: float) -> None:
         """Write down that what was lost is mended: a step was made since."""
@@ -232,7 +238,7 @@ class Elastic:
             if self.stopping():
                 raise Stopped
             if time.monotonic() > end:
-                words = "; ".join(f"{crew.role} has {len(crew.members)} and waits for {crew.asks}" for crew in short)
+                words = "; ".join(f"{crew.role} has {len(crew.members)}, {crew.words()}" for crew in short)
                 raise RunError(f"no worker came within {self.recipe.runtime.placement_timeout:g} s: {words}")
             self.changed.clear()
             try:
@@ -271,7 +277,7 @@ class Elastic:
 
     async def _rewind(self) -> Standing:
         """Put every trainer into the last manifest's state."""
-        manifest, skipped, shards = await self.cluster.archivist.restore.remote()
+        manifest, skipped, shards = await self.checkpoints.restore()
         for words in skipped:
             self.recorder.say(words)
         iteration, phase, experts = (manifest.iteration, manifest.phase, manifest.experts) if manifest else (0, 0, 0)

@@ -4,9 +4,14 @@ from typing import Any
 
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
+from raydmd.errors import PortableError
 from raydmd.runtime.process_group import StepDropped
 
 LOSSES_PER_FAILURE = 4  # losses without a step between, or at one micro-batch, that are borne for each failure that is
+
+
+class Stopped(PortableError):
+    """The run was asked to stop while it waited for workers, helpers or storage."""
 
 
 def cause_of(error: BaseException) -> BaseException:

@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
-from ray._private.state import state
 
 from raydmd.config import Role
-from raydmd.errors import UserError
+from raydmd.errors import RunError, UserError
+from raydmd.runtime.unplaced import find_unplaced
 
 if TYPE_CHECKING:
     from raydmd.runtime.crew import Crew
 
 SAY_EVERY = 15.0
 PATIENCE = 5.0
+START_PATIENCE_S = 15.0
+SEE_EVERY_S = 0.5
+REPORT_LAG_S = 5.0  # until Ray's report of what it has no room for tells of a new worker, on a busy machine
 LOOK_EVERY = 0.1
 
 
@@ -54,8 +57,8 @@ def describe(role: Role) -> str:
 async def wait_for_workers(crews: "Mapping[str, Crew]", timeout: float, say: Callable[[str], None]) -> None:
     """Wait until every role has its minimum of workers up; now and then say which role waits for what.
 
-    Those that Ray has placed by then are waited for, too, and those that it has not get `PATIENCE` seconds: they may
-    join later.
+    Those that are starting by then get as long again and `START_PATIENCE_S`, and those that Ray has no room for
+    `PATIENCE` seconds: they may join later.
 
     Args:
         crews: the roles' workers.
@@ -64,28 +67,38 @@ async def wait_for_workers(crews: "Mapping[str, Crew]", timeout: float, say: Cal
 
     Raises:
         UserError: the timeout ran out; names the role, what it asks for, and what the cluster has.
+        RunError: the timeout ran out, and nothing was lacking: workers do not come up.
         ray.exceptions.RayError: a role's workers fail whenever they are started.
     """
-    begin = said = time.monotonic()
+    begin = said = looked = time.monotonic()
+    met: float | None = None
     while True:
+        if time.monotonic() - looked > SEE_EVERY_S and any(crew.coming for crew in crews.values()):
+            unplaced, looked = await asyncio.to_thread(find_unplaced, list(crews.values())), time.monotonic()
+            for role, crew in crews.items():
+                crew.see_placed(unplaced[role])
         for crew in crews.values():
             if crew.failure is not None:
                 raise crew.failure
         now = time.monotonic()
-        waiting = {role: crew for role, crew in crews.items() if crew.coming}
-        words = "; ".join(f"{len(c.coming)} {role} worker(s) wait for {c.asks} each" for role, c in waiting.items())
+        words = "; ".join(crew.words() for crew in crews.values() if crew.coming)
+        waiting = any(crew.unplaced for crew in crews.values())
         if all(len(crew.arrived) >= crew.settings.min_workers for crew in crews.values()):
-            coming = [actor for crew in waiting.values() for actor in crew.coming]
-            if not await asyncio.to_thread(_any_placed, coming) and (not words or now - begin > PATIENCE):
+            met = now if met is None else met
+            starting = any(len(crew.coming) > len(crew.unplaced) for crew in crews.values())
+            patience = max(PATIENCE, met - begin + START_PATIENCE_S if starting else 0.0)
+            if not words or now - (met if starting else begin) > patience:
                 if words:
                     say(f"going on without: {words}")
                 return
-        elif now - begin > timeout:
+        elif now - begin > timeout + (0.0 if waiting else REPORT_LAG_S):
+            if not waiting:
+                raise RunError(f"not up within {timeout:g} s: {words}")
             free = {key: f"{value:g}" for key, value in sorted(ray.available_resources().items())}
             raise UserError(f"not placed within {timeout:g} s: {words}; free in the cluster: {free}")
         if words and now - said > SAY_EVERY:
             said = now
-            say(f"waiting: {words}")
+            say(f"{'waiting' if waiting else 'starting'}: {words}")
         await asyncio.sleep(LOOK_EVERY)
 
 
@@ -108,9 +121,3 @@ async def wait_for_helpers(helpers: Mapping[str, Any], timeout: float, say: Call
 
 async def _ready(helper: Any) -> Any:
     return await helper.ready.remote()
-
-
-def _any_placed(actors: list[Any]) -> bool:
-    """Whether Ray has found a node for one of these."""
-    tables = (state.actor_table(actor._actor_id.hex(), None, None) for actor in actors)
-    return any(table.get("Pid") for table in tables)

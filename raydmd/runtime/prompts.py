@@ -15,6 +15,7 @@ from raydmd.data.row_order import PromptOrder
 from raydmd.errors import UserError
 from raydmd.models.protocol import Family
 from raydmd.runs import recipe_family
+from raydmd.runtime.helpers import Helper, tracked
 from raydmd.runtime.wire import to_wire
 
 KEPT = 3  # iterations: after a loss the one before the one under way may be taken again, and one is asked for ahead
@@ -49,7 +50,7 @@ class Encoder:
         return to_wire(encode(self.family, rows, rows.pop(ROW), self.path))
 
 
-class PromptStream:
+class PromptStream(Helper):
     """An actor that hands out the conditions of every micro-batch of an iteration, in order.
 
     Encoded prompts that fit in ``prompts.cache_mb`` are encoded here and kept. Larger sets are read and encoded anew
@@ -75,6 +76,7 @@ class PromptStream:
         self._taken: dict[int, list[Any]] = {}  # the last iterations
         self._previewed: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 
+    @tracked
     def ready(self) -> str:
         """Return how many prompts there are, once the first can be taken; small sets are encoded by then.
 
@@ -84,6 +86,7 @@ class PromptStream:
         table, _ = self._open()
         return f"{len(table)} prompts"
 
+    @tracked
     def take(self, iteration: int) -> list[Any]:
         """Return the conditions of all the iteration's micro-batches: fake updates' first, then the generator's."""
         if iteration in self._taken:
@@ -99,6 +102,7 @@ class PromptStream:
         self._taken[iteration] = taken
         return taken
 
+    @tracked
     def rows(self, start: int, count: int) -> dict[str, np.ndarray]:
         """Return the conditions of ``count`` rows from ``start`` on in the file's order, as for previews."""
         table, _ = self._open()
@@ -107,6 +111,7 @@ class PromptStream:
             self._previewed = {(start, count): self._of_rows(rows)}
         return self._previewed[start, count]
 
+    @tracked
     def pairs(self, start: int, count: int) -> dict[str, np.ndarray]:
         """Return the conditions of the ODE pairs ``start .. start + count``."""
         _, order = self._open()
@@ -136,7 +141,10 @@ class PromptStream:
 
     def _encode_all(self, table: PromptTable, block: int = 1024) -> dict[str, np.ndarray]:
         starts = range(0, len(table), block)
-        parts = [self._encode(table, np.arange(start, min(start + block, len(table)))) for start in starts]
+        parts = []
+        for start in starts:
+            parts.append(self._encode(table, np.arange(start, min(start + block, len(table)))))
+            self.advance()
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _stream(self, iteration: int) -> list[Any]:
@@ -181,4 +189,6 @@ class PromptStream:
             Encoder, fn_constructor_args=(self.family, self.path), concurrency=self.recipe.prompts.encoders,
             num_cpus=0.1, batch_size=None, batch_format="numpy",
         )  # fmt: skip
-        return iter(dataset.iter_batches(batch_size=self.micro, batch_format="numpy"))
+        for batch in dataset.iter_batches(batch_size=self.micro, batch_format="numpy"):
+            self.advance()
+            yield batch

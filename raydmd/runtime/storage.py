@@ -4,7 +4,7 @@ import errno
 import hashlib
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -41,6 +41,7 @@ class Store:
         except (OSError, pa.ArrowException, TypeError) as error:
             raise UserError(f"{KEY}: {self} cannot be opened: {one_line(error)}") from None
         self.root = self.location.path
+        self.progress: Callable[[], None] = lambda: None  # called at each piece that is written or read
 
     def __str__(self) -> str:
         return str(self.location)
@@ -67,6 +68,7 @@ class Store:
             for piece in content:
                 digest.update(piece)
                 stream.write(piece)
+                self.progress()
                 size, held = size + len(piece), held + len(piece)
                 if held >= AHEAD and not self.local:
                     stream.flush()
@@ -94,6 +96,7 @@ class Store:
             while piece := stream.read(PIECE):
                 digest.update(piece)
                 content.write(piece)
+                self.progress()
         if record is not None and digest.hexdigest() != record["sha256"]:
             raise ValueError(f"{path}: its checksum differs")
         return content.getvalue()

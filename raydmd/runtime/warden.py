@@ -1,7 +1,12 @@
 """A caller beside the run: what it asks of workers does not queue behind the run's own calls to them."""
 
 import asyncio
+import os
 from typing import Any
+
+import ray
+
+from raydmd.runtime.helpers import HelperHeartbeat
 
 
 class Warden:
@@ -13,6 +18,11 @@ class Warden:
 
     async def ready(self) -> None:
         """Return once it is up."""
+
+    @ray.method(max_task_retries=0)
+    async def heartbeat(self) -> HelperHeartbeat:
+        """Say that it is there."""
+        return HelperHeartbeat(os.getpid(), None, 0)
 
     async def ask(self, workers: list[Any], method: str, arguments: tuple[Any, ...], timeout: float) -> list[Any]:
         """Call ``method(*arguments)`` on each worker; return answers, or the error in its place.

@@ -10,9 +10,12 @@ from ray._private.state import state
 from ray.exceptions import ActorUnavailableError
 
 from raydmd.errors import RunError
+from raydmd.runtime.checkpoint_queue import STOP_PATIENCE_S
 from raydmd.runtime.crew import Crew, Member
-from raydmd.runtime.elastic import Elastic, Stopped
-from raydmd.runtime.faults import in_words, is_gone
+from raydmd.runtime.elastic import Elastic
+from raydmd.runtime.faults import Stopped, in_words, is_gone
+from raydmd.runtime.helper_health import CALLER, PROMPTS, WRITER
+from raydmd.runtime.unplaced import find_unplaced
 from raydmd.runtime.workers import Pulse
 
 EVERY = 1.0
@@ -46,7 +49,10 @@ class Watch:
     async def _every_second(self) -> None:
         while True:
             await asyncio.sleep(EVERY)
-            for crew in self.elastic.cluster.crews.values():
+            crews = list(self.elastic.cluster.crews.values())
+            unplaced = await asyncio.to_thread(find_unplaced, crews) if any(crew.coming for crew in crews) else {}
+            for crew in crews:
+                crew.see_placed(unplaced.get(crew.role, set()))
                 if crew.failure is not None:
                     raise crew.failure
                 self._say_who_waits(crew)
@@ -54,6 +60,13 @@ class Watch:
             self.elastic.resizing.leave_nodes(await asyncio.to_thread(draining_nodes))
             self.elastic.resizing.let_scorers_in()
             self._give_up_waiting()
+            self._leave_silent_helpers()
+
+    def _leave_silent_helpers(self) -> None:
+        """Stop a run that is to stop without the helper that its iteration would wait for."""
+        silent = max(self.elastic.monitor.silent_s(name) for name in (PROMPTS, CALLER))
+        if self.elastic.stopping() and silent > STOP_PATIENCE_S:
+            raise Stopped
 
     def _give_up_waiting(self) -> None:
         """End a run that has waited for a scorer for too long, or is to stop meanwhile."""
@@ -63,23 +76,48 @@ class Watch:
         elif self.elastic.stopping():
             raise Stopped
         elif time.monotonic() - self._without > runtime.placement_timeout:
-            raise RunError(f"no teacher came within {runtime.placement_timeout:g} s: it waits for {teachers.asks}")
+            raise RunError(f"no teacher came within {runtime.placement_timeout:g} s: {teachers.words()}")
 
     async def _feel_pulses(self) -> None:
         """Treat as dead who has not answered, or been in one call, for too long."""
         limit = self.elastic.recipe.runtime.dead_after
         while True:
-            await asyncio.sleep(EVERY)
             crews = self.elastic.cluster.crews.values()
             members = [member for crew in crews for member in crew.everyone]
-            actors = [member.actor for member in members]
-            try:
-                pulses = await self.elastic.cluster.warden.ask.remote(actors, "pulse", (), EVERY)
-            except ray.exceptions.RayError:
-                continue  # the warden itself was lost, and comes back
-            for member, pulse in zip(members, pulses, strict=True):
-                self._judge(member, pulse, limit)
-            self._heard = {member: when for member, when in self._heard.items() if member in members}
+            if (pulses := await self._ask([member.actor for member in members])) is None:
+                self._heard.clear()  # nobody was asked
+            else:
+                for member, pulse in zip(members, pulses, strict=True):
+                    self._judge(member, pulse, limit)
+                self._heard = {member: when for member, when in self._heard.items() if member in members}
+            await asyncio.sleep(EVERY)
+
+    async def _ask(self, actors: list[Any]) -> list[Any] | None:
+        """Return workers' pulses, and take note of helpers' heartbeats; None: the control caller was lost.
+
+        It asks for both, for a call of the driver's own to a helper waits behind those whose arguments are to come.
+        """
+        cluster, monitor = self.elastic.cluster, self.elastic.monitor
+        helpers = {WRITER: cluster.archivist, PROMPTS: cluster.prompts}
+        answers = asyncio.gather(
+            cluster.warden.heartbeat.remote(),
+            cluster.warden.ask.remote(list(helpers.values()), "heartbeat", (), EVERY),
+            cluster.warden.ask.remote(actors, "pulse", (), EVERY),
+        )
+        while not (await asyncio.wait((answers,), timeout=2 * EVERY))[0]:
+            monitor.heard(CALLER, TimeoutError())
+        try:
+            own, beats, pulses = answers.result()
+        except ray.exceptions.RayError as error:
+            monitor.heard(CALLER, error)
+            return None
+        was_lost = monitor.is_lost(CALLER)
+        monitor.heard(CALLER, own)
+        if was_lost:  # its answers are of long ago, or nobody had the time to give one
+            return None
+        for name, beat in zip(helpers, beats, strict=True):
+            monitor.heard(name, beat)
+        return list(pulses)
 
     def _judge(self, member: Member, pulse: Any, limit: float) -> None:
         now = time.monotonic()
@@ -94,15 +132,15 @@ class Watch:
 
     def _say_who_waits(self, crew: Crew) -> None:
         """Tell which role waits for what, once for each number of workers."""
-        since, count = crew.waiting_since(), len(crew.coming)
+        since, count = crew.waiting_since(), len(crew.unplaced)
         self.elastic.recorder.exported.waiting(crew.role, count)
-        if since is None or time.monotonic() - since < SAY_AFTER or not crew.members:
+        if since is None or not count or time.monotonic() - since < SAY_AFTER or not crew.members:
             self._said.pop(crew.role, None) if since is None else None
             return
         if self._said.get(crew.role) != count:
             self._said[crew.role] = count
             recorder = self.elastic.recorder
-            recorder.say(f"going on without: {count} {crew.role} worker(s) wait for {crew.asks} each")
+            recorder.say(f"going on without: {crew.words()}")
             recorder.event("waiting", role=crew.role, workers=count, asks=crew.asks)
 
     def _say_who_fails(self, crew: Crew) -> None:

@@ -24,11 +24,10 @@ from raydmd.methods.pairs import Pairs
 from raydmd.methods.sampling import initial_noise, preview
 from raydmd.methods.scorer import Scorer
 from raydmd.runs import recipe_family
+from raydmd.runtime.helpers import BESIDE
 from raydmd.runtime.process_group import ProcessGroup, StepDropped
 from raydmd.runtime.shards import LabelledTensors
 from raydmd.runtime.wire import from_wire, to_wire
-
-BESIDE = "beside"  # the concurrency group of calls that do not wait for the others
 
 
 @dataclass(frozen=True)

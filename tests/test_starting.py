@@ -1,0 +1,101 @@
+"""Workers that are stuck in their start hold nobody; those that start are told from those that have no room."""
+
+import io
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from disturbed import Story
+from rich.console import Console
+
+import raydmd.runtime  # before Ray  # noqa: F401
+from raydmd.errors import RunError, UserError
+from raydmd.methods.fake import Fake
+from raydmd.runtime import crew, placement
+from raydmd.runtime.launch import distill
+from raydmd.runtime.workers import PARTS, make_part
+
+
+@pytest.fixture(scope="module")
+def here() -> Iterator[None]:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not have this file
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    yield
+    ray.shutdown()
+
+
+def stuck_if_told(folder: str, recipe: Any, device: str) -> Any:
+    """Build a fake score's part; whoever finds the file stuck takes it away, and never comes to an end."""
+    part = make_part(Fake, recipe, device)
+    try:
+        if not (Path(folder) / "first").exists():
+            (Path(folder) / "first").touch()
+        else:
+            (Path(folder) / "stuck").unlink()
+            (Path(folder) / "taken").touch()
+            while True:
+                time.sleep(0.1)
+    except FileNotFoundError:
+        pass
+    return part
+
+
+def test_a_worker_that_is_stuck_in_its_start_holds_nobody(
+    here: None, quick: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two is stuck at launch, and the one that comes for a lost one is stuck later."""
+    monkeypatch.setattr(placement, "START_PATIENCE_S", 1.0, raising=False)
+    monkeypatch.setattr(crew, "LEAST_START_S", 5.0, raising=False)
+    (tmp_path / "stuck").touch()
+
+    def plot(story: Story) -> None:
+        assert (tmp_path / "taken").exists()
+        assert story.events("started")[0]["workers"]["fake"] == 1
+        story.go_on(3)
+        story.until(lambda: story.events("start-failed", role="fake"))
+        assert "it was starting for over" in story.events("start-failed")[0]["why"]
+        story.complete()
+        (tmp_path / "taken").unlink()
+        (tmp_path / "stuck").touch()
+        story.kill("fake")
+        story.lost_and_recovered(1)
+        story.until(lambda: (tmp_path / "taken").exists())
+        story.go_on(3)
+        assert story.lines()[-1]["roles"]["fake"]["workers"] == 1
+        story.complete()
+        assert len(story.events("start-failed")) == 2
+
+    recipe = quick(
+        "ring", "iterations=[6, 100000]", "runtime.fake={min_workers: 1, max_workers: 2}", "runtime.dead_after=5",
+        "runtime.placement_timeout=60",
+    )  # fmt: skip
+    parts = {**PARTS, "fake": partial(stuck_if_told, str(tmp_path))}
+    assert Story(recipe, tmp_path / "run", plot, parts=parts).run().finished is False
+
+
+def never_up(recipe: Any, device: str) -> Any:
+    while True:
+        time.sleep(0.1)
+
+
+def test_only_who_has_no_room_waits_for_it(
+    here: None, quick: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A role that is starting is said to be; one that asks for too much is said to wait for it."""
+    monkeypatch.setattr(placement, "SAY_EVERY", 2.0)
+    small = ["runtime.placement_timeout=6", "runtime.teacher.cpus=0.25"]
+    parts, told = {**PARTS, "teacher": never_up}, io.StringIO()
+    with pytest.raises(RunError, match=r"^not up within 6 s: 1 teacher worker\(s\) are starting$"):
+        distill(quick("ring", *small), tmp_path / "a", console=Console(file=told, width=999), parts=parts)
+    assert "starting: " in told.getvalue() and "wait for" not in told.getvalue()
+    told = io.StringIO()
+    with pytest.raises(UserError) as caught:
+        recipe = quick("ring", *small, "runtime.fake.resources={tpu: 1}")
+        distill(recipe, tmp_path / "b", console=Console(file=told, width=999), parts=parts)
+    for words in (told.getvalue(), str(caught.value)):
+        assert "1 teacher worker(s) are starting" in words and "1 fake worker(s) wait for 0.25 CPU, 1 tpu each" in words
