@@ -1,5 +1,6 @@
 """The commands. Bad input gets one line and exit code 2; Ctrl-C leaves a run that can be continued (130)."""
 
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -183,6 +184,7 @@ def generate(run: Path, prompt: str | None, prompts: Path | None, n: int, seed: 
     type=click.Choice(["haproxy", "serve"]),
     help="In front: HAProxy (the default where Ray has it), or Ray Serve's own.",
 )
+@click.option("--name", metavar="NAME", help="The model's id in the API; default RUN's own name.")
 @click.option("--no-keys", is_flag=True, help="Let everybody ask, also from elsewhere (--host) and without API keys.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting, e.g. stages.expert.max=4.")
 @click.option(
@@ -201,6 +203,7 @@ def serve(
     teacher: bool,
     fast: bool,
     proxy: Literal["haproxy", "serve"] | None,
+    name: str | None,
     no_keys: bool,
     overrides: Sequence[str],
     keys: Sequence[str],
@@ -214,7 +217,8 @@ def serve(
     from raydmd.serving.launch import absolute, config_of, demand_keys, serve_run
     from raydmd.serving.settings import load_serving
 
-    serving = absolute(load_serving(str(run), layout, teacher, fast, list(overrides), keys))
+    named = [*overrides, f"name={json.dumps(name)}"] if name is not None else overrides
+    serving = absolute(load_serving(str(run), layout, teacher, fast, list(named), keys))
     if keys:
         words = "raydmd: --api-key shows in `ps` to everybody on this machine; RAYDMD_API_KEY and api_keys_file do not"
         errors.print(words, highlight=False, markup=False, soft_wrap=True)

@@ -5,11 +5,14 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from raydmd.config import Recipe, load_recipe
 from raydmd.errors import UserError, nearest
+from raydmd.expert_index import check_expert, read_index
 from raydmd.folders import expert_file, own_teacher, read_lines
 from raydmd.methods.phase import Phase
 from raydmd.methods.plan import plan_phases
@@ -89,15 +92,34 @@ class Run:
         """Return expert ``index``'s weights by name.
 
         Raises:
-            UserError: its adapters are of another rank or alpha than the recipe's.
+            UserError: it cannot be read, has values that are not finite, or its adapters are of another rank or alpha
+                than the recipe's.
         """
         kind, file = self.recipe.method.experts, self.expert_file(index)
-        if kind.kind == "lora":
-            check_adapter(file, kind.rank, kind.alpha)
-        return load_file(file)
+        try:
+            if kind.kind == "lora":
+                check_adapter(file, kind.rank, kind.alpha)
+            state = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} cannot be read: {error}") from None
+        for name, value in state.items():
+            if not bool(torch.isfinite(value).all()):
+                raise UserError(f"{file}: '{name}' has values that are not finite")
+        return state
 
     def revision(self) -> str:
-        """Return a name of the experts' weights that changes whenever their files do."""
+        """Return a name of the experts' weights: of the recipe and the index, so that copies have the same.
+
+        Runs of before have no index: their name changes whenever their files do.
+
+        Raises:
+            UserError: a file is not the one of the index, as far as its size tells.
+        """
+        if (index := read_index(self.folder)) is not None:
+            for phase in self.phases:
+                check_expert(self.folder, index, phase.index, content=False)
+            content = (self.folder / "recipe.yaml").read_bytes() + repr(sorted(index.items())).encode()
+            return blake2b(content, digest_size=6).hexdigest()
         marks = [(phase.index, (stat := self.expert_file(phase.index).stat()).st_size, stat.st_mtime_ns)
                  for phase in self.trained_phases()]  # fmt: skip
         return blake2b(repr((str(self.folder.resolve()), marks)).encode(), digest_size=6).hexdigest()

@@ -10,9 +10,11 @@ import numpy as np
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from raydmd.expert_index import write_index
 from raydmd.folders import expert_file
 from raydmd.methods.sampling import sample_student
 from raydmd.runs import Run
+from raydmd.serving.card import Offer
 from raydmd.serving.pipeline import Lost
 from raydmd.serving.settings import Serving, parse_serving
 from raydmd.serving.stage import Parcel, Piece, Stage
@@ -51,6 +53,7 @@ def newer(folder: Path, factor: float) -> None:
         part = expert_file(folder, index).with_suffix(".part")
         save_file({name: (value * factor).contiguous() for name, value in state.items()}, part)
         part.replace(expert_file(folder, index))
+    write_index(folder)
 
 
 class Flaky:
@@ -65,6 +68,9 @@ class Flaky:
         if self.calls <= self.losses:
             raise Lost("killed")
         return await self.other.run(parcel)
+
+    async def offers(self, served: str) -> list[Offer]:
+        return await self.stage.offers(served)
 
     async def watch(self, parcel: Parcel) -> Any:
         self.calls += 1

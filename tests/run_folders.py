@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from raydmd.config import Recipe, dump_recipe
 from raydmd.data.prompts import PromptTable
 from raydmd.evaluation import classifier
+from raydmd.expert_index import write_index
 from raydmd.folders import expert_file
 from raydmd.methods.fake import FakeStats
 from raydmd.methods.generator import GeneratorStats
@@ -75,4 +76,5 @@ def make_run(recipe: Recipe, folder: Path, prompts: PromptTable) -> Run:
         file.parent.mkdir(parents=True)
         metadata = trained.generator.experts.metadata()
         save_file({name: value.contiguous() for name, value in weights.items()}, file, metadata)
+    write_index(folder)
     return put_classifier(Run(folder)) if family.name == "digits" else Run(folder)

@@ -22,9 +22,10 @@ from raydmd.errors import UserError
 from raydmd.models.experts import fuse_lora
 from raydmd.runs import Run
 from raydmd.serving import stage as stage_module
+from raydmd.serving.card import read_card
 from raydmd.serving.contract import Ask, BadAsk, Busy, Made, Step, Unavailable
 from raydmd.serving.local import local_pipeline
-from raydmd.serving.pipeline import TRIES, Pipeline, read_card, stages_of
+from raydmd.serving.pipeline import TRIES, Pipeline, stages_of
 from raydmd.serving.settings import load_serving
 from raydmd.serving.stage import Engine, Stage
 
@@ -226,25 +227,14 @@ def test_what_a_lost_replica_had_is_made_anew(served_runs: dict[str, Path]) -> N
 def test_one_of_several_replicas_does_not_refuse_for_the_others(served_runs: dict[str, Path]) -> None:
     async def test() -> None:
         for replicas in (1, 2):
-            settings = serving(
-                served_runs["full"],
-                teacher=True,
-                teacher_steps=200_000,
-                queue_samples=9,
-                stages={"api": {"max": replicas}},
-            )
+            settings = serving(served_runs["full"], queue_samples=9, stages={"api": {"max": replicas}})
             pipeline = local_pipeline(settings)
-            leaver = asyncio.create_task(pipeline.make(Ask("7", maker="teacher")))  # somebody is always inside
-            await asyncio.gather(*(pipeline.make(Ask("1", seed=seed)) for seed in range(8)))
-            others = asyncio.create_task(pipeline.make(Ask("7", 8, maker="teacher")))
-            while pipeline.queued() < 9:
-                await asyncio.sleep(0)
-            with pytest.raises(Busy) as error:
-                await pipeline.make(Ask("1"))
+            admission = pipeline.admissions["student"]
+            with admission.admitted(1):  # somebody is always inside
+                await asyncio.gather(*(pipeline.make(Ask("1", seed=seed)) for seed in range(8)))
+                with admission.admitted(8), pytest.raises(Busy) as error:
+                    await pipeline.make(Ask("1"))
             assert (error.value.full_seconds > 0) == (replicas == 1) and error.value.retry_after >= 1
-            for task in (leaver, others):
-                task.cancel()
-            await asyncio.wait((leaver, others))
 
     run(test)
 

@@ -9,6 +9,7 @@ import numpy as np
 import ray
 from ray import ObjectRef
 
+from raydmd.expert_index import write_index
 from raydmd.folders import expert_file
 from raydmd.runtime.helpers import Helper, tracked
 from raydmd.runtime.manifest import Archive, Manifest, Shards
@@ -63,6 +64,7 @@ class Archivist(Helper):
         """
         self.archive.save_expert(index, weights)
         _keep(self.folder, index, weights)
+        write_index(self.folder)
 
     @tracked
     def restore(self) -> tuple[Manifest | None, list[str], dict[str, ObjectRef]]:
@@ -88,6 +90,8 @@ def keep_experts(folder: Path, manifest: Manifest, shards: Shards) -> None:
         name = f"expert-{index}"
         if _sha256(expert_file(folder, index)) != manifest.files[name]["sha256"]:
             _keep(folder, index, shards[name])
+    if manifest.experts:
+        write_index(folder)
 
 
 def _keep(folder: Path, index: int, weights: dict[str, np.ndarray]) -> None:

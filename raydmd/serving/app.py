@@ -15,10 +15,11 @@ from ray.serve.handle import DeploymentHandle
 
 from raydmd.errors import PortableError, UserError, portable
 from raydmd.runs import Run
+from raydmd.serving.card import Offer, experts_of, read_offer
 from raydmd.serving.contract import Unavailable
 from raydmd.serving.loopback import keep_replica_at_home
-from raydmd.serving.pipeline import TEACHER_PARTS, Link, Lost, Pipeline, experts_of, read_card, stages_of
-from raydmd.serving.reload import follow
+from raydmd.serving.pipeline import TEACHER_PARTS, Link, Lost, Pipeline, stages_of
+from raydmd.serving.reload import ask_stages, follow
 from raydmd.serving.settings import Replicas, Serving, parse_serving, read_keys
 from raydmd.serving.stage import Glimpse, Parcel, Piece, Stage
 
@@ -52,6 +53,10 @@ class StageReplica:
         """Return a picture of each of a parcel's latents."""
         with _sent_errors():
             return await self.stage.preview(parcel)
+
+    async def offers(self, served: str) -> list[Offer]:
+        """Return what the weights that are here offer; see `Stage.offers`."""
+        return await self.stage.offers(served)
 
     async def ready(self) -> None:
         """Return: it is there to be asked."""
@@ -112,6 +117,11 @@ class ServeLink:
         """Do as `Stage.preview`."""
         return await self._call("preview", parcel)
 
+    async def offers(self, served: str) -> list[Offer]:
+        """Do as `Stage.offers`, for one of its replicas."""
+        offers: list[Offer] = await self._call("offers", served)
+        return offers
+
     async def ready(self) -> None:
         """Return once a replica answers."""
         await self._call("ready")
@@ -162,17 +172,18 @@ class Api:
         serving: the settings.
         stages: their deployments by name.
         inline: stages that live in the API's own replicas: their parts by name.
+        offer: what the run offered when it was deployed: what is told until the stages have said what they hold.
     """
 
     def __init__(
-        self, serving: Serving, stages: dict[str, DeploymentHandle], inline: dict[str, tuple[str, ...]]
+        self, serving: Serving, stages: dict[str, DeploymentHandle], inline: dict[str, tuple[str, ...]], offer: Offer
     ) -> None:
         keep_replica_at_home()
         self.serving, threads = serving, serving.stages.expert.threads
         self.inline = {name: Stage(serving, parts, threads) for name, parts in inline.items()}
         links: dict[str, Link] = {name: ServeLink(handle) for name, handle in stages.items()}
-        self.pipeline = Pipeline(serving, links | self.inline)
-        self._follower: asyncio.Task[None] | None = None
+        self.pipeline = Pipeline(serving, links | self.inline, offer)
+        self._followers: list[asyncio.Task[None]] = []
 
     def __serve_build_asgi_app__(self) -> Any:
         """Return the app: called by Serve after the constructor."""
@@ -180,17 +191,12 @@ class Api:
 
         return make_app(self.pipeline, self.serving)
 
-    async def refresh(self) -> str:
-        """Take newer weights over."""
-        for stage in self.inline.values():
-            await stage.refresh()
-        return await self.pipeline.refresh()
-
     async def check_health(self) -> None:
         """Called by Serve from time to time, from the start."""
-        if self._follower is None and self.serving.reload_seconds:
-            task = follow(self.serving, self.pipeline.card().revision, self.refresh)
-            self._follower = asyncio.create_task(task)
+        serving = self.serving
+        if not self._followers and serving.reload_seconds:
+            ways = [follow(serving, stage.revisions[-1], stage.refresh) for stage in self.inline.values()]
+            self._followers = [asyncio.create_task(way) for way in [*ways, ask_stages(serving, self.pipeline.refresh)]]
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -209,7 +215,8 @@ def application(serving: Serving) -> serve.Application:
         UserError: a run that cannot be served.
     """
     read_keys(serving)
-    card = read_card(serving)
+    offer = read_offer(serving)
+    card = offer.card
     if card.kind == "video" and serving.api_replicas > 1:
         name = "expert" if serving.api == "inline" else "api"
         raise UserError(f"stages.{name}.max: {serving.api_replicas} API replicas, but a video's job is known to one "
@@ -223,7 +230,7 @@ def application(serving: Serving) -> serve.Application:
     api = _deployment(Api).options(
         name="api", max_ongoing_requests=CONNECTIONS, **_scale(place, serving, target=target)
     )
-    return api.bind(serving, stages, inline)
+    return api.bind(serving, stages, inline, offer)
 
 
 def _stage(serving: Serving, name: str, parts: tuple[str, ...]) -> serve.Application:

@@ -17,9 +17,10 @@ from raydmd.errors import RunError, UserError
 from raydmd.interrupts import graceful
 from raydmd.runs import Run
 from raydmd.runtime import cluster_address  # before Ray: what it starts here then listens on loopback only
+from raydmd.serving.card import experts_of, read_card
 from raydmd.serving.haproxy import HeldPorts, trusted, use_haproxy
 from raydmd.serving.http.headers import IMPORT_PATH
-from raydmd.serving.pipeline import experts_of, read_card, stages_of
+from raydmd.serving.pipeline import stages_of
 from raydmd.serving.settings import Serving, read_keys
 
 APP = "raydmd"

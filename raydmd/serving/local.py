@@ -1,6 +1,7 @@
 """All stages in this process: for tests of the HTTP side, and the yardstick of what serving adds."""
 
-from raydmd.serving.pipeline import TEACHER_PARTS, Pipeline, experts_of, read_card, stages_of
+from raydmd.serving.card import experts_of, read_card
+from raydmd.serving.pipeline import TEACHER_PARTS, Pipeline, stages_of
 from raydmd.serving.settings import Serving
 from raydmd.serving.stage import Stage
 

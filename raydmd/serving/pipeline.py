@@ -4,16 +4,14 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from raydmd.errors import PortableError, UserError
-from raydmd.evaluation.prompts import own_prompts
-from raydmd.models.protocol import Family
-from raydmd.runs import Run
+from raydmd.errors import PortableError
 from raydmd.serving.admission import Admission
+from raydmd.serving.card import Offer, experts_of, read_offer
 from raydmd.serving.contract import (
     Ask,
     BadAsk,
@@ -22,12 +20,11 @@ from raydmd.serving.contract import (
     Maker,
     Size,
     Step,
-    StepPlan,
     Unavailable,
     no_negative_prompt,
 )
 from raydmd.serving.settings import Serving
-from raydmd.serving.stage import Glimpse, NoRevision, Parcel, Piece
+from raydmd.serving.stage import KEPT, Glimpse, NoRevision, Parcel, Piece
 
 T = TypeVar("T")
 
@@ -50,6 +47,9 @@ class Link(Protocol):
 
     async def preview(self, parcel: Parcel) -> tuple[bytes, ...]:
         """Do as `Stage.preview`."""
+
+    async def offers(self, served: str) -> list[Offer]:
+        """Do as `Stage.offers`."""
 
     async def ready(self) -> None:
         """Return as soon as it answers."""
@@ -78,51 +78,6 @@ def stages_of(serving: Serving, experts: int) -> dict[str, tuple[str, ...]]:
 TEACHER_PARTS = ("encode", "teacher", "decode")
 
 
-def read_card(serving: Serving) -> Card:
-    """Return what a run's folder has to offer.
-
-    Raises:
-        UserError: no run, one that is not trained to its end, or one that makes no pictures.
-    """
-    run = Run(serving.run)
-    phases = run.trained_phases()
-    if len(phases) < len(run.phases):
-        raise UserError(f"run '{run.folder}' has experts for {len(phases)} of {len(run.phases)} phases: "
-                        f"train it to its end")  # fmt: skip
-    family = run.family
-    if len(family.latent_shape) < 3:
-        raise UserError(f"run '{run.folder}' makes points in the plane, not pictures: there is nothing to serve")
-    sizes = (family.picture_size, *(size for size in serving.sizes if size != family.picture_size))
-    for size in sizes:
-        family.shape_for(*size)
-    return Card(
-        name=serving.name or run.name,
-        kind="video" if family.frames > 1 else "image",
-        family=family.name,
-        sizes=sizes,
-        prompts=own_prompts(family),
-        steps=tuple(
-            StepPlan(f"expert-{phase.index + 1}", phase.times[i], phase.times[i + 1])
-            for phase in phases
-            for i in range(phase.steps)
-        ),
-        teacher_steps=(serving.teacher_steps or run.recipe.teacher.steps) if serving.teacher else None,
-        guidance_scale=run.recipe.teacher.guidance_scale,
-        frames=family.frames,
-        fps=serving.fps,
-        layout=serving.layout,
-        revision=run.revision(),
-        created=int(run.expert_file(0).stat().st_mtime),
-        aliases=tuple(serving.aliases),
-        negative_prompts=serving.teacher and family.reads_text,
-    )
-
-
-def experts_of(card: Card) -> int:
-    """Return how many experts make the pictures."""
-    return len({step.made_by for step in card.steps})
-
-
 class Pipeline:
     """The `contract.Backend` over stages.
 
@@ -131,7 +86,7 @@ class Pipeline:
         links: the stages by name, as `stages_of` names them, and ``teacher`` if it is served.
     """
 
-    def __init__(self, serving: Serving, links: Mapping[str, Link]) -> None:
+    def __init__(self, serving: Serving, links: Mapping[str, Link], offer: Offer | None = None) -> None:
         self.links = links
         limits = (serving.queue_samples, serving.queue_seconds, serving.api_replicas == 1)
         self.admissions: dict[Maker, Admission] = {
@@ -139,38 +94,36 @@ class Pipeline:
             for maker in ("student", "teacher")  # neither waits in the other's queue
         }
         self.serving = serving
-        self._use(read_card(serving))
+        self._use(offer or read_offer(serving))
 
-    def _use(self, card: Card) -> None:
-        run = Run(self.serving.run)
-        shapes = [run.family.shape_for(*size) for size in card.sizes]
-        texts = card.prompts or run.family.reads_text or run.recipe.prompts.path
-        self._card = card
-        self._family: Family = run.family
-        self._chain = list(stages_of(self.serving, experts_of(card)))
-        self._terms = (card.kind, card.family, card.sizes, shapes, texts)  # weights alike in these can stand in
-        self._revisions = [card.revision]
+    def _use(self, offer: Offer) -> None:
+        self._offer, self._card = offer, offer.card
+        self._chain = list(stages_of(self.serving, experts_of(offer.card)))
+        self._revisions = [offer.card.revision]
 
     async def refresh(self) -> str:
-        """Serve what the run's folder holds now: its weights where they are loaded, meanwhile the ones before.
+        """Serve the newest weights that all stages hold; return their revision.
 
-        Requests that the ones before cannot do (of another shape, or for other prompts) wait for its weights.
+        Where none are held by all, the ones of before stay. The run's folder is not read: whatever comes of it, what
+        is told is what the stages have. A stage of several replicas is asked through one of them; requests that come
+        to another which is behind are made by the weights of before, or wait for it.
 
         Raises:
-            UserError: it cannot be served, or has other stages; the present run stays.
+            Lost: a stage does not answer.
         """
-        card, before = await asyncio.to_thread(read_card, self.serving), self._card
-        if card.revision != before.revision:
-            if experts_of(card) != experts_of(before):
-                now, here = experts_of(card), experts_of(before)
-                raise UserError(f"run '{self.serving.run}' has {now} experts now, and {here} are served here: "
-                                f"start the server anew")  # fmt: skip
-            terms, revisions = self._terms, self._revisions
-            self._use(card)
-            if self._terms == terms:
-                revisions[:] = [card.revision, before.revision]  # in place: requests on their way may go over to them
+        before = self._offer
+        held = await _all([link.offers(before.card.revision) for link in self.links.values()])
+        by_all = [{offer.card.revision for offer in offers} for offers in held]
+        common = [offer for offer in held[0] if all(offer.card.revision in some for some in by_all)]
+        if common and common[-1].card.revision != before.card.revision:
+            newest, revisions = common[-1], self._revisions
+            self._use(newest)
+            if newest.terms == before.terms:
+                others = [revision for revision in by_all[0] if revision != newest.card.revision]
+                # in place: requests on their way may go over to them
+                revisions[:] = list(dict.fromkeys([newest.card.revision, before.card.revision, *others]))[:KEPT]
                 self._revisions = revisions
-        return card.revision
+        return self._card.revision
 
     def card(self) -> Card:
         """Say what is served now."""
@@ -245,7 +198,7 @@ class Pipeline:
                          "output_format")  # fmt: skip
         if ask.negative_prompt is not None and not card.negative_prompts:
             raise BadAsk(no_negative_prompt(card), "negative_prompt")
-        shape, most = self._family.shape_for(*size), self.serving.max_batch
+        shape, most = self._offer.shapes[card.sizes.index(size)], self.serving.max_batch
         return [
             Parcel(
                 self._revisions[0], prompt, ask.seed, start, min(most, ask.n - start), shape, size, ask.output_format,
@@ -285,6 +238,8 @@ class Pipeline:
                 return piece, time.perf_counter() - began
             except NoRevision:
                 misses += 1
+                with suppress(Exception):  # this replica may have been started with what the stages do not hold
+                    await self.refresh()
                 revisions = list(dict.fromkeys([*revisions, *alike]))
                 another = revisions[misses % len(revisions)]
                 revision, said = another, said if another == revision else 0

@@ -1,6 +1,7 @@
 """A stage: some parts of the way in one place, and the batches that they work on."""
 
 import asyncio
+import os
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 
 from raydmd.errors import PortableError, UserError
+from raydmd.expert_index import check_expert, read_index
 from raydmd.models.protocol import Family
 from raydmd.runs import Run
+from raydmd.serving.card import Offer, experts_of, read_offer
 from raydmd.serving.contract import Format, NotFinite, Size, Step, partial_steps
 from raydmd.serving.parts import (
     Decoder,
@@ -108,8 +111,9 @@ class Engine:
     """
 
     def __init__(self, serving: Serving, parts: tuple[str, ...], before: "Engine | None" = None) -> None:
-        self.run = Run(serving.run)
-        self.revision = self.run.revision()
+        self.run = Run(os.path.realpath(serving.run))  # all of it is read there, though a link is pointed elsewhere
+        self.offer = read_offer(serving, self.run)
+        self.revision = self.offer.card.revision
         self.device = torch.device("cuda" if serving.device != "cpu" and torch.cuda.is_available() else "cpu")
         recipe, phases = self.run.recipe, self.run.trained_phases()
         self.family: Family = self.run.family
@@ -121,8 +125,16 @@ class Engine:
         family, self.steps = self.family, sum(phase.steps for phase in phases)
         self.decoder = Decoder(family, self.device, serving.fps) if "decode" in parts else None
         indices = [int(part.removeprefix("expert-")) - 1 for part in parts if part.startswith("expert-")]
-        if max(indices, default=-1) >= len(phases):
-            raise UserError(f"run '{serving.run}' has {len(phases)} experts; {max(indices) + 1} are served here")
+        here = experts_of(before.offer.card) if before else max(indices, default=-1) + 1
+        whole = before is not None or len(indices) > 1  # else it may have one expert of several
+        if indices and (len(phases) != here if whole else len(phases) < here):
+            raise UserError(f"run '{serving.run}' has {len(phases)} experts; {here} are served here: "
+                            f"start the server anew")  # fmt: skip
+        marks = self._marks()
+        entries = read_index(self.run.folder)
+        if entries is not None and indices:
+            for phase in phases:
+                check_expert(self.run.folder, entries, phase.index, content=True)
         networks = expert_networks(self.run, indices, serving.weights, self.device) if indices else {}
         self.walks: dict[str, Steps | TeacherSteps] = {}
         for index, network in networks.items():
@@ -133,8 +145,13 @@ class Engine:
         if "teacher" in parts:
             teacher = teacher_steps(self.run, serving.teacher_steps, self.device)
             self.walks["teacher"], self.steps = teacher, teacher.steps
-        if self.run.revision() != self.revision:
+        if self.run.revision() != self.revision or self._marks() != marks:
             raise UserError(f"run '{serving.run}' changed while it was loaded")
+
+    def _marks(self) -> list[tuple[int, int, int]]:
+        """Return what tells whether the experts' files are written or replaced."""
+        stats = [self.run.expert_file(phase.index).stat() for phase in self.run.phases]
+        return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
 @dataclass(eq=False)
@@ -174,6 +191,7 @@ class Stage:
         self.serving, self.parts, self.threads = serving, parts, threads
         engine = Engine(serving, parts)
         self._engines = {engine.revision: engine}
+        self._served: str | None = None  # the revision of which the API said so
         self._worker = ThreadPoolExecutor(1, "stage", initializer=torch.set_num_threads, initargs=(threads,))
         self._queue: deque[_Job] = deque()
         self._working: asyncio.Task[None] | None = None
@@ -183,21 +201,31 @@ class Stage:
         """The weights that it has, the newest last."""
         return list(self._engines)
 
-    async def refresh(self) -> str:
-        """Load what the run's folder holds now beside the present weights, which serve on; return its revision.
+    async def offers(self, served: str) -> list[Offer]:
+        """Return what the weights that are here offer, the newest last.
 
-        Requests for those before the present ones are `NoRevision` from then on.
+        Args:
+            served: the revision that the caller serves now: it is kept until the caller serves another.
+        """
+        self._served = served
+        return [engine.offer for engine in self._engines.values()]
+
+    async def refresh(self) -> str:
+        """Load what the run's folder holds now beside the weights that are served; return its revision.
+
+        Requests for other weights are `NoRevision` from then on.
 
         Raises:
-            UserError: it cannot be loaded, or changed meanwhile; the present weights stay.
+            UserError: it cannot be loaded, is not whole, or changed meanwhile; what is served stays.
         """
-        newest = await asyncio.to_thread(lambda: Run(self.serving.run).revision())
+        newest = await asyncio.to_thread(lambda: Run(os.path.realpath(self.serving.run)).revision())
         engine = self._engines.pop(newest, None)
         if engine is None:
-            latest = self._engines[self.revisions[-1]]
-            for old in self.revisions[: 1 - KEPT]:  # before the new ones are loaded: there may be no room for more
-                del self._engines[old]
-            engine = await asyncio.to_thread(Engine, self.serving, self.parts, latest)
+            kept = self._served if self._served in self._engines else self.revisions[-1]
+            for old in self.revisions:  # before the new ones are loaded: there may be no room for more
+                if old != kept:
+                    del self._engines[old]
+            engine = await asyncio.to_thread(Engine, self.serving, self.parts, self._engines[kept])
         self._engines[engine.revision] = engine
         return engine.revision
 
