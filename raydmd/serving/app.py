@@ -17,6 +17,7 @@ from raydmd.errors import PortableError, UserError, portable
 from raydmd.runs import Run
 from raydmd.serving.card import Offer, experts_of, read_offer
 from raydmd.serving.contract import Unavailable
+from raydmd.serving.log import write_log
 from raydmd.serving.loopback import keep_replica_at_home
 from raydmd.serving.pipeline import TEACHER_PARTS, Link, Lost, Pipeline, stages_of
 from raydmd.serving.reload import ask_stages, follow
@@ -33,6 +34,7 @@ class StageReplica:
 
     def __init__(self, serving: Serving, parts: tuple[str, ...], threads: int) -> None:
         keep_replica_at_home()
+        write_log(serving.log_file)
         self.stage = Stage(serving, parts, threads)
         self._follower: asyncio.Task[None] | None = None
 
@@ -179,6 +181,7 @@ class Api:
         self, serving: Serving, stages: dict[str, DeploymentHandle], inline: dict[str, tuple[str, ...]], offer: Offer
     ) -> None:
         keep_replica_at_home()
+        write_log(serving.log_file)
         self.serving, threads = serving, serving.stages.expert.threads
         self.inline = {name: Stage(serving, parts, threads) for name, parts in inline.items()}
         links: dict[str, Link] = {name: ServeLink(handle) for name, handle in stages.items()}

@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import threading
 from ipaddress import ip_address
@@ -20,6 +21,7 @@ from raydmd.runtime import cluster_address  # before Ray: what it starts here th
 from raydmd.serving.card import experts_of, read_card
 from raydmd.serving.haproxy import HeldPorts, trusted, use_haproxy
 from raydmd.serving.http.headers import IMPORT_PATH
+from raydmd.serving.log import cause_of, default_file, repeated
 from raydmd.serving.pipeline import stages_of
 from raydmd.serving.settings import Serving, read_keys
 
@@ -32,6 +34,8 @@ def absolute(serving: Serving) -> Serving:
     changes: dict[str, Any] = {"run": os.path.abspath(serving.run)}  # not resolved: a link may be pointed elsewhere
     if serving.api_keys_file is not None:
         changes["api_keys_file"] = str(Path(serving.api_keys_file).resolve())
+    if serving.log_file is not None:
+        changes["log_file"] = os.path.abspath(serving.log_file)
     return serving.model_copy(update=changes)
 
 
@@ -92,7 +96,11 @@ def serve_run(
                 folder = use_haproxy(host, port, ports, asked=proxy is not None)
             if folder is None:  # Serve's proxy is what clients reach: it obeys the user's own proxies alone
                 os.environ["FORWARDED_ALLOW_IPS"] = ",".join(trusted())
-        _serve(serving, experts, host, port, folder is not None, console)
+        log = Path(serving.log_file or default_file(port))
+        log.open("a", encoding="utf-8").close()
+        with repeated(log, sys.stderr):
+            logged = serving.model_copy(update={"log_file": str(log)})
+            _serve(logged, experts, host, port, folder is not None, console)
     finally:
         ports.close()
         if folder is not None:
@@ -148,13 +156,15 @@ def _serve(serving: Serving, experts: int, host: str, port: int, behind: bool, c
             with console.status("starting replicas"):
                 serve.run(application(serving), name=APP, route_prefix="/", logging_config=quiet)
             shown = f"[{host}]" if ":" in host else host
-            console.print(
-                f"serving {serving.run} at http://{shown}:{port} (Ctrl-C stops)", highlight=False, soft_wrap=True
-            )
+            where = f"http://{shown}:{port} (Ctrl-C stops); log: {serving.log_file}"
+            console.print(f"serving {serving.run} at {where}", highlight=False, soft_wrap=True)
             _wait_for_signal()
         except RuntimeError as error:
-            words = f"the replicas do not start: {' '.join(str(error).split())[:500]}"
-            raise ray_health.error() or RunError(words) from None
+            kind, words = cause_of(str(error))
+            if ray_health.error() is None and kind == UserError.__name__:
+                raise UserError(words) from None
+            said = f"the replicas do not start: {kind}{': ' if kind else ''}{words[:1000]}"
+            raise ray_health.error() or RunError(said) from None
         finally:
             if ray_health.error() is None:
                 with console.status("finishing what was begun"):

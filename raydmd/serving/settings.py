@@ -111,6 +111,9 @@ class Serving(Section):
     api_key_sha256: list[Digest] = Field(
         default_factory=list, description="SHA-256 digests of further API keys, as --api-key leaves them here"
     )
+    log_file: str | None = Field(
+        None, description="where replicas write a line a request, and errors; null: raydmd serve chooses one"
+    )
     cors_origins: list[Origin] = Field(
         default_factory=list, description="pages of these origins (https://HOST, or *) may call the API from a browser"
     )
