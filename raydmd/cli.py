@@ -10,6 +10,7 @@ import click
 import yaml
 
 from raydmd import __version__, interrupts
+from raydmd.atomic import FULL, storage_error
 from raydmd.bench.command import bench
 from raydmd.config import Recipe, dump_recipe, load_recipe, shipped_recipes
 from raydmd.console import console, errors
@@ -326,6 +327,8 @@ def _end(error: BaseException) -> tuple[int, str]:
         return 2, " ".join(str(error).split())
     if isinstance(error, RunError):
         return 1, str(error)
-    if isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):  # else a terminal's, too
+        if (known := storage_error(error.filename or "a disk", error)) is not None:
+            return 1, str(known)
         return 2, f"{error.filename}: {error.strerror}"
     raise error

@@ -42,6 +42,10 @@ class RunError(PortableError):
     """A run that ended for another reason than the user's input: one line, exit code 1; details lie in a file."""
 
 
+class StorageError(RunError):
+    """A disk that is full or gone: what is tried again fails again, so the run ends at once."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the choice closest to ``word``, else what the choices are."""
     choices = [str(choice) for choice in choices]

@@ -16,13 +16,22 @@ def own_teacher(folder: Path) -> str:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return a JSON-lines file's records; a last line cut short by a crash is left out."""
+    """Return a JSON-lines file's records; lines that a crash or a damaged disk broke are left out."""
+    return read_whole_lines(path)[0]
+
+
+def read_whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return a JSON-lines file's records, and the number of lines that are none."""
     if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+        return [], 0
+    records, broken = [], 0
+    for line in path.read_bytes().split(b"\n"):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+            record = json.loads(line.decode()) if line.strip() else None
+        except (ValueError, RecursionError):
+            record = line
+        if isinstance(record, dict):
+            records.append(record)
+        elif record is not None or line.strip():
+            broken += 1
+    return records, broken

@@ -15,7 +15,8 @@ import safetensors.numpy
 from mortal import Save, SaveExpert, careless, dying_here, expert, is_of, killed_at, manifest, same, shards
 
 from raydmd.errors import RunError, UserError
-from raydmd.runtime.manifest import Archive, Found
+from raydmd.runtime.manifest import Archive, Found, Writer
+from raydmd.runtime.manifest_record import sealed
 from raydmd.runtime.shards import CODES, PIECE, pieces
 
 
@@ -115,17 +116,21 @@ def flip(path: Path) -> None:
 
 def edit(**changes: Any) -> Any:
     def apply(path: Path) -> None:
-        tree = json.loads(path.read_text())
-        path.write_text(json.dumps({key: value for key, value in {**tree, **changes}.items() if value != "gone"}))
+        tree = {**json.loads(path.read_text()), **changes}
+        path.write_text(json.dumps(sealed({key: value for key, value in tree.items() if value != "gone"})))
 
     return apply
+
+
+def unsealed(**changes: Any) -> Any:
+    return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def record_of(name: str, **changes: Any) -> Any:
     def apply(path: Path) -> None:
         tree = json.loads(path.read_text())
         tree["files"][name] = {**tree["files"].get(name, {}), **changes}
-        path.write_text(json.dumps(tree))
+        path.write_text(json.dumps(sealed(tree)))
 
     return apply
 
@@ -140,8 +145,11 @@ BREAKS = {
     "half a manifest": (STEP, lambda p: p.write_text(p.read_text()[:100]), "Unterminated|Expecting"),
     "an empty manifest": (STEP, lambda p: p.write_text(""), "Expecting value"),
     "bytes for a manifest": (STEP, lambda p: p.write_bytes(b"\xff\x00\xfe"), "decode"),
-    "another format": (STEP, edit(format=99), "format 99, 3 expected"),
     "no format": (STEP, edit(format="gone"), "format None, 3 expected"),
+    "a format that is none": (STEP, edit(format="3"), "format 3, 3 expected"),
+    "a checksum gone": (STEP, unsealed(sha256=""), "its checksum differs"),
+    "a number that is another": (STEP, unsealed(fake_cursor=479), "its checksum differs"),
+    "a shard's checksum that is another": (STEP, unsealed(files={}), "its checksum differs"),
     "a field too many": (STEP, edit(colour="red"), "colour"),
     "a field gone": (STEP, edit(fake_cursor="gone"), "fake_cursor"),
     "a number that is none": (STEP, edit(fake_cursor="12"), "fake_cursor is '12'"),
@@ -228,7 +236,9 @@ def test_a_broken_one_never_outlives_what_is_saved_after_it(tmp_path: Path) -> N
     """The run goes on from 4 because 6 is broken: what it saves at 5 must be kept, even with room for one."""
     saved(tmp_path, 4, 6)
     flip(tmp_path / "step-000006/fake.safetensors")
-    archive = saved(tmp_path, 5, keep=1)
+    archive = Archive(str(tmp_path), keep=1)
+    assert is_of(archive.newest(), 4)
+    archive.save(manifest(5), shards(5))
     assert is_of(archive.newest(), 5) and contents(tmp_path) == files_of(5)
 
 
@@ -275,7 +285,7 @@ def test_an_expert_written_again_after_going_back_spoils_no_older_manifest(tmp_p
     assert is_of(archive.newest(), 10, (7,))
     # one that went back and finished the phase anew is built on the new one, though older manifests lie there
     for step in (SaveExpert(0, 8), Save(4, (8,), edge=True)):
-        step(Archive(str(tmp_path)))
+        step(Archive(str(tmp_path), writer=Writer("another start", archive.writers())))
     assert is_of(archive.newest(), 4, (8,), edge=True)
 
 
@@ -311,7 +321,8 @@ def test_a_kill_at_any_operation_leaves_the_last_whole_checkpoint_or_the_one_bef
             break
         before = next((step for step in reversed(STORY[:done]) if isinstance(step, Save)), None)
         under_way = STORY[done]
-        found = Archive(str(folder)).newest()
+        fresh = Archive(str(folder))
+        found = fresh.newest()
         if before is None and found.manifest is None:
             stages.append((done, False))
         else:
@@ -319,7 +330,6 @@ def test_a_kill_at_any_operation_leaves_the_last_whole_checkpoint_or_the_one_bef
             assert whole, (last, done, found.manifest, found.skipped)
             stages.append((done, whole[-1] is under_way))
         assert not found.skipped
-        fresh = Archive(str(folder))  # the run goes on
         for step in (SaveExpert(0, 9), Save(12, (9,)), Save(14, (9,))):
             step(fresh)
         assert is_of(Archive(str(folder)).newest(), 14, (9,))

@@ -4,6 +4,7 @@ One run's story is told by real processes (`story`); the tests look at what was 
 """
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -175,6 +176,8 @@ def story(teachers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         told.seen["workers"] = [name for process in family if (name := title(process)).startswith("ray::")]
         second.until(lambda: lines() >= 10)
         family = second.family()
+        os.kill(second.pid, signal.SIGSTOP)  # it says nothing, but it is there
+        told.seen["rival"] = start().wait()
         os.kill(second.pid, signal.SIGKILL)
         ended(second)
         told.seen["outlived the driver"] = outlived(family)
@@ -197,6 +200,8 @@ def story(teachers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         # the newest checkpoint is damaged; more workers than before; Ctrl-C
         told.seen["damaged"], told.seen["whole"] = damage_newest(checkpoints)
         events = folder / "events.jsonl"
+        for path in (metrics, events):
+            path.write_bytes(b"\xff\x00{\n" + path.read_bytes() + b'{"iteration": 5, "ev')
         said = len(read_lines(events))
         fourth = start("--set", "runtime.fake.max_workers=2", "--set", "runtime.generator.max_workers=2")
         fourth.until(lambda: any("resumed" in event for event in read_lines(events)[said:]))
@@ -236,6 +241,20 @@ def test_it_ends_with_the_bits_of_a_run_that_nothing_happened_to(story: Story, p
         assert found.keys() == weights.keys()
         assert max(float((found[name] - weights[name]).abs().max()) for name in weights) == 0.0
     assert not all(torch.equal(expected[0][name], expected[1][name]) for name in expected[0])
+
+
+def test_a_second_driver_on_the_folder_is_refused_and_the_first_goes_on(story: Story) -> None:
+    code, output = story.seen["rival"]
+    assert code == 2 and output.count("\n") == 1, output
+    assert output.startswith(f"raydmd: --out {story.folder}: another driver is at work on it (process ")
+    assert not (story.folder / "run.lock").exists()
+
+
+def test_broken_lines_are_removed_and_said(story: Story) -> None:
+    for name in ("metrics", "events"):
+        assert f"{story.folder}/{name}.jsonl: 2 broken line(s) were removed" in story.outputs[3]
+        for line in (story.folder / f"{name}.jsonl").read_text().splitlines():
+            assert isinstance(json.loads(line), dict)
 
 
 def test_its_metrics_have_every_iteration_once(story: Story) -> None:

@@ -1,6 +1,5 @@
 """Prompt tables in Parquet: written once, read by row number; `raydmd.data.row_order` says which row a sample uses."""
 
-import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -11,6 +10,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
+from raydmd.atomic import replacing
 from raydmd.data.row_order import WINDOW_BYTES, RowGroup
 from raydmd.errors import UserError, nearest
 from raydmd.models.protocol import Family
@@ -28,6 +28,7 @@ def write_prompts(path: str | Path, rows: Mapping[str, np.ndarray | Sequence[obj
 
     Raises:
         ValueError: no columns, no rows, or columns of unequal length.
+        StorageError: the disk is full or gone.
     """
     path = Path(path)
     arrays = {name: np.asarray(values) for name, values in rows.items()}
@@ -36,10 +37,8 @@ def write_prompts(path: str | Path, rows: Mapping[str, np.ndarray | Sequence[obj
         raise ValueError(f"columns need one and the same length above 0, not {sorted(lengths)}")
     table = pa.table({name: _to_arrow(array) for name, array in arrays.items()})
     group = max(1, int(GROUP_BYTES * table.num_rows / max(table.nbytes, 1)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(table, partial, row_group_size=group)
-    os.replace(partial, path)
+    with replacing(path) as part:
+        pq.write_table(table, part, row_group_size=group)
     return path
 
 

@@ -1,6 +1,6 @@
 """A small classifier of the embedded digits: its penultimate layer is the feature space of the Frechet distances."""
 
-import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from raydmd.atomic import replacing
 from raydmd.data.digits import CLASSES, load_digits
+from raydmd.errors import StorageError
 from raydmd.evaluation.chunks import single_thread
 from raydmd.evaluation.metrics import accuracy
 from raydmd.models.protocol import save_weights
@@ -97,10 +99,8 @@ def load_classifier(cache: Path | None = None) -> DigitsClassifier:
         except (SafetensorError, RuntimeError, OSError):
             pass  # a damaged cache is no reason to fail: it is made again
     network = train_classifier()
-    cache.mkdir(parents=True, exist_ok=True)
-    part = cache / f".{CACHE_FILE}.{os.getpid()}"
-    save_weights(network.state_dict(), part)
-    part.replace(file)
+    with suppress(StorageError), replacing(file) as part:  # a full disk is found by what must be written
+        save_weights(network.state_dict(), part)
     return network
 
 

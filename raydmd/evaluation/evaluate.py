@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raydmd.atomic import write_text
 from raydmd.config import Recipe
 from raydmd.data import ring
 from raydmd.data.digits import CLASSES, load_digits
@@ -321,6 +321,7 @@ def evaluate_run(run: Run, samples: int | None = None, progress: Callable[[str],
 
     Raises:
         UserError: no trained expert, no teacher, a family that has no figures, or too few samples.
+        StorageError: the disk is full or gone.
     """
     say, since = progress or (lambda words: None), time.perf_counter()
     phases, teacher = run.trained_phases(), run.teacher()
@@ -336,9 +337,7 @@ def evaluate_run(run: Run, samples: int | None = None, progress: Callable[[str],
     say("measuring the student")
     result |= evaluate_student(run.recipe, run.family, teacher, experts, phases, reference)
     result |= {"seconds": time.perf_counter() - since, "experts": made_from}
-    part_file = run.folder / f".evaluation.json.{os.getpid()}"
-    part_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    part_file.replace(run.folder / "evaluation.json")
+    write_text(run.folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     return result
 
 

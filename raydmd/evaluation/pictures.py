@@ -1,7 +1,6 @@
 """Pictures that people look at: grids, panels side by side, scatters of points; and `raydmd generate`."""
 
 import io
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from raydmd.atomic import write_bytes
 from raydmd.errors import RunError, UserError
 from raydmd.evaluation.prompts import from_text, own_prompts
 from raydmd.evaluation.videos import FPS, video
@@ -172,18 +172,21 @@ def png_text(about: Mapping[str, str]) -> PngInfo:
 
 
 def save_png(image: Image.Image, path: Path, about: Mapping[str, str] | None = None) -> Path:
-    """Write an image, whole or not at all; see `png_text` for ``about``."""
+    """Write an image, whole or not at all; see `png_text` for ``about``.
+
+    Raises:
+        StorageError: the disk is full or gone.
+    """
     return save_file(png(image, about), path)
 
 
 def save_file(content: bytes, path: Path) -> Path:
-    """Write a file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write a file, whole or not at all.
+
+    Raises:
+        StorageError: the disk is full or gone.
+    """
+    write_bytes(path, content)
     return path
 
 

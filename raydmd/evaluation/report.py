@@ -1,7 +1,6 @@
 """`raydmd report`: runs side by side on one page that needs nothing but itself: no network, no script."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
+from raydmd.atomic import write_text
 from raydmd.config import dump_recipe
 from raydmd.errors import UserError
 from raydmd.evaluation.comparison import by_teacher, differences
@@ -67,6 +67,7 @@ def report(runs: Sequence[Run], out: Path, progress: Callable[[str], None] | Non
 
     Raises:
         UserError: no runs, or ``out`` is a folder.
+        StorageError: the disk is full or gone.
     """
     if not runs:
         raise UserError("report: name at least one run's folder")
@@ -87,9 +88,7 @@ def report(runs: Sequence[Run], out: Path, progress: Callable[[str], None] | Non
         when=time.strftime("%Y-%m-%d %H:%M"),
         figure_words={name: words for name, (_, _, words) in FIGURES.items()},
     )
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(out)
+    write_text(out, page)
     return out
 
 

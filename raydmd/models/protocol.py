@@ -1,7 +1,6 @@
 """What the engine knows of a network (`Denoiser`) and of a kind of network (`Family`); teachers on disk."""
 
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from raydmd.atomic import replacing, write_text
 from raydmd.diffusion.schedule import Prediction, Schedule
 from raydmd.diffusion.times import step_grid
 from raydmd.errors import UserError, nearest
@@ -235,16 +235,15 @@ def save_teacher(denoiser: Denoiser, folder: str | Path, family: str, options: M
         folder: made if it is not there.
         family: the family's name.
         options: all that is needed to build the network again (`Family.options`).
+
+    Raises:
+        StorageError: the disk is full or gone.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().contiguous() for name, value in denoiser.state_dict().items()}
-    partial = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
-    save_weights(weights, partial)
-    os.replace(partial, folder / WEIGHTS_FILE)
-    partial = folder / f".{CONFIG_FILE}.{os.getpid()}"
-    partial.write_text(json.dumps({"family": family, "options": dict(options)}, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / CONFIG_FILE)
+    with replacing(folder / WEIGHTS_FILE) as part:
+        save_weights(weights, part)
+    write_text(folder / CONFIG_FILE, json.dumps({"family": family, "options": dict(options)}, indent=2) + "\n")
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:

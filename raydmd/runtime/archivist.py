@@ -1,6 +1,5 @@
 """The actor that writes checkpoints in the background and reads them back."""
 
-import hashlib
 import os
 import time
 from pathlib import Path
@@ -9,10 +8,12 @@ import numpy as np
 import ray
 from ray import ObjectRef
 
+from raydmd.atomic import writing
 from raydmd.expert_index import write_index
 from raydmd.folders import expert_file
 from raydmd.runtime.helpers import Helper, tracked
-from raydmd.runtime.manifest import Archive, Manifest, Shards
+from raydmd.runtime.manifest import Archive, Manifest, Shards, Writer, file_sha256
+from raydmd.runtime.run_plan import RunPlan
 from raydmd.runtime.shards import pieces
 from raydmd.runtime.storage import Store
 
@@ -26,15 +27,19 @@ class Archivist(Helper):
         folder: the run's folder, on this node.
         uri: where manifests and shards go.
         keep: how many manifests to keep.
+        writer: the run's driver; default: nobody in particular.
+        plan: what manifests must agree with.
 
     Raises:
         UserError: ``checkpoint.path: ...``: the URI cannot be used.
     """
 
-    def __init__(self, folder: str, uri: str, keep: int) -> None:
+    def __init__(
+        self, folder: str, uri: str, keep: int, writer: Writer | None = None, plan: RunPlan | None = None
+    ) -> None:
         os.nice(NICE)  # before Arrow starts its threads, which inherit it
         self.folder = Path(folder)
-        self.archive = Archive(uri, keep)
+        self.archive = Archive(uri, keep, writer, self.folder, plan)
         self.archive.store.progress = self.advance
 
     def ready(self) -> str:
@@ -50,6 +55,7 @@ class Archivist(Helper):
 
         Raises:
             RunError: the store cannot be written.
+            StorageError: a disk is full or gone, or another driver has taken the archive over.
         """
         since = time.perf_counter()
         written = self.archive.save(manifest, dict(zip(names, states, strict=True)))
@@ -61,6 +67,7 @@ class Archivist(Helper):
 
         Raises:
             RunError: the store cannot be written.
+            StorageError: a disk is full or gone, or another driver has taken the archive over.
         """
         self.archive.save_expert(index, weights)
         _keep(self.folder, index, weights)
@@ -76,6 +83,7 @@ class Archivist(Helper):
 
         Raises:
             UserError: the store cannot be reached.
+            StorageError: the run's disk is full or gone.
         """
         found = self.archive.newest()
         if found.manifest is None:
@@ -85,21 +93,27 @@ class Archivist(Helper):
 
 
 def keep_experts(folder: Path, manifest: Manifest, shards: Shards) -> None:
-    """Write a manifest's finished experts, as far as the run's folder lacks them."""
-    for index in range(manifest.experts):
-        name = f"expert-{index}"
-        if _sha256(expert_file(folder, index)) != manifest.files[name]["sha256"]:
-            _keep(folder, index, shards[name])
+    """Write a manifest's finished experts, as far as the run's folder lacks them or has others.
+
+    Raises:
+        StorageError: the run's disk is full or gone.
+    """
+    for index in spoilt_experts(folder, manifest):
+        _keep(folder, index, shards[f"expert-{index}"])
     if manifest.experts:
-        write_index(folder)
+        with writing(folder):
+            write_index(folder)
+
+
+def spoilt_experts(folder: Path, manifest: Manifest) -> list[int]:
+    """Return the finished experts of a manifest that the run's folder lacks, or whose file differs in a bit."""
+    records = [manifest.files[f"expert-{index}"] for index in range(manifest.experts)]
+    return [
+        index for index, record in enumerate(records) if file_sha256(expert_file(folder, index)) != record["sha256"]
+    ]
 
 
 def _keep(folder: Path, index: int, weights: dict[str, np.ndarray]) -> None:
-    Store(str(folder)).write(str(expert_file(folder, index).relative_to(folder)), pieces(weights))
-
-
-def _sha256(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    path = expert_file(folder, index)
+    with writing(path):
+        Store(str(folder)).write(str(path.relative_to(folder)), pieces(weights))

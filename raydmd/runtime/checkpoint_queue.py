@@ -9,7 +9,7 @@ from typing import Any
 from ray import ObjectRef
 from ray.exceptions import RayError
 
-from raydmd.errors import RunError
+from raydmd.errors import RunError, StorageError
 from raydmd.locations import KEY
 from raydmd.runtime.faults import Stopped, cause_of, own_fault
 from raydmd.runtime.helper_health import START_S, WRITER, HelperMonitor
@@ -66,7 +66,8 @@ class CheckpointQueue:
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._runner: asyncio.Task[None] | None = None
-        self._late: RunError | None = None
+        self._late: RunError | None = None  # what ends the run
+        self._unwritten: RunError | None = None  # why the newest manifest that was tried was not written
         self._busy_since: float | None = None  # when the writer was asked for what it is to do now
         self._gave_up_since: float | None = None  # when the wait began that a run that is to stop gave up
 
@@ -99,13 +100,28 @@ class CheckpointQueue:
         return job.done
 
     def check(self) -> None:
-        """Raise what hindered an expert that the run did not wait for any longer.
+        """Raise what ends the run, though it does not wait for what is written.
 
         Raises:
-            RunError: the expert cannot be written.
+            RunError: an expert cannot be written.
+            StorageError: a disk is full or gone, or another driver has taken the place over.
         """
         if self._late is not None:
             raise self._late
+
+    def check_last(self) -> None:
+        """Raise what `check` does, or what hindered the last manifest.
+
+        Raises:
+            RunError: an expert or the last manifest cannot be written.
+        """
+        self.check()
+        if self._unwritten is not None:
+            raise self._unwritten
+
+    def end_with(self, error: StorageError) -> None:
+        """Have the next `check` raise an error of the run's disk."""
+        self._late = error
 
     # waiting
 
@@ -215,6 +231,7 @@ class CheckpointQueue:
         size = sum(file["bytes"] for file in whole.files.values())
         self.recorder.event("checkpoint", iteration=job.iteration, bytes=size, seconds=round(seconds, 3))
         self.recorder.exported.checkpoint(size, seconds)
+        self._unwritten = None
         self._end(job)
 
     async def _write_expert(self, job: _Job) -> None:
@@ -247,6 +264,9 @@ class CheckpointQueue:
                 self._late = RunError(f"{job.what} was not written: {cause_of(error)}")
         elif own_fault(error) is None:  # somebody whose state it needed was lost
             self.lost()
+        elif isinstance(cause := cause_of(error), StorageError):
+            self._late = cause
         else:
+            self._unwritten = RunError(f"the last checkpoint was not written ({cause}); the same command goes on")
             self.recorder.say(f"a checkpoint was not written: {cause_of(error)}")
             self.recorder.event("checkpoint-failed", iteration=job.iteration, why=str(cause_of(error))[:300])

@@ -16,6 +16,7 @@ from raydmd import interrupts
 from raydmd.config import Recipe
 from raydmd.console import notices_to
 from raydmd.errors import RunError, UserError
+from raydmd.methods.plan import plan_iterations, plan_phases
 from raydmd.runtime import cluster_address
 from raydmd.runtime.actors import Cluster
 from raydmd.runtime.address import check_reachable
@@ -24,6 +25,7 @@ from raydmd.runtime.controller import micro_batches
 from raydmd.runtime.crew import Crew
 from raydmd.runtime.groups import TrainerGroup
 from raydmd.runtime.helpers import start_helper
+from raydmd.runtime.manifest import Archive, Writer
 from raydmd.runtime.own_ray import in_a_group_of_its_own, make_room_for_sockets
 from raydmd.runtime.placement import wait_for_helpers, wait_for_workers
 from raydmd.runtime.pool import ScorerPool
@@ -37,6 +39,7 @@ from raydmd.runtime.ray_compat import (
 )
 from raydmd.runtime.ray_health import HealthMonitor
 from raydmd.runtime.recorder import Recorder
+from raydmd.runtime.run_plan import run_plan
 from raydmd.runtime.warden import Warden
 from raydmd.runtime.workers import PARTS, WORKERS, Factory
 
@@ -113,7 +116,12 @@ def join_or_start(claimed: float, object_store_mb: int) -> bool:
 
 
 async def launch(
-    recipe: Recipe, folder: Path, prompts: str, recorder: Recorder, parts: dict[str, Factory] | None = None
+    recipe: Recipe,
+    folder: Path,
+    prompts: str,
+    recorder: Recorder,
+    parts: dict[str, Factory] | None = None,
+    owner: str = "",
 ) -> Cluster:
     """Start every role's workers and wait until those are up that a run needs to begin.
 
@@ -123,14 +131,18 @@ async def launch(
         prompts: the Parquet file of prompts.
         recorder: told what is waited for.
         parts: what builds each role's part; default: the real ones.
+        owner: the token under which this driver holds the place of the checkpoints; default: it does not.
 
     Raises:
-        UserError: workers cannot be placed.
+        UserError: workers cannot be placed, or the place of the checkpoints not be reached.
         ray.exceptions.RayError: workers fail whenever they are started.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
     helper = partial(start_helper, scheduling_strategy=here)
+    place = checkpoints(recipe, folder)
+    writer = Writer(owner, Archive(place).writers()) if owner else None
+    plan = run_plan(recipe, plan_iterations(recipe, plan_phases(recipe)))
     rows = prompts if "://" in prompts else str(Path(prompts).resolve())
     crews = {role: Crew(role, recipe, (parts or PARTS)[role]) for role in WORKERS}
     rendezvous = Rendezvous(ray.util.get_node_ip_address())
@@ -140,7 +152,7 @@ async def launch(
         fakes=TrainerGroup("fake", micro_batches(recipe), rendezvous),
         scorers=ScorerPool(recipe.runtime.max_failures),
         prompts=helper(PromptStream, recipe, rows),
-        archivist=helper(Archivist, str(folder.resolve()), checkpoints(recipe, folder), recipe.checkpoint.keep),
+        archivist=helper(Archivist, str(folder.resolve()), place, recipe.checkpoint.keep, writer, plan),
         warden=helper(Warden),
     )
     try:

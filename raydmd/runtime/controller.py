@@ -11,7 +11,7 @@ from ray import ObjectRef
 from ray.exceptions import RayError
 
 from raydmd.config import Recipe
-from raydmd.errors import RunError
+from raydmd.errors import RunError, StorageError
 from raydmd.locations import KEY
 from raydmd.methods.phase import Phase
 from raydmd.methods.zeroed import refuse_too_many
@@ -76,7 +76,9 @@ class Controller:
 
         Raises:
             ray.exceptions.RayError: a worker failed again and again.
-            RunError: a role has no worker, and none came; or too many samples have no finite gradient.
+            RunError: a role has no worker, and none came; too many samples have no finite gradient; the last checkpoint
+                cannot be written.
+            StorageError: a disk is full or gone.
         """
         watch = asyncio.create_task(Watch(self.elastic).run())
         main = asyncio.create_task(self._run())
@@ -106,9 +108,10 @@ class Controller:
                 raise RunError(f"{KEY}: {words}: not written, for its storage does not get on")
             self.recorder.say(f"{words}: not written, for its storage does not get on")
             self.recorder.event("checkpoint-failed", iteration=self.next, why="its storage does not get on")
-        self.checkpoints.check()
+        self.checkpoints.check_last()
         if self._background:
             await asyncio.wait(self._background, timeout=self.recipe.runtime.dead_after)
+        self.checkpoints.check()
 
     async def _run(self) -> None:
         """Train; after a loss mend the cluster and train on."""
@@ -319,6 +322,8 @@ class Controller:
             self.recorder.pictures(name, await drawn)
         except RayError:
             pass  # whoever drew it was lost; the next grid comes
+        except StorageError as error:
+            self.checkpoints.end_with(error)
 
     async def _load_pairs(self) -> None:
         """Have the teacher make the ODE pairs for DMD's regression."""

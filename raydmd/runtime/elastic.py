@@ -9,7 +9,7 @@ import ray
 from ray import ObjectRef
 
 from raydmd.config import Recipe
-from raydmd.errors import RunError, UserError
+from raydmd.errors import RunError, StorageError, UserError
 from raydmd.methods.plan import plan_phases
 from raydmd.runtime.actors import TRAINERS, Cluster
 from raydmd.runtime.checkpoint_queue import CheckpointQueue
@@ -132,7 +132,7 @@ class Elastic:
     def judge(self, errors: list[BaseException]) -> None:
         """Raise an error that would only come again: the user's, or one that came too often without a step between."""
         for error in errors:
-            if isinstance(cause_of(error), UserError):
+            if isinstance(cause_of(error), UserError | StorageError):
                 raise cause_of(error)
             if not isinstance(error, ray.exceptions.RayError | StepDropped):
                 raise error

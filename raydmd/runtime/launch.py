@@ -2,15 +2,17 @@
 
 import asyncio
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from ray.exceptions import RayError, RayTaskError
 from rich.console import Console
 
+from raydmd.atomic import write_text
 from raydmd.config import Recipe
 from raydmd.console import console as terminal
 from raydmd.data.prompts import ensure_embedded_prompts
-from raydmd.errors import RunError, UserError
+from raydmd.errors import RunError, StorageError, UserError
 from raydmd.interrupts import graceful
 from raydmd.methods.phase import Phase
 from raydmd.methods.plan import plan_iterations, plan_phases
@@ -18,8 +20,9 @@ from raydmd.models.fingerprint import fingerprint_teacher
 from raydmd.models.protocol import CONFIG_FILE
 from raydmd.recipe_check import absolute, check, notes
 from raydmd.runs import recipe_family, with_teacher
-from raydmd.runtime.cluster import connect, launch
+from raydmd.runtime.cluster import checkpoints, connect, launch
 from raydmd.runtime.controller import Controller
+from raydmd.runtime.lock import Claim, claim_run
 from raydmd.runtime.preparation import (
     archive_teacher,
     check_fingerprint,
@@ -55,30 +58,51 @@ def distill(
         until: stop once this many iterations are committed.
 
     Raises:
-        UserError: a bad recipe, a folder that holds another run, workers that cannot be placed.
+        UserError: a bad recipe, a folder that holds another run or at which another driver is at work, workers that
+            cannot be placed.
+        RunError: the run broke; a disk is full or gone.
     """
     console, given = console or terminal, absolute(recipe)
     recipe = pin_teacher(given, folder)
     check(recipe)
     for note in notes(recipe):
         console.print(note, highlight=False, markup=False, soft_wrap=True)
-    done = prepare(given, folder, resume)
+    with claim_run(folder, checkpoints(recipe, folder)) as claim:
+        return _claimed(given, recipe, folder, resume, console, parts, until, claim)
+
+
+def _claimed(
+    given: Recipe,
+    recipe: Recipe,
+    folder: Path,
+    resume: str,
+    console: Console,
+    parts: dict[str, Factory] | None,
+    until: int | None,
+    claim: Claim,
+) -> bool:
+    """Do what `distill` does, in a folder and a place of checkpoints that are this driver's."""
+    done = prepare(given, folder, resume, claim.owner)
     own, recipe = recipe.teacher.path is None, with_teacher(recipe, folder)
     if own:
         fetch_teacher(recipe, folder)
     trained = (folder / "teacher" / CONFIG_FILE).is_file()
     if done and (trained or not own):
         check_fingerprint(recipe, folder, fingerprint_teacher(recipe_family(recipe)))
+
+    def say(words: str) -> None:
+        console.print(words, highlight=False, markup=False, soft_wrap=True)
+
     phases = plan_phases(recipe, recipe_family(recipe).schedule.t_max)
     lengths = plan_iterations(recipe, phases)
-    if done == sum(lengths) and has_experts(recipe, folder, len(phases)):
+    if done == sum(lengths) and has_experts(recipe, folder, len(phases), say, claim.owner):
         console.print(f"{folder} is finished: nothing to do", highlight=False, soft_wrap=True)
         return True
     if own and done and not trained:
         raise UserError(f"--out {folder}: it lacks the teacher that the run trained; put it back: {folder}/teacher")
     with connect(recipe, folder) as ray_health:
         try:
-            return _distill(recipe, folder, own, trained, phases, lengths, console, parts, until)
+            return _distill(recipe, folder, own, trained, phases, lengths, console, parts, until, claim)
         except (RayError, RunError) as error:
             raise ray_health.error() or _explained(error, folder) from None
 
@@ -93,19 +117,20 @@ def _distill(
     console: Console,
     parts: dict[str, Factory] | None,
     until: int | None,
+    claim: Claim,
 ) -> bool:
     """Do what is left to do on the Ray that is there; return whether the run is finished."""
     if own and not trained:
         pretrain(recipe, folder / "teacher", console)
     if own:
-        archive_teacher(recipe, folder)
+        archive_teacher(recipe, folder, claim.owner)
     fingerprint = fingerprint_teacher(recipe_family(recipe))
     prompts = recipe.prompts.path or str(ensure_embedded_prompts(recipe_family(recipe), folder / "prompts"))
-    recorder = Recorder(folder, recipe, sum(lengths), console)
+    recorder = Recorder(folder, recipe, sum(lengths), console, claim)
 
     async def main() -> Controller:
         since = time.perf_counter()
-        cluster = await launch(recipe, folder, prompts, recorder, parts)
+        cluster = await launch(recipe, folder, prompts, recorder, parts, claim.owner)
         loop = asyncio.get_running_loop()
         try:
             controller = Controller(recipe, phases, lengths, cluster, recorder, until, since, fingerprint)
@@ -136,7 +161,8 @@ def _explained(error: Exception, folder: Path) -> Exception:
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, UserError | RunError):
         return type(cause)(str(cause))
-    (folder / "error.txt").write_text(str(error), encoding="utf-8")
+    with suppress(OSError, StorageError):
+        write_text(folder / "error.txt", str(error))
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
     first = lines[-1] if "creation task" in lines[0] else lines[0]
     return RunError(f"a worker ended the run: {first} (details: {folder}/error.txt; the same command goes on)")

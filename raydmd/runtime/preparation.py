@@ -1,21 +1,27 @@
 """Before a run begins: its recipe is checked, its folder made or looked into, and what another head left is fetched."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from raydmd.config import Recipe, dump_recipe, load_recipe, parse_recipe
+from raydmd.atomic import remove_parts, write_text, writing
+from raydmd.config import Recipe, dump_recipe, parse_recipe
 from raydmd.data.embedded import EMBEDDED
 from raydmd.errors import UserError
-from raydmd.folders import expert_file
+from raydmd.folders import expert_file, read_lines
+from raydmd.locations import KEY
+from raydmd.methods.plan import plan_iterations, plan_phases
 from raydmd.models.fingerprint import same_teacher
 from raydmd.models.hub import HUB, parse_hub_name, resolve_commit
 from raydmd.models.protocol import CONFIG_FILE, WEIGHTS_FILE
 from raydmd.runs import with_commit
-from raydmd.runtime.archivist import keep_experts
+from raydmd.runtime.archivist import keep_experts, spoilt_experts
 from raydmd.runtime.cluster import checkpoints
-from raydmd.runtime.manifest import Archive
+from raydmd.runtime.lock import LOCK
+from raydmd.runtime.manifest import Archive, Writer
+from raydmd.runtime.run_plan import run_plan
 from raydmd.runtime.storage import Store
 
 TEACHER = (f"teacher/{WEIGHTS_FILE}", f"teacher/{CONFIG_FILE}")  # in this order: with the last, it is whole
@@ -38,28 +44,35 @@ def pin_teacher(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"path": pinned})})
 
 
-def prepare(recipe: Recipe, folder: Path, resume: str) -> int:
+def prepare(recipe: Recipe, folder: Path, resume: str, owner: str = "") -> int:
     """Make the run's folder, or look into the one that is there; return how many iterations are committed.
+
+    What a start that failed has left is no run: it stands in nobody's way.
+
+    Args:
+        recipe: the run's recipe.
+        folder: its folder.
+        resume: as `raydmd.runtime.launch.distill` takes it.
+        owner: the token under which the driver holds the folder and the place of the checkpoints.
 
     Raises:
         UserError: the folder, or the place of the checkpoints, holds a run and ``resume`` is ``never``, or the recipe
             is another one.
+        StorageError: a disk is full or gone.
     """
-    kept, archive = folder / "recipe.yaml", Archive(checkpoints(recipe, folder), recipe.checkpoint.keep)
+    kept, archive = folder / "recipe.yaml", _archive(recipe, folder, owner)
+    _remove_parts(folder)
     if kept.is_file():
-        if resume == "never":
+        if resume == "never" and not _is_blank(folder, archive):
             raise UserError(f"--out {folder}: it already holds a run; choose another folder, or --resume auto")
-        _same_recipe(load_recipe(str(kept)), recipe, f"--out {folder}")
-    elif folder.is_dir() and any(path.name not in ("teacher", "prompts") for path in folder.iterdir()):
+        _compare(kept.read_text(encoding="utf-8"), recipe, f"--out {folder}", _is_blank(folder, archive))
+    elif folder.is_dir() and any(not _is_ours(path) for path in folder.iterdir()):
         raise UserError(f"--out {folder}: it is not empty and holds no run; choose another folder")
     elif recipe.checkpoint.path is not None and (there := archive.read_text("recipe.yaml")) is not None:
-        if resume == "never":
+        if resume == "never" and not _is_blank(folder, archive):
             raise UserError("checkpoint.path: it already holds a run; choose another place, or --resume auto")
-        _same_recipe(parse_recipe(yaml.safe_load(there), "checkpoint.path"), recipe, "checkpoint.path")
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / "recipe.yaml.part"
-    part.write_text(dump_recipe(recipe), encoding="utf-8")
-    part.replace(kept)
+        _compare(there, recipe, KEY, _is_blank(folder, archive))
+    write_text(kept, dump_recipe(recipe))
     if recipe.checkpoint.path is not None:
         archive.write_text("recipe.yaml", dump_recipe(recipe))
     newest = archive.peek()
@@ -84,17 +97,38 @@ def check_fingerprint(recipe: Recipe, folder: Path, fingerprint: str) -> None:
                         f"another --out")  # fmt: skip
 
 
-def has_experts(recipe: Recipe, folder: Path, count: int) -> bool:
-    """Whether a finished run's folder, which may be a new head's, has its experts; they are fetched if it lacks one.
+def has_experts(
+    recipe: Recipe, folder: Path, count: int, say: Callable[[str], None] = lambda words: None, owner: str = ""
+) -> bool:
+    """Whether a finished run's folder, which may be a new head's, has its experts, to the bit.
+
+    Those that it lacks, or that differ from what the run's last manifest says, are fetched from the archive.
+
+    Args:
+        recipe: the run's recipe.
+        folder: its folder.
+        count: how many experts a finished run has.
+        say: told what was broken and is restored.
+        owner: the token under which the driver holds the archive.
 
     Raises:
         UserError: the store cannot be reached.
+        StorageError: the run's disk is full or gone.
     """
-    if all(expert_file(folder, index).is_file() for index in range(count)):
+    archive = _archive(recipe, folder, owner)
+    newest = archive.peek()
+    if newest is None or newest.experts < count:
+        return False
+    if not (spoilt := spoilt_experts(folder, newest)):
         return True
-    found = Archive(checkpoints(recipe, folder)).newest()
+    found = archive.newest()
+    for words in found.skipped:
+        say(words)
     if found.manifest is None or found.manifest.experts < count:  # the last one is broken: the run goes on from before
         return False
+    for index in spoilt:
+        if (path := expert_file(folder, index)).exists():
+            say(f"{path} is not what the run wrote: it is restored from {archive.store}")
     keep_experts(folder, found.manifest, found.shards)
     return True
 
@@ -104,27 +138,82 @@ def fetch_teacher(recipe: Recipe, folder: Path) -> None:
 
     Raises:
         UserError: the store cannot be reached.
+        StorageError: the run's disk is full or gone.
     """
     if recipe.checkpoint.path is None or (folder / "teacher" / CONFIG_FILE).is_file():
         return
     archive, here = Archive(recipe.checkpoint.path), Store(str(folder))
     if archive.read_bytes(f"teacher/{CONFIG_FILE}") is not None:
         for name in TEACHER:
-            here.write(name, [archive.read_bytes(name) or b""])
+            with writing(folder / name):
+                here.write(name, [archive.read_bytes(name) or b""])
 
 
-def archive_teacher(recipe: Recipe, folder: Path) -> None:
+def archive_teacher(recipe: Recipe, folder: Path, owner: str = "") -> None:
     """Have the teacher that the run trained itself where its checkpoints are.
 
     Raises:
         UserError: the store cannot be reached.
+        StorageError: its disk is full or gone.
     """
     if recipe.checkpoint.path is None:
         return
-    archive = Archive(recipe.checkpoint.path)
+    archive = _archive(recipe, folder, owner)
     if archive.read_bytes(f"teacher/{CONFIG_FILE}") is None:
         for name in TEACHER:
             archive.write_bytes(name, (folder / name).read_bytes())
+
+
+def _archive(recipe: Recipe, folder: Path, owner: str) -> Archive:
+    lengths = plan_iterations(recipe, plan_phases(recipe))
+    writer = Writer(owner) if owner else None
+    return Archive(checkpoints(recipe, folder), recipe.checkpoint.keep, writer, folder, run_plan(recipe, lengths))
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a driver may have left this before the folder had its recipe."""
+    if path.name == "checkpoints":
+        return path.is_dir() and all(_is_ours(below) for below in path.iterdir())
+    return path.name in ("teacher", "prompts", LOCK) or path.name.endswith(".part")
+
+
+def _is_blank(folder: Path, archive: Archive) -> bool:
+    """Whether a folder, and the place of its checkpoints, hold nothing that was trained: the first start failed."""
+    made = ("experts", "teacher", "samples", "evaluation.json")
+    if any((folder / name).exists() for name in made) or read_lines(folder / "metrics.jsonl"):
+        return False
+    files, folders = archive.store.listing()
+    return not folders and all(name in ("recipe.yaml", LOCK) or name.endswith(".part") for name in files)
+
+
+def _remove_parts(folder: Path) -> None:
+    """Remove what a driver that was killed has left half-written."""
+    places = [folder, *(folder / name for name in ("samples", "teacher", "prompts", ".cache"))]
+    for place in (*places, *(folder / "experts").glob("phase-*")):
+        remove_parts(place)
+
+
+def _compare(kept: str, recipe: Recipe, where: str, blank: bool) -> None:
+    """Refuse a recipe that is not the one that a run was begun with; one with which nothing was made counts not.
+
+    Raises:
+        UserError: it is another one, or the run's cannot be read.
+    """
+    if not kept.strip():  # a disk that was full, or a power cut
+        if not blank:
+            raise UserError(f"{where}: its recipe.yaml is empty; put it back, or choose another place")
+        return
+    try:
+        tree = yaml.safe_load(kept)
+    except yaml.YAMLError:
+        tree = None
+    if not isinstance(tree, dict):
+        if not blank:
+            raise UserError(f"{where}: its recipe.yaml cannot be read; put it back, or choose another place")
+        return
+    if blank and tree.get("checkpoint", {}).get("path") == recipe.checkpoint.path:
+        return
+    _same_recipe(parse_recipe(tree, where), recipe, where)
 
 
 def _same_recipe(kept: Recipe, given: Recipe, where: str) -> None:

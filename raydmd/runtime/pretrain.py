@@ -1,81 +1,157 @@
 """`raydmd pretrain`: an embedded teacher, trained with Ray Train (elastic, checkpointed)."""
 
 import json
+import os
+import re
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file
 
+from raydmd.atomic import remove_parts, storage_error, write_text, writing
 from raydmd.config import Recipe, parse_recipe
 from raydmd.console import console as terminal
 from raydmd.data.embedded import EMBEDDED
-from raydmd.errors import UserError
+from raydmd.errors import RunError, StorageError, UserError
 from raydmd.folders import read_lines
+from raydmd.jsonl import LineWriter, mend_lines
 from raydmd.methods.collective import Alone, Collective
 from raydmd.methods.pretraining import Pretraining
 from raydmd.models.protocol import EmbeddedFamily, save_teacher, save_weights
 from raydmd.progress import time_left
 from raydmd.runs import recipe_family
 from raydmd.runtime.cluster import connect
+from raydmd.runtime.lock import Claim
+from raydmd.runtime.manifest import file_sha256
 from raydmd.runtime.process_group import Distributed
 
 REPORT_EVERY = 25
+PROGRESS, TRAIN, KEPT = "pretrain.jsonl", "train", "kept"  # in the teacher's folder, until it is trained
+STATE, RECORD = "state.safetensors", "state.json"  # of a checkpoint
 
 
 def pretrain(recipe: Recipe, folder: Path, console: Console | None = None) -> Path:
     """Train the recipe's embedded teacher into ``folder`` and return it.
 
-    The weights do not depend on the number of workers. A run that was cut short goes on from its last checkpoint.
+    The weights do not depend on the number of workers. A run that was cut short goes on from its last whole checkpoint.
     On a cluster of several machines ``folder`` must be on storage that all of them share.
 
     Raises:
-        UserError: the family is not an embedded one, or the folder already holds a teacher.
+        UserError: the family is not an embedded one, the folder already holds a teacher, or another driver is at work
+            on it.
+        RunError: the training broke; a disk is full or gone.
     """
     console, folder = console or terminal, folder.resolve()
-    family, settings = _embedded_family(recipe), recipe.pretrain
-    if (folder / "config.json").is_file():
-        raise UserError(f"--out {folder}: it already holds a teacher; choose another folder")
+    family = _embedded_family(recipe)
+    with Claim([(f"--out {folder}", str(folder))]):
+        if (folder / "config.json").is_file():
+            raise UserError(f"--out {folder}: it already holds a teacher; choose another folder")
+        with writing(folder):
+            remove_parts(folder)
+            mend_lines(folder / PROGRESS)
+            trained = salvage(folder)
+            if trained < recipe.pretrain.iterations:
+                _fit(recipe, folder, console)
+                salvage(folder)
+            training = Pretraining(recipe, family)
+            training.flat.load_state(load_file(folder / KEPT / STATE))
+            save_teacher(training.teacher(), folder, family.name, family.options)
+            shutil.rmtree(folder / KEPT)
+    return folder
+
+
+def _fit(recipe: Recipe, folder: Path, console: Console) -> None:
+    """Train to the end on Ray Train, from the kept state if there is one.
+
+    Raises:
+        RunError: the training broke; a disk is full or gone.
+    """
+    settings = recipe.pretrain
     workers: Any = (settings.min_workers, settings.max_workers)  # a range is what makes Ray Train elastic
-    progress_file = folder / "pretrain.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
+    progress_file = folder / PROGRESS
     trainer = _Trainer(
         train_loop,
-        train_loop_config={"recipe": recipe.model_dump(mode="json"), "progress": str(progress_file)},
+        train_loop_config={"recipe": recipe.model_dump(mode="json"), "folder": str(folder)},
         torch_config=TorchConfig(backend="gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers,
             resources_per_worker={"CPU": settings.cpus},
         ),
         run_config=RunConfig(
-            name="train",
+            name=TRAIN,
             storage_path=str(folder),
             failure_config=FailureConfig(max_failures=3),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )
     with connect(recipe, folder):
-        with _progress(console, progress_file, settings.iterations):
-            result = trainer.fit()
-        assert result.checkpoint is not None
-        training = Pretraining(recipe, family)
-        with result.checkpoint.as_directory() as kept:
-            training.flat.load_state(load_file(Path(kept) / "state.safetensors"))
-    save_teacher(training.teacher(), folder, family.name, family.options)
-    shutil.rmtree(folder / "train")
-    return folder
+        try:
+            with _progress(console, progress_file, settings.iterations):
+                trainer.fit()
+        except TrainingFailedError as error:
+            salvage(folder)
+            raise _explained(error, folder) from None
+
+
+def salvage(folder: Path) -> int:
+    """Keep the newest whole state of a training that was cut short in ``kept``, and remove all else of it.
+
+    Ray Train writes its own record of checkpoints in place: a full disk or a kill may leave half of it, and it does
+    not start over that. So a training that goes on is a new one, whose first state is the kept one.
+
+    Returns:
+        The iterations that it was trained for; 0 where nothing is kept.
+    """
+    found = {path: _iterations_of(path) for path in (folder / KEPT, *(folder / TRAIN).glob("checkpoint_*"))}
+    newest = max(found, key=lambda path: found[path])
+    if found[newest] and newest != folder / KEPT:
+        shutil.rmtree(folder / KEPT, ignore_errors=True)
+        newest.rename(folder / KEPT)
+    shutil.rmtree(folder / TRAIN, ignore_errors=True)
+    if not found[newest]:
+        shutil.rmtree(folder / KEPT, ignore_errors=True)
+    return found[newest]
+
+
+def _iterations_of(checkpoint: Path) -> int:
+    """Return the iterations of a checkpoint whose every bit is there; 0 for another."""
+    try:
+        record = json.loads((checkpoint / RECORD).read_bytes())
+        if file_sha256(checkpoint / STATE) == record["sha256"]:
+            return int(record["iteration"])
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    return 0
+
+
+def _explained(error: TrainingFailedError, folder: Path) -> RunError:
+    """Turn what ended the training into one line; what Ray Train says of it goes to error.txt."""
+    text = str(error)
+    if found := re.search(r"StorageError: (.+)", text):
+        return StorageError(found[1].strip())
+    if found := re.search(r"\[Errno (\d+)\]|\(os error (\d+)\)", text):
+        number = int(found[1] or found[2])
+        if (known := storage_error(folder, OSError(number, os.strerror(number)))) is not None:
+            return known
+    with suppress(OSError, StorageError):
+        write_text(folder / "error.txt", text)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return RunError(
+        f"the teacher's training broke: {lines[-1]} (details: {folder}/error.txt; the same command goes on)"
+    )
 
 
 class _Trainer(TorchTrainer):
@@ -91,15 +167,19 @@ def train_loop(config: dict[str, Any]) -> None:
     context, first = ray.train.get_context(), 0
     rank, world = context.get_world_rank(), context.get_world_size()
     collective: Collective = Distributed() if dist.is_initialized() and world > 1 else Alone()
+    folder = Path(config["folder"])
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as kept:
-            training.flat.load_state(load_file(Path(kept) / "state.safetensors"))
+            training.flat.load_state(load_file(Path(kept) / STATE))
+        first = training.flat.version
+    elif (folder / KEPT).is_dir():
+        training.flat.load_state(load_file(folder / KEPT / STATE))
         first = training.flat.version
     for iteration in range(first, settings.iterations):
         loss, done = training.step(iteration, rank, world, collective), iteration + 1
         if rank == 0 and (done % REPORT_EVERY == 0 or done == settings.iterations):
-            with open(config["progress"], "a", encoding="utf-8") as file:
-                file.write(json.dumps({"iteration": done, "loss": loss, "workers": world}) + "\n")
+            with LineWriter(folder / PROGRESS) as progress:
+                progress.append({"iteration": done, "loss": loss, "workers": world})
         if done % settings.checkpoint_every == 0 or done == settings.iterations:
             _report(training, {"iteration": done, "loss": loss}, rank)
 
@@ -108,7 +188,10 @@ def _report(training: Pretraining, metrics: dict[str, Any], rank: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         kept = None
         if rank == 0:
-            save_weights(training.flat.state(), Path(folder) / "state.safetensors")
+            state = Path(folder) / STATE
+            save_weights(training.flat.state(), state)
+            record = {"iteration": metrics["iteration"], "sha256": file_sha256(state)}
+            (Path(folder) / RECORD).write_text(json.dumps(record))
             kept = Checkpoint.from_directory(folder)
         ray.train.report(metrics, checkpoint=kept)
 

@@ -1,22 +1,24 @@
 """What a run leaves to be seen: metrics.jsonl, events.jsonl, TensorBoard, sample grids, a progress bar."""
 
-import json
 import math
+import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from raydmd.atomic import replacing, storage_error, writing
 from raydmd.config import Recipe
-from raydmd.folders import read_lines
+from raydmd.jsonl import LineWriter, mend_lines
 from raydmd.methods.zeroed import in_words
 from raydmd.progress import time_left
+from raydmd.runtime.lock import Claim
 from raydmd.runtime.metrics import Metrics, run_label
 from raydmd.runtime.workers import Receipt
 
@@ -32,17 +34,23 @@ class Recorder:
         recipe: its recipe.
         total: iterations in all.
         console: where progress is shown.
+        claim: the driver's claim on the folder, looked at with every iteration; None: there is none.
+
+    Raises:
+        StorageError: the disk is full or gone.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, total: int, console: Console) -> None:
-        self.folder, self.recipe, self.total, self.console = folder, recipe, total, console
-        self._events = (folder / "events.jsonl").open("a", encoding="utf-8")
-        self._metrics: IO[str] | None = None
+    def __init__(self, folder: Path, recipe: Recipe, total: int, console: Console, claim: Claim | None = None) -> None:
+        self.folder, self.recipe, self.total, self.console, self.claim = folder, recipe, total, console, claim
+        self._mend("events.jsonl", lambda record: True if isinstance(record.get("event"), str) else None)
+        self._events = LineWriter(folder / "events.jsonl")
+        self._metrics: LineWriter | None = None
         self._board: SummaryWriter | None = None
         self.exported = Metrics(run_label(folder))
         self._zeroed_event = self._zeroed_warning = -ZEROED_EVERY  # the iterations of the last ones
         self._since = time.perf_counter()
         self._recent: deque[float] = deque(maxlen=RECENT)  # seconds of the last iterations
+        self._excepthook, threading.excepthook = threading.excepthook, self._of_a_thread
         self._progress = Progress(
             TextColumn("[bold]{task.fields[phase]}"),
             BarColumn(),
@@ -59,23 +67,28 @@ class Recorder:
 
     def event(self, kind: str, **facts: Any) -> None:
         """Append a line to events.jsonl."""
-        self._events.write(json.dumps({"time": round(time.time(), 3), "event": kind, **facts}) + "\n")
-        self._events.flush()
+        self._events.append({"time": round(time.time(), 3), "event": kind, **facts})
 
     def rewind(self, done: int) -> None:
-        """Drop what was written of iterations from ``done`` on: they are made again."""
-        path = self.folder / "metrics.jsonl"
+        """Drop what was written of iterations from ``done`` on, as they are made again, and lines that are broken.
+
+        Raises:
+            StorageError: the disk is full or gone.
+        """
         if self._metrics is not None:
             self._metrics.close()
-        kept = [line for line in read_lines(path) if line["iteration"] < done]
-        part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        part.replace(path)
-        self._metrics = path.open("a", encoding="utf-8")
+
+        def stays(line: dict[str, Any]) -> bool | None:
+            n = line.get("iteration")
+            return n < done if type(n) is int else None
+
+        self._mend("metrics.jsonl", stays, "iteration")
+        self._metrics = LineWriter(self.folder / "metrics.jsonl")
         if self.recipe.monitor.tensorboard:
-            if self._board is not None:
-                self._board.close()
-            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done)
+            with writing(self.folder / "tensorboard"):
+                if self._board is not None:
+                    self._board.close()
+                self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done)
         self._progress.update(self._task, completed=done)
 
     def recovered(self, roles: list[str], how: str, seconds: float, steps_lost: int) -> None:
@@ -94,7 +107,13 @@ class Recorder:
     def iteration(
         self, phase: int, iteration: int, receipts: list[Receipt], workers: dict[str, int], queue: int = 0
     ) -> dict[str, Any]:
-        """Write the metrics of a committed iteration, from its calls' receipts; null where these were lost."""
+        """Write the metrics of a committed iteration, from its calls' receipts; null where these were lost.
+
+        Raises:
+            StorageError: the disk is full or gone, the folder was removed, or another driver has taken it over.
+        """
+        if self.claim is not None:
+            self.claim.check()
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         busy = dict.fromkeys(workers, 0.0)
@@ -127,8 +146,7 @@ class Recorder:
             "roles": {role: {"busy_seconds": busy[role], "workers": count} for role, count in workers.items()},
         }
         assert self._metrics is not None
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
+        self._metrics.append(line)
         self._recent.append(seconds)
         self.exported.iteration(line)
         self.exported.queue(queue)
@@ -138,26 +156,43 @@ class Recorder:
         return line
 
     def pictures(self, name: str, pictures: np.ndarray) -> None:
-        """Write a grid of pictures [N, C, H, W] in [0, 1] to samples/NAME.png."""
+        """Write a grid of pictures [N, C, H, W] in [0, 1] to samples/NAME.png.
+
+        Raises:
+            StorageError: the disk is full or gone.
+        """
         from raydmd.evaluation.pictures import grid
 
         path = self.folder / "samples" / f"{name}.png"
-        path.parent.mkdir(exist_ok=True)
-        part = path.with_suffix(".part")
         image = grid(pictures)
-        image.save(part, format="PNG")
-        part.replace(path)
+        with replacing(path) as part:
+            image.save(part, format="PNG")
         if self._board is not None:
             self._board.add_image(name.split("-")[0], np.asarray(image.convert("RGB")), dataformats="HWC")
 
     def close(self) -> None:
-        """Finish all records."""
+        """Finish all records; what TensorBoard still holds is lost where the disk is full or gone."""
         self._progress.stop()
         if self._metrics is not None:
             self._metrics.close()
         self._events.close()
         if self._board is not None:
-            self._board.close()
+            try:
+                self._board.close()
+            except OSError as error:
+                if storage_error(self.folder, error) is None:
+                    raise
+        threading.excepthook = self._excepthook
+
+    def _of_a_thread(self, error: Any) -> None:
+        """Keep TensorBoard's thread quiet about a full disk, which who writes next is told of."""
+        boards = type(error.thread).__module__.startswith("tensorboard")
+        if not boards or storage_error(self.folder, error.exc_value) is None:
+            self._excepthook(error)
+
+    def _mend(self, name: str, wanted: Callable[[dict[str, Any]], bool | None], key: str | None = None) -> None:
+        if broken := mend_lines(self.folder / name, wanted, key):
+            self.say(f"{self.folder / name}: {broken} broken line(s) were removed")
 
     def _tell_zeroed(self, iteration: int, zeroed: dict[str, int]) -> None:
         """Write an event of samples that were left out, and warn of many; again only after a while, unless of more."""
@@ -185,6 +220,11 @@ class Recorder:
             self.say(
                 f"phase {line['phase']}  {done}/{self.total}  {figures}  {line['seconds']:.2f} s an iteration, {left}"
             )
+        if self._board is not None:
+            with writing(self.folder / "tensorboard"):
+                self._draw(line, used)
+
+    def _draw(self, line: dict[str, Any], used: dict[str, float]) -> None:
         if self._board is not None:
             for key in ("loss_fake", "generator_grad_norm", "dm_gradient", "x_s_mean", "x_s_std", "seconds"):
                 if line[key] is not None:

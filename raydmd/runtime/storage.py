@@ -7,12 +7,14 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs
 
-from raydmd.errors import UserError
+from raydmd.atomic import storage_error
+from raydmd.errors import StorageError, UserError
 from raydmd.locations import KEY, Location, parse_location
 from raydmd.runtime.shards import PIECE
 
@@ -56,27 +58,33 @@ class Store:
 
         A disk's file gets its name once it is whole and on the disk: without the fsync a power cut after the rename
         could leave an empty file under that name (the checksum would tell) when the checkpoint before it is deleted
-        already. An object appears when its stream is closed. Arrow closes it on an exception too, with what it has
-        by then: so no manifest names an object before ``write`` has returned, and none that is named is rewritten.
+        already. Where it cannot be written, its part is removed, and so are the folders that are empty then. An object
+        appears when its stream is closed. Arrow closes it on an exception too, with what it has by then: so no
+        manifest names an object before ``write`` has returned, and none that is named is rewritten.
         """
         target = f"{self.root}/{path}"
         name, digest, size, held = target, hashlib.sha256(), 0, 0
         if self.local:
             self.files.create_dir(target.rpartition("/")[0])
             name = f"{target}.part"
-        with self.files.open_output_stream(name, compression=None) as stream:
-            for piece in content:
-                digest.update(piece)
-                stream.write(piece)
-                self.progress()
-                size, held = size + len(piece), held + len(piece)
-                if held >= AHEAD and not self.local:
-                    stream.flush()
-                    held = 0
-        if self.local:
-            with open(name, "rb") as part:
-                os.fsync(part.fileno())
-            self.files.move(name, target)
+        try:
+            with self.files.open_output_stream(name, compression=None) as stream:
+                for piece in content:
+                    digest.update(piece)
+                    stream.write(piece)
+                    self.progress()
+                    size, held = size + len(piece), held + len(piece)
+                    if held >= AHEAD and not self.local:
+                        stream.flush()
+                        held = 0
+            if self.local:
+                with open(name, "rb") as part:
+                    os.fsync(part.fileno())
+                self.files.move(name, target)
+        except BaseException:
+            if self.local:
+                self._remove_part(Path(name))
+            raise
         return digest.hexdigest(), size
 
     def read(self, path: str, record: dict[str, Any] | None = None) -> bytes:
@@ -117,6 +125,15 @@ class Store:
         with suppress(FileNotFoundError):
             (self.files.delete_dir if folder else self.files.delete_file)(f"{self.root}/{path}")
 
+    def modified(self, paths: list[str]) -> list[float | None]:
+        """Return when each file was last written, in seconds since 1970 by the storage's clock; None: no such file."""
+        entries = self.files.get_file_info([f"{self.root}/{path}" for path in paths])
+        return [entry.mtime_ns / 1e9 if entry.is_file and entry.mtime_ns else None for entry in entries]
+
+    def failure(self, error: Exception) -> StorageError | None:
+        """Return what is said of a disk that is full or gone; None where the error is another one."""
+        return storage_error(f"{KEY}: {self}", error) if self.local else None
+
     def lost(self, error: Exception) -> bool:
         """Whether an error means that a file is not there or spoiled, and not that the store cannot be reached.
 
@@ -125,6 +142,15 @@ class Store:
         if not isinstance(error, OSError) or isinstance(error, FileNotFoundError):
             return True
         return self.local and error.errno in (None, errno.EIO, errno.EISDIR, errno.ENOTDIR)
+
+    def _remove_part(self, part: Path) -> None:
+        with suppress(OSError):
+            part.unlink()
+        with suppress(OSError):
+            for folder in part.parents:
+                if folder == Path(self.root) or Path(self.root) not in folder.parents:
+                    break
+                folder.rmdir()  # an error where it is not empty
 
 
 def one_line(error: BaseException) -> str:

@@ -1,0 +1,95 @@
+"""A manifest as a record: its values, its checksum, and how a file is read that may hold anything."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+FORMAT = 3
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the run was when ``iteration`` iterations had been committed.
+
+    Attributes:
+        iteration: iterations committed; the next one has this number.
+        phase: index of the phase that the next iteration belongs to; the number of phases when all is done.
+        generator_version: generator updates made.
+        fake_version: fake updates made.
+        fake_cursor: position of the fake's rollouts in their stream of prompts, in samples: ``fake_version`` times
+            the batch's size. With the seed it says which rows come next (`raydmd.data.row_order`).
+        generator_cursor: the same of the generator's own batches: ``generator_version`` times the batch's size.
+        seed: the recipe's seed.
+        experts: finished experts.
+        files: shard name ("generator", "fake", "expert-0", ...) to {"path", "sha256", "bytes"}.
+        format: number of this record's layout.
+        teacher: the teacher's fingerprint; "" where none was taken.
+        writer: the token of the driver that wrote it.
+    """
+
+    iteration: int
+    phase: int
+    generator_version: int
+    fake_version: int
+    fake_cursor: int
+    generator_cursor: int
+    seed: int
+    experts: int
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    format: int = FORMAT
+    teacher: str = ""
+    writer: str = ""
+
+
+def sealed(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest's values with their checksum."""
+    content = {name: value for name, value in tree.items() if name != "sha256"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return {**content, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def read_sealed(content: bytes) -> dict[str, Any]:
+    """Read a manifest's values, believing nothing: what is no whole record is a ValueError.
+
+    One of an older version has no checksum; its values come without, so that it is told from a broken one.
+    """
+    tree = json.loads(content)
+    if not isinstance(tree, dict):
+        raise ValueError("it is not a record")
+    number = tree.get("format")
+    if type(number) is not int or number < 1:
+        raise ValueError(f"format {number}, {FORMAT} expected")
+    if number < FORMAT and "sha256" not in tree:
+        return tree
+    if tree.pop("sha256", None) != sealed(tree)["sha256"]:
+        raise ValueError("its checksum differs")
+    return tree
+
+
+def parse_manifest(tree: dict[str, Any]) -> Manifest:
+    """Read a manifest's values: what is not exactly one is a ValueError, TypeError or KeyError."""
+    manifest = Manifest(**tree)
+    for each in fields(Manifest):
+        value = getattr(manifest, each.name)
+        if each.type is int and (type(value) is not int or value < 0):
+            raise ValueError(f"{each.name} is {value!r}")
+        if each.type is str and not isinstance(value, str):
+            raise ValueError(f"{each.name} is {value!r}")
+    if not isinstance(manifest.files, dict):
+        raise ValueError("its files are not a record")
+    for name, record in manifest.files.items():
+        check_record(name, record)
+    for index in range(manifest.experts):
+        if f"expert-{index}" not in manifest.files:
+            raise ValueError(f"it names no expert-{index}")
+    return manifest
+
+
+def check_record(name: str, record: Any) -> None:
+    """See that a value is the record of a shard, inside the archive: if not, a ValueError, TypeError or KeyError."""
+    path = record["path"]
+    if not (isinstance(path, str) and isinstance(record["sha256"], str) and type(record["bytes"]) is int):
+        raise ValueError(f"{name}: not a record of a file")
+    if path.startswith("/") or ".." in path.split("/"):
+        raise ValueError(f"{name}: {path!r} leads out of the folder")
