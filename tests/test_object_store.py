@@ -1,11 +1,14 @@
 """Checkpoints in an object store: the same promises, over S3's protocol, to a server on loopback."""
 
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +24,15 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from raydmd.config import load_recipe
-from raydmd.errors import RunError, UserError
+from raydmd.errors import RunError, StorageError, UserError
 from raydmd.folders import expert_file, read_lines
 from raydmd.locations import absolute_location, parse_location
 from raydmd.methods.reference import train
 from raydmd.runs import Run, recipe_family
+from raydmd.runtime import lock as locks
 from raydmd.runtime import storage
 from raydmd.runtime.launch import distill
+from raydmd.runtime.lock import LOCK, Claim
 from raydmd.runtime.manifest import Archive, Found
 from raydmd.runtime.shards import PIECE
 
@@ -177,6 +182,42 @@ def test_a_kill_at_any_operation_leaves_the_last_whole_checkpoint_or_the_one_bef
         assert is_of(fresh.newest(), 8, (9,))
     assert {(len(story) - 1, 0), (len(story) - 1, 1)} <= stages and bool(skipped) == seen
     print(last - 1, "kills")
+
+
+def test_one_driver_a_place(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No link and no exclusive creation there: who reads its own record back after a while has won."""
+    monkeypatch.setattr(locks, "BEAT_S", 0.2)
+    store, place = Archive(uri).store, [("checkpoint.path: there", uri)]
+
+    def claimed(_: object) -> str | Claim:
+        try:
+            return Claim(place).__enter__()
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(claimed, range(4)))
+    (winner,) = [answer for answer in answers if isinstance(answer, Claim)]
+    refused = [answer for answer in answers if isinstance(answer, str)]
+    assert all(re.match(r"checkpoint\.path: there: another driver is at work on it", words) for words in refused)
+    assert len(refused) == 3 and json.loads(store.read(LOCK))["owner"] == winner.owner
+    first = store.modified([LOCK])
+    end = time.monotonic() + 60
+    while store.modified([LOCK]) == first:  # its heartbeat
+        assert time.monotonic() < end
+    record = json.loads(store.read(LOCK))
+    store.write(LOCK, [json.dumps({**record, "owner": "another", "machine": "another"}).encode()])
+    while winner.locks[0].lost is None:
+        assert time.monotonic() < end
+    with pytest.raises(StorageError, match="another driver has taken it over"):
+        winner.check()
+    winner.__exit__()
+    assert isinstance(words := claimed(None), str) and "the same command goes on" in words  # not silent for long yet
+    monkeypatch.setattr(locks, "DEAD_AFTER_S", 0.5)
+    time.sleep(2)  # the store tells whole seconds
+    with Claim(place) as held:
+        assert json.loads(store.read(LOCK))["owner"] == held.owner
+    assert store.listing() == ([], [])
 
 
 def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
