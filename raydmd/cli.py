@@ -10,7 +10,7 @@ import click
 import yaml
 
 from raydmd import __version__, interrupts
-from raydmd.atomic import FULL, storage_error
+from raydmd.atomic import FULL, storage_error, write_text
 from raydmd.bench.command import bench
 from raydmd.config import Recipe, dump_recipe, load_recipe, shipped_recipes
 from raydmd.console import console, errors
@@ -226,7 +226,7 @@ def serve(
     if config_out is not None:
         demand_keys(serving, host, no_keys)
         text = config_of(serving, host, port)
-        config_out.write_text(text, encoding="utf-8")
+        write_text(config_out, text)
         console.print(f"serve deploy {config_out}", highlight=False, soft_wrap=True)
         return
     check_cluster()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from raydmd.atomic import write_text
 from raydmd.bench.load import Outcome, Record
 from raydmd.bench.statistics import PERCENTILES, Spread, Statistics
 
@@ -109,7 +110,7 @@ def write_json(path: Path, about: dict[str, Any], runs: Sequence[dict[str, Any]]
     if len(runs) == 1:
         tree = {**runs[0], **tree}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(tree, indent=1, allow_nan=False) + "\n")
 
 
 def failures(records: Sequence[Record]) -> str | None:
