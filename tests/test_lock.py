@@ -60,6 +60,15 @@ def test_a_second_claim_is_refused_in_one_line_and_the_first_one_gives_the_lock_
     assert os.listdir(folder) == ["mine"]
 
 
+def test_a_place_that_cannot_be_locked(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^--out .*/file: there is a file of that name; a folder is needed$"):
+        claim(tmp_path / "file").__enter__()
+    with pytest.raises(UserError, match=r"^--out .*/file/below: it cannot be locked: .*Not a directory"):
+        claim(tmp_path / "file/below").__enter__()
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_all_locks_or_none(tmp_path: Path) -> None:
     """A place of checkpoints is shared by two runs with folders of their own: the second gets neither lock."""
     place = str(tmp_path / "checkpoints")

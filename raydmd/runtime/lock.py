@@ -94,20 +94,18 @@ class Lock:
             UserError: another driver holds it, or the folder cannot be reached.
             StorageError: the disk is full or gone.
         """
-        if self.store.local:
-            with writing(self.named):
-                self._make_folder()
-                try:
-                    with _one_at_a_time(self._root):
-                        self._acquire_on_disk()
-                except BaseException:
-                    self._remove_folders()
-                    raise
-            return
         try:
-            self._acquire_object()
+            with writing(self.named):
+                if self.store.local:
+                    self._acquire_on_disk()
+                else:
+                    self._acquire_object()
         except UNREACHABLE as error:
-            raise UserError(f"{self.named} cannot be locked: {one_line(error)}") from None
+            self._remove_folders()
+            raise UserError(f"{self.named}: it cannot be locked: {one_line(error)}") from None
+        except BaseException:
+            self._remove_folders()
+            raise
 
     def beat(self) -> None:
         """Show that the owner lives; see in ``lost`` whether another driver has taken the lock.
@@ -147,14 +145,16 @@ class Lock:
         return Path(self.store.root)
 
     def _acquire_on_disk(self) -> None:
-        for _ in range(TRIES):
-            if self._create():
-                return
-            if (held := self.holder()) is None:
-                continue  # it was given up just now
-            if not self._is_dead(held):
-                raise self._refusal(held)
-            self._take_away(held)
+        self._make_folder()
+        with _one_at_a_time(self._root):
+            for _ in range(TRIES):
+                if self._create():
+                    return
+                if (held := self.holder()) is None:
+                    continue  # it was given up just now
+                if not self._is_dead(held):
+                    raise self._refusal(held)
+                self._take_away(held)
         raise UserError(f"{self.named}: many drivers are starting on it; choose another place")
 
     def _create(self) -> bool:
@@ -226,6 +226,8 @@ class Lock:
         return json.dumps({**asdict(held), "heartbeat_seconds": BEAT_S}, indent=1).encode()
 
     def _make_folder(self) -> None:
+        if self._root.exists() and not self._root.is_dir():
+            raise UserError(f"{self.named}: there is a file of that name; a folder is needed")
         missing = [folder for folder in (self._root, *self._root.parents) if not folder.exists()]
         self._root.mkdir(parents=True, exist_ok=True)
         self._made = missing
