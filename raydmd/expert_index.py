@@ -6,10 +6,10 @@ is broken. Runs of before have none.
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from raydmd.atomic import write_text
 from raydmd.errors import UserError
 from raydmd.folders import expert_file
 
@@ -43,12 +43,7 @@ def write_index(folder: Path) -> None:
     target = index_file(folder)
     if target.is_file() and target.read_text(encoding="utf-8") == text:
         return
-    part = target.with_suffix(".part")
-    with part.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(target)
+    write_text(target, text)
 
 
 def read_index(folder: Path) -> Index | None:
