@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub import COMMIT, put_in_cache
-from mortal import manifest
+from mortal import manifest, shards
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_families_diffusers import CLASSES, CONFIGS, SHAPES
@@ -177,7 +177,7 @@ def begun(recipe, folder: Path, fingerprint: str) -> None:
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     record = manifest(1, fake_version=2, fake_cursor=32, seed=recipe.seed, teacher=fingerprint)
-    Archive(str(folder / "checkpoints")).save(record, {})
+    Archive(str(folder / "checkpoints")).save(record, shards(1))
 
 
 def swap(folder: Path) -> None:
