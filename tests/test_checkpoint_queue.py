@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from mortal import manifest
-from ray.exceptions import ObjectLostError, RayError
+from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
-from raydmd.errors import RunError
+from raydmd.errors import RunError, StorageError
 from raydmd.runtime import checkpoint_queue
 from raydmd.runtime.checkpoint_queue import CheckpointQueue
 from raydmd.runtime.faults import Stopped
@@ -180,5 +180,27 @@ def test_an_expert_that_was_not_waited_for_ends_the_run_when_it_cannot_be_writte
         case.writer.turns.put_nowait(RayError("no space left"))
         with pytest.raises(RayError, match="no space left"):  # whoever waits is told
             await case.queue.wait_for(again)
+
+    in_loop(story)
+
+
+def test_a_full_disk_ends_the_run_and_another_failure_only_where_it_is_the_last() -> None:
+    async def story() -> None:
+        case = Case()
+        case.ready(1)
+        case.writer.turns.put_nowait(RayTaskError("save", "", RunError("no network")))
+        assert await case.queue.drain()
+        case.queue.check()  # the next edge may be written
+        with pytest.raises(RunError, match=r"the last checkpoint was not written \(no network\)"):
+            case.queue.check_last()
+        case.ready(2)
+        case.writer.turns.put_nowait(None)
+        assert await case.queue.drain()
+        case.queue.check_last()
+        case.ready(3)
+        case.writer.turns.put_nowait(RayTaskError("save", "", StorageError("No space left on device")))
+        assert await case.queue.drain()
+        with pytest.raises(StorageError, match="^No space left on device$"):
+            case.queue.check()
 
     in_loop(story)
