@@ -31,13 +31,13 @@ class Fake:
     def __init__(self, recipe: Recipe, family: Family, teacher: Denoiser, device: torch.device | str = "cpu") -> None:
         self.recipe, self.family, self.device = recipe, family, torch.device(device)
         self.phases = plan_phases(recipe, family.schedule.t_max)
-        self._teacher = teacher
+        self.teacher = teacher
         self.updates = 0
 
     def start_phase(self, index: int, iteration: int) -> None:
         """Re-make the fake score from the teacher's weights (Phased DMD Sec. 2.3.1), with a new optimizer."""
         self.phase, self.updates = self.phases[index], iteration * self.recipe.method.fake_updates
-        self.network = copy.deepcopy(self._teacher).to(self.device).requires_grad_(True)
+        self.network = copy.deepcopy(self.teacher).to(self.device).requires_grad_(True)
         self.flat = FlatParameters(dict(self.network.named_parameters()), self.recipe.optimizer.fake)
 
     def update(self, batches: list[Samples], collective: Collective | None = None) -> FakeStats:

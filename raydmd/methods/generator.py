@@ -54,8 +54,9 @@ class Generator:
         self.recipe, self.family, self.device = recipe, family, torch.device(device)
         self.phases = plan_phases(recipe, family.schedule.t_max)
         kind = recipe.method.experts
+        self.teacher = teacher.to(self.device)
         self.experts = Experts(
-            teacher.to(self.device),
+            self.teacher,
             len(self.phases),
             kind.kind,
             kind.rank,

@@ -15,8 +15,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raydmd import interrupts
 from raydmd.config import Recipe
 from raydmd.console import notices_to
+from raydmd.data.prompts import PromptTable
 from raydmd.errors import RunError, UserError
 from raydmd.methods.plan import plan_iterations, plan_phases
+from raydmd.runs import recipe_family
 from raydmd.runtime import cluster_address
 from raydmd.runtime.actors import Cluster
 from raydmd.runtime.address import check_reachable
@@ -41,6 +43,7 @@ from raydmd.runtime.ray_health import HealthMonitor
 from raydmd.runtime.recorder import Recorder
 from raydmd.runtime.run_plan import run_plan
 from raydmd.runtime.warden import Warden
+from raydmd.runtime.wire import to_wire
 from raydmd.runtime.workers import PARTS, WORKERS, Factory
 
 
@@ -144,7 +147,9 @@ async def launch(
     writer = Writer(owner, Archive(place).writers()) if owner else None
     plan = run_plan(recipe, plan_iterations(recipe, plan_phases(recipe)))
     rows = prompts if "://" in prompts else str(Path(prompts).resolve())
-    crews = {role: Crew(role, recipe, (parts or PARTS)[role]) for role in WORKERS}
+    family = recipe_family(recipe)
+    row = to_wire(family.conditions(PromptTable(prompts, family.condition_columns).rows(0, 1)))
+    crews = {role: Crew(role, recipe, (parts or PARTS)[role], row=row) for role in WORKERS}
     rendezvous = Rendezvous(ray.util.get_node_ip_address())
     cluster = Cluster(
         crews=crews,

@@ -10,7 +10,8 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 
 from raydmd.config import Recipe
-from raydmd.errors import RunError
+from raydmd.errors import RunError, UserError
+from raydmd.runtime.faults import cause_of
 from raydmd.runtime.helpers import BESIDE
 from raydmd.runtime.placement import actor_options, describe, worker_device
 from raydmd.runtime.workers import PARTS, WORKERS, Factory, Identity
@@ -62,6 +63,7 @@ class Crew:
         changed: called when somebody has arrived or a start has failed for good.
         failure: why workers fail whenever they are started, where the role has fewer than its min.
         trouble: why they do, where it has its min and goes on; whoever tells of it sets it to None.
+        row: the conditions of one row of prompts, on which each worker tries its network; None: none does.
     """
 
     role: str
@@ -73,6 +75,7 @@ class Crew:
     leavers: list[Member] = field(default_factory=list)
     failure: BaseException | None = None
     trouble: BaseException | None = None
+    row: Any = None
 
     def __post_init__(self) -> None:
         self.settings = getattr(self.recipe.runtime, self.role)
@@ -86,7 +89,7 @@ class Crew:
         self._slowest_start: float | None = None  # seconds
         self._needed = True  # at the last failed start
         self._failed_starts, self._pause = 0, AGAIN  # in a row
-        self._closed = False
+        self._begun = self._closed = False  # whether one has ever been up
 
     @property
     def staying(self) -> list[Member]:
@@ -187,7 +190,7 @@ class Crew:
         try:
             while True:
                 try:
-                    identity = await actor.ready.remote()
+                    identity = await actor.ready.remote(self.row)
                     break
                 except ActorUnavailableError:
                     await asyncio.sleep(AGAIN)
@@ -195,6 +198,10 @@ class Crew:
             self._forget(actor)
             ray.kill(actor)
             needed = self._is_short()
+            if not self._begun and isinstance(cause_of(error), UserError | RunError):
+                self.failure = error  # it does not fit: the next would say the same
+                self.changed()
+                return
             if needed != self._needed:
                 self._needed, self._failed_starts, self._pause = needed, 0, AGAIN
             pause = self._pause
@@ -213,6 +220,7 @@ class Crew:
         took = time.monotonic() - self._placed.get(actor, time.monotonic())
         self._slowest_start = max(took, self._slowest_start or 0.0)
         self._forget(actor)
+        self._begun = True
         self._failed_starts, self._pause = 0, AGAIN
         self.arrived.append(Member(self.role, number, actor, identity))
         self.changed()

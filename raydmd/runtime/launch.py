@@ -156,7 +156,7 @@ def _distill(
 
 def _explained(error: Exception, folder: Path) -> Exception:
     """Turn a worker's error into one line; what Ray says of it goes to error.txt."""
-    if isinstance(error, RunError):
+    if isinstance(error, RunError) and not isinstance(error, RayError):  # a worker's comes as both, with a traceback
         return error
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, UserError | RunError):

@@ -16,6 +16,7 @@ import ray
 import torch
 
 from raydmd.config import Recipe
+from raydmd.errors import RunError, UserError
 from raydmd.methods.batch import Score
 from raydmd.methods.collective import Alone, Collective
 from raydmd.methods.fake import Fake
@@ -23,6 +24,7 @@ from raydmd.methods.generator import Generator
 from raydmd.methods.pairs import Pairs
 from raydmd.methods.sampling import initial_noise, preview
 from raydmd.methods.scorer import Scorer
+from raydmd.methods.trial import try_row
 from raydmd.runs import recipe_family
 from raydmd.runtime.helpers import BESIDE
 from raydmd.runtime.process_group import ProcessGroup, StepDropped
@@ -126,12 +128,27 @@ class Worker:
         torch.set_num_threads(threads)
         random.seed(recipe.seed)
         self.number, self.recipe, self.device = number, recipe, device
-        self.part = factory(recipe, device)
+        self._misfit: UserError | RunError | None = None
+        try:
+            self.part = factory(recipe, device)
+        except (UserError, RunError) as error:  # an actor whose constructor fails loses the error's kind
+            self._misfit = error
         self.collective: Collective = Alone()
         self._turn: tuple[str, float] | None = None
 
-    def ready(self) -> Identity:
-        """Say where it is, once the worker is up."""
+    def ready(self, row: Any = None) -> Identity:
+        """Say where it is, once the worker is up and its network has taken a row of the prompts.
+
+        Args:
+            row: the conditions of one row, as numpy arrays; None: none is tried.
+
+        Raises:
+            UserError, RunError: the teacher cannot be used, or does not go with the prompts.
+        """
+        if self._misfit is not None:
+            raise self._misfit
+        if row is not None:
+            try_row(self.part, self.role, from_wire(row))
         return Identity(ray.get_runtime_context().get_node_id(), os.getpid())
 
     @ray.method(concurrency_group=BESIDE)
