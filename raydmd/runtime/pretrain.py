@@ -14,8 +14,9 @@ from typing import Any
 
 import ray.train
 import torch
-import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.backend import Backend
+from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -36,7 +37,7 @@ from raydmd.runs import recipe_family
 from raydmd.runtime.cluster import connect
 from raydmd.runtime.lock import Claim
 from raydmd.runtime.manifest import file_sha256
-from raydmd.runtime.process_group import Distributed
+from raydmd.runtime.process_group import ProcessGroup, Rendezvous
 
 REPORT_EVERY = 25
 PROGRESS, TRAIN, KEPT = "pretrain.jsonl", "train", "kept"  # in the teacher's folder, until it is trained
@@ -85,7 +86,7 @@ def _fit(recipe: Recipe, folder: Path, console: Console) -> None:
     trainer = _Trainer(
         train_loop,
         train_loop_config={"recipe": recipe.model_dump(mode="json"), "folder": str(folder)},
-        torch_config=TorchConfig(backend="gloo"),
+        torch_config=_OwnGroup(),
         scaling_config=ScalingConfig(
             num_workers=workers,
             resources_per_worker={"CPU": settings.cpus},
@@ -154,6 +155,15 @@ def _explained(error: TrainingFailedError, folder: Path) -> RunError:
     )
 
 
+class _OwnGroup(TorchConfig):
+    """Leaves the process group to the training loop: Ray Train's has a store that listens on every interface."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        """What Ray Train sets up among the workers: nothing."""
+        return Backend
+
+
 class _Trainer(TorchTrainer):
     def _register_sigint_handler(self, controller: Any) -> None:
         """Leave Ctrl-C to the command: Ray Train's own handler swallows the first two and ends with 0."""
@@ -166,7 +176,13 @@ def train_loop(config: dict[str, Any]) -> None:
     training, settings = Pretraining(recipe, _embedded_family(recipe)), recipe.pretrain
     context, first = ray.train.get_context(), 0
     rank, world = context.get_world_rank(), context.get_world_size()
-    collective: Collective = Distributed() if dist.is_initialized() and world > 1 else Alone()
+    collective: Collective = Alone()
+    if world > 1:
+        rendezvous = Rendezvous(ray.util.get_node_ip_address()) if rank == 0 else None  # lives as long as the loop
+        address = broadcast_from_rank_zero(rendezvous.address if rendezvous is not None else None)
+        group = ProcessGroup(gpu=False)
+        group.join(tuple(address), "pretrain", rank, world)
+        collective = group
     folder = Path(config["folder"])
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as kept:

@@ -37,20 +37,6 @@ class StepDropped(PortableError):
     """The call belongs to a step that was given up: a peer was lost, or the group is being formed anew."""
 
 
-class Distributed:
-    """All-reduces over torch.distributed's default group."""
-
-    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum ``tensor`` over replicas, in place."""
-        dist.all_reduce(tensor)
-        return tensor
-
-    def max_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Take the element-wise largest over replicas, in place."""
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return tensor
-
-
 class ProcessGroup:
     """A replica's place in one formation of its group (gloo on CPU, NCCL on GPU).
 
