@@ -3,6 +3,7 @@
 import asyncio
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -103,12 +104,12 @@ class Proxy:
 
 
 @contextmanager
-def haproxy(
-    origin: str, host: str = "127.0.0.1", limits: Limits = USUAL, folder: Path | None = None
-) -> Iterator[tuple[httpx.Client, Proxy]]:
+def haproxy(origin: str, host: str = "127.0.0.1", limits: Limits = USUAL) -> Iterator[tuple[httpx.Client, Proxy]]:
     """Put HAProxy in front of an address; yield a client of it."""
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
-        proxy = Proxy(folder or short_folder(80), int(origin.rpartition(":")[2]), host, limits)
+        place = short_folder(80)
+        stack.callback(shutil.rmtree, place)
+        proxy = Proxy(place, int(origin.rpartition(":")[2]), host, limits)
         stack.callback(proxy.close)
         patch.setattr(ray_haproxy, "get_haproxy_binary", lambda: proxy._command)
         template = ray_haproxy.HAPROXY_CONFIG_TEMPLATE.replace("    # Routes endpoint\n", DENIALS + "    # Routes\n")
@@ -350,6 +351,7 @@ def test_it_ends_when_its_parent_is_killed(origin: tuple[str, Origin]) -> None:
     parent.wait()
     child.wait(10)
     assert not listens(port)
+    shutil.rmtree(folder)
 
 
 def listens(port: int) -> bool:

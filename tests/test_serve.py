@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -29,6 +30,8 @@ from served import until
 
 from raydmd.cli import run as command
 from raydmd.config import Recipe
+from raydmd.expert_index import write_index
+from raydmd.folders import expert_file
 from raydmd.serving.app import build
 from raydmd.serving.contract import Ask
 from raydmd.serving.local import local_pipeline
@@ -239,6 +242,7 @@ def test_pipelined_experts(folder: Path, tmp_path: Path) -> None:
         assert base64.b64decode(events[-1]["b64_json"]).startswith(b"RIFF")
         watch_the_teacher_and_leave(url)
         refused = ask(url, 7, 21, size="9x9")
+        until(lambda: refused.headers["x-request-id"] in started.log.read_text(), "a line for the request is shown")
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "size"
         for model in ("run", "run-teacher"):
             unknown = ask(url, "elephant", 21, model=model)
@@ -368,6 +372,17 @@ def test_what_cannot_be_served_is_said_in_a_line(
         assert command(["serve", *(each.format(**names) for each in arguments)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and all(word.format(**names) in err for word in words), err
+
+
+def test_a_start_that_fails_says_why(folder: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(folder, tmp_path / "run"))
+    file = expert_file(run, 1)
+    file.write_bytes(file.read_bytes()[:-4] + struct.pack("<f", float("nan")))
+    write_index(run)
+    started = Server(run, tmp_path / "log", XDG_STATE_HOME=str(tmp_path))
+    assert started.process.wait(START) == 2, (tmp_path / "log").read_text()
+    (line,) = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("raydmd: ")]
+    assert "phase-2" in line and "not finite" in line and "\x1b" not in line
 
 
 def test_a_picture_is_within_a_level_and_another_seed_is_not(folder: Path) -> None:

@@ -160,7 +160,7 @@ def _serve(serving: Serving, experts: int, host: str, port: int, behind: bool, c
             console.print(f"serving {serving.run} at {where}", highlight=False, soft_wrap=True)
             _wait_for_signal()
         except RuntimeError as error:
-            kind, words = cause_of(str(error))
+            kind, words = cause_of("\n".join([str(error), *_of_deployments()]))
             if ray_health.error() is None and kind == UserError.__name__:
                 raise UserError(words) from None
             said = f"the replicas do not start: {kind}{': ' if kind else ''}{words[:1000]}"
@@ -169,6 +169,18 @@ def _serve(serving: Serving, experts: int, host: str, port: int, behind: bool, c
             if ray_health.error() is None:
                 with console.status("finishing what was begun"):
                     serve.delete(APP)
+
+
+def _of_deployments() -> list[str]:
+    """Return what Serve says of the deployments that are not well."""
+    from ray import serve
+
+    try:
+        application = serve.status().applications.get(APP)
+    except Exception:  # Serve is gone: what is known is known already
+        return []
+    deployments = application.deployments.values() if application is not None else ()
+    return [each.message for each in deployments if each.message and each.status != "HEALTHY"]
 
 
 def _wait_for_signal() -> None:
