@@ -273,10 +273,13 @@ def test_a_cluster_of_another_version(here: Path, teachers: dict[str, Path]) -> 
         try:
             assert head.stdout is not None
             address = head.stdout.readline().strip()
-            line = joined(here, teachers["ring"], RAY_ADDRESS=address, **token)
+            loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # where that head is
+            line = joined(here, teachers["ring"], RAY_ADDRESS=address, **loopback, **token)
+            elsewhere = joined(here, teachers["ring"], RAY_ADDRESS=address, **token)  # Ray asks this node's address
         finally:
             head.communicate()  # at the end of its input it goes
     assert "Version mismatch" in line and "Ray: 1.0.0" in line
+    assert address in elsewhere and "where Ray looks for it" in elsewhere
 
 
 @pytest.mark.parametrize(

@@ -34,9 +34,10 @@ def check_reachable(address: str) -> None:
         raise UserError(f"RAY_ADDRESS {address}: {' '.join(str(error).split())[:300]}") from None
     if not host or not port.isdigit():
         raise UserError(f"RAY_ADDRESS {address}: Invalid address format: {address} (HOST:PORT or auto)")
+    there = "there" if f"{host}:{port}" == address else f"at {host}:{port}, where Ray looks for it,"
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
     except (OSError, OverflowError) as error:
-        raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({error})") from None
+        raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers {there} ({error})") from None
     if not gcs_answers(f"{host}:{port}", ANSWER_S):
-        raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there (what listens there is silent)")
+        raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers {there} (what listens there is silent)")

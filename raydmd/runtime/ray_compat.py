@@ -98,14 +98,16 @@ def check_token() -> None:
 
 
 def resolved(address: str) -> str:
-    """Return HOST:PORT of the cluster that ``auto`` finds, or ``address`` itself.
+    """Return HOST:PORT at which Ray will look for a cluster: that which ``auto`` finds, this node's for loopback.
 
     Raises:
         ConnectionError: none runs on this machine.
+        ValueError: it is of another form.
     """
     from ray._private import services
 
-    return str(services.get_ray_address_from_environment("auto", None)) if address == "auto" else address
+    found = services.get_ray_address_from_environment("auto", None) if address == "auto" else address
+    return str(services.canonicalize_bootstrap_address(found))
 
 
 def quiet_dead_workers() -> None:
