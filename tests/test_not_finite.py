@@ -11,9 +11,10 @@ from local_serving import pixels, serving
 from safetensors.torch import load_file, save_file
 from served import api
 
-from raydmd.cli import main
+from raydmd.cli import run
 from raydmd.errors import RunError
 from raydmd.evaluation.pictures import generate
+from raydmd.expert_index import write_index
 from raydmd.folders import expert_file
 from raydmd.runs import Run
 from raydmd.serving.contract import Ask, NotFinite
@@ -32,6 +33,7 @@ def broken(served_runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     weights = load_file(expert_file(folder, 1))
     weights["label.weight"][int(BAD)] = torch.finfo(torch.float32).max  # finite itself
     save_file(weights, expert_file(folder, 1))
+    write_index(folder)
     return folder
 
 
@@ -71,8 +73,7 @@ def test_generate_says_it_in_a_line(broken: Path, tmp_path: Path, capsys: pytest
         generate(Run(broken), BAD, 2, 7, tmp_path / "out")
     assert not list(tmp_path.rglob("*.png"))
     assert len(generate(Run(broken), GOOD, 2, 7, tmp_path / "out")) == 2
-    with pytest.raises(SystemExit) as ended:
-        main(["generate", str(broken), "--prompt", BAD, "-n", "1", "--out", str(tmp_path / "other")])
+    code = run(["generate", str(broken), "--prompt", BAD, "-n", "1", "--out", str(tmp_path / "other")])
     said = capsys.readouterr()
-    assert ended.value.code == 1 and "is not finite" in said.err and len(said.err.strip().splitlines()) == 1
+    assert code == 1 and "is not finite" in said.err and len(said.err.strip().splitlines()) == 1
     assert not (tmp_path / "other").exists()
