@@ -104,6 +104,7 @@ class Watch:
             cluster.warden.ask.remote(list(helpers.values()), "heartbeat", (), EVERY),
             cluster.warden.ask.remote(actors, "pulse", (), EVERY),
         )
+        answers.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be there to look
         while not (await asyncio.wait((answers,), timeout=2 * EVERY))[0]:
             monitor.heard(CALLER, TimeoutError())
         try:
