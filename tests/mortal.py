@@ -121,7 +121,10 @@ class HalfWriter:
 Steps = list[Callable[[Archive], Any]]
 
 
-def save_and_die(make: Callable[[Death], Archive], steps: Steps, last: int, log: str) -> None:
+def save_and_die(
+    make: Callable[[Death], Archive], steps: Steps, last: int, log: str, environment: dict[str, str]
+) -> None:
+    os.environ.update(environment)  # a fork server has that of the test that started it
     death = Death(last)
     archive = make(death)
     with open(log, "ab", buffering=0) as progress:
@@ -136,7 +139,7 @@ def killed_at(make: Callable[[Death], Archive], steps: Steps, last: int, log: Pa
     """Take the steps in a process that dies at operation ``last``; return whether it did, and the steps done."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["raydmd.runtime.manifest"])
-    process = context.Process(target=save_and_die, args=(make, steps, last, str(log)))
+    process = context.Process(target=save_and_die, args=(make, steps, last, str(log), dict(os.environ)))
     process.start()
     process.join(60)
     assert process.exitcode in (0, -signal.SIGKILL)
