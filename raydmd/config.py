@@ -1,5 +1,6 @@
 """The recipe: one typed tree, read from YAML, validated, overridable with ``--set key.path=value``."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -329,23 +330,41 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         UserError: it is of another form.
     """
     key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set {override}: expected key.path=value")
+    if not equals or not key or HIDDEN.search(key):
+        raise UserError(f"--set {shown_override(override)}: expected key.path=value")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise UserError(f"--set {override}: the value is not readable as YAML") from None
+        raise UserError(f"--set {shown_override(override)}: the value is not readable as YAML") from None
     *parents, last = key.split(".")
     node = tree
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
-            raise UserError(f"--set {override}: '{parent}' is a value, not a section")
+            raise UserError(f"--set {shown_override(override)}: '{parent}' is a value, not a section")
     node[last] = value
 
 
+HIDDEN = re.compile("://|@")  # a URI, or a part of one, may hold credentials
+
+
+def shown_override(override: str) -> str:
+    """Return ``KEY=VALUE`` as a message may repeat it: without its value where that may hold a secret."""
+    key = re.match(r"[\w.-]*", override)[0]  # type: ignore[index]  # it always matches
+    secret = re.search(r"(key|secret|token|password|credential)s?$", key.lower())
+    return key if secret or HIDDEN.search(override) else override
+
+
+def _got(value: object) -> str:
+    """Return the words on a wrong value; none where it may hold a secret."""
+    return "" if HIDDEN.search(text := repr(value)) else f" (got {text})"
+
+
 def blamed(error: ValidationError, overrides: Sequence[str]) -> str | None:
-    """Return ``--set KEY=VALUE`` of the last override that set, or lies in, what ``explain`` tells of; None: none."""
+    """Return ``--set KEY=VALUE`` of the last override that set, or lies in, what ``explain`` tells of; None: none.
+
+    The value is left out where it may hold a secret.
+    """
     first = error.errors()[0]
     where = [str(part) for part in first["loc"] if part not in UNION]
     for override in reversed(overrides):
@@ -353,7 +372,7 @@ def blamed(error: ValidationError, overrides: Sequence[str]) -> str | None:
         key = name.split(".")
         shared = min(len(key), len(where))
         if key[:shared] == where[:shared] if where else name in first["msg"]:
-            return f"--set {override}"
+            return f"--set {shown_override(override)}"
     return None
 
 
@@ -372,9 +391,9 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
         return f"unknown key '{where}'{nearest(key, _keys(root, parents))}"
     if first["type"] == "model_type":
         keys = ", ".join(_keys(root, [str(part) for part in first["loc"]]))
-        return f"'{where}' is a section, not a value (got {first['input']!r}); its keys: {keys}"
+        return f"'{where}' is a section, not a value{_got(first['input'])}; its keys: {keys}"
     message = first["msg"].removeprefix("Value error, ")
-    value = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+    value = "" if isinstance(first["input"], dict) else _got(first["input"])
     return message if not where or message.startswith(f"{where}.") else f"{where}: {message}{value}"
 
 

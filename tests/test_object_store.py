@@ -306,6 +306,28 @@ def test_a_bad_uri_is_refused_in_one_line_without_its_secrets(uri: str) -> None:
         assert "\n" not in said and SECRET not in said and SECRET[:12] not in said and SECRET[-7:] not in said
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"checkpoint=s3://who:{SECRET}@bucket",
+        f"checkpoint.pth=s3://who:{SECRET}@bucket",
+        f"checkpoint.path=[s3://who:{SECRET}@bucket]",
+        f"checkpoint.path='s3://who:{SECRET}@bucket",
+        f"checkpoint.path.x.y=s3://who:{SECRET}@bucket",
+        f"checkpoint.path:s3://who:{SECRET}@bucket",
+        f"checkpoint.path:s3://who:{SECRET}@bucket?region=x",
+        f"checkpoint={{path: 's3://who:{SECRET}@bucket', evry: 1}}",
+        f"checkpoint.secret_key={SECRET}",
+    ],
+)
+def test_no_message_on_an_override_shows_a_secret(override: str) -> None:
+    with pytest.raises(UserError, match=r"^--set checkpoint[.\w]*: ") as error:
+        load_recipe("ring", ["checkpoint.path=runs/x"] * ("path.x" in override) + [override])
+    assert "\n" not in str(error.value) and SECRET not in str(error.value)
+    with pytest.raises(UserError, match="^--set seed=abc: .*got 'abc'"):  # another value is repeated
+        load_recipe("ring", ["seed=abc"])
+
+
 def test_a_good_uri() -> None:
     assert (
         parse_location("s3://b/x//y/?region=eu").path == "b/x/y"
