@@ -77,23 +77,27 @@ class Run:
             raise UserError(f"run '{self.folder}' has no trained expert yet (looked for {self.expert_file(0)})")
         return done
 
-    def experts(self, teacher: Denoiser) -> Experts:
-        """Load every trained expert onto copies (or adapters) of ``teacher``."""
+    def experts(self, teacher: Denoiser, finite: bool = True) -> Experts:
+        """Load every trained expert onto copies (or adapters) of ``teacher``; ``finite`` as in ``expert_state``."""
         kind = self.recipe.method.experts
         experts = Experts(
             teacher, len(self.phases), kind.kind, kind.rank, kind.alpha, self.family.lora_targets, self.recipe.seed
         )
         for phase in self.trained_phases():
             experts.start(phase.index)
-            experts.load_state(phase.index, self.expert_state(phase.index))
+            experts.load_state(phase.index, self.expert_state(phase.index, finite))
         return experts.requires_grad_(False)
 
-    def expert_state(self, index: int) -> dict[str, Tensor]:
+    def expert_state(self, index: int, finite: bool = True) -> dict[str, Tensor]:
         """Return expert ``index``'s weights by name.
 
+        Args:
+            index: of its phase, from 0.
+            finite: refuse values that are not finite. False is for figures and pictures of a run that diverged.
+
         Raises:
-            UserError: it cannot be read, has values that are not finite, or its adapters are of another rank or alpha
-                than the recipe's.
+            UserError: it cannot be read, has values that are not finite (if ``finite``), or its adapters are of another
+                rank or alpha than the recipe's.
         """
         kind, file = self.recipe.method.experts, self.expert_file(index)
         try:
@@ -103,7 +107,7 @@ class Run:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} cannot be read: {error}") from None
         for name, value in state.items():
-            if not bool(torch.isfinite(value).all()):
+            if finite and not bool(torch.isfinite(value).all()):
                 raise UserError(f"{file}: '{name}' has values that are not finite")
         return state
 

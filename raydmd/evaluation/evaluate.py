@@ -325,7 +325,7 @@ def evaluate_run(run: Run, samples: int | None = None, progress: Callable[[str],
     """
     say, since = progress or (lambda words: None), time.perf_counter()
     phases, teacher = run.trained_phases(), run.teacher()
-    experts, made_from = run.experts(teacher), fingerprint(run)
+    experts, made_from = run.experts(teacher, finite=False), fingerprint(run)
     _count(run.recipe, run.family, samples)  # refused before anything is told
     say("sampling the teacher")
     reference = make_reference(run.recipe, run.family, teacher, samples=samples, cache=run.folder / ".cache")

@@ -93,7 +93,7 @@ class Exhibits:
 
     def student(self, run: Run) -> StudentSamples:
         """Return a run's samples, as far as its experts are trained."""
-        phases, experts = run.trained_phases(), run.experts(self.teacher).to(self.device)
+        phases, experts = run.trained_phases(), run.experts(self.teacher, finite=False).to(self.device)
         conditions = {name: value.to(self.device) for name, value in self.conditions.items()}
         return sample_student(
             self.family, experts, phases, conditions, self.count,
