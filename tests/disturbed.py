@@ -1,8 +1,10 @@
 """A distillation that things happen to: a thread tells the story while the run goes on, and the bits are compared."""
 
+import faulthandler
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +34,11 @@ QUICK_HEALTH_CHECKS = {
     "health_check_timeout_ms": 1000,
     "health_check_failure_threshold": 3,
 }
+STOPS_S = 120.0  # within which a run that is told to stop has stopped
+AFTER_S = 15.0  # for which a plot may wait for something when its run has ended
 CLASSES = {"teacher": "TeacherWorker", "fake": "FakeWorker", "generator": "GeneratorWorker"}
+
+_plot = threading.local()  # in a plot's thread: its story
 
 
 @contextmanager
@@ -97,9 +103,12 @@ def on_node(node: Any) -> list[str]:
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 240.0, pause: float = 0.01) -> Any:
+    """Wait until something comes true; in a plot, not for long after the run's end, nor past the story's limit."""
+    story: Story | None = getattr(_plot, "story", None)
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "never came true"
+        assert story is None or time.monotonic() < story.ends, "never came true while the run went on"
         time.sleep(pause)
     return found
 
@@ -107,24 +116,36 @@ def wait_until(condition: Callable[[], Any], seconds: float = 240.0, pause: floa
 class Story:
     """What happens to a run: ``plot(story)`` is told in a thread, then the run is stopped as by Ctrl-C.
 
+    A run that ends by itself ends its plot, and one that does not stop is interrupted: neither outlives its test.
+
     Args:
         recipe: the run's recipe, with more iterations than the plot can take.
         folder: the run's folder.
         plot: does things to the run; an assertion that fails in it fails the test.
+        limit_s: seconds after which the plot waits for nothing more; default: each wait has its own limit only.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, plot: Callable[["Story"], None], **more: Any) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, plot: Callable[["Story"], None], limit_s: float = float("inf"), **more: Any
+    ) -> None:
         self.recipe, self.folder, self.plot, self.more = recipe, folder, plot, more
         self.error: BaseException | None = None
         self.finished: bool | None = None
+        self._over, self._limit_s, self.ends = threading.Event(), limit_s, float("inf")
 
     def run(self) -> "Story":
         """Run it to the plot's end; raise what the run or the plot raised."""
+        self.ends = time.monotonic() + self._limit_s
         thread = threading.Thread(target=self._tell, daemon=True)
         thread.start()
         try:
             self.finished = distill(self.recipe, self.folder, console=Console(quiet=True), **self.more)
+        except KeyboardInterrupt:
+            if self.error is None:
+                raise
         finally:
+            self._over.set()
+            self.ends = min(self.ends, time.monotonic() + AFTER_S)
             if self.finished is not None:
                 thread.join(180)
             if self.error is not None:
@@ -132,12 +153,20 @@ class Story:
         return self
 
     def _tell(self) -> None:
+        _plot.story = self
         try:
             wait_until(lambda: self.events("started"))
             self.plot(self)
         except BaseException as error:
             self.error = error
-        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(2):  # the second is a KeyboardInterrupt
+            if self._over.is_set():
+                return
+            os.kill(os.getpid(), signal.SIGINT)
+            if self._over.wait(STOPS_S):
+                return
+            faulthandler.dump_traceback(sys.__stderr__)
+            self.error = self.error or AssertionError(f"the run did not stop within {STOPS_S:g} s")
 
     def lines(self) -> list[dict[str, Any]]:
         return read_lines(self.folder / "metrics.jsonl")

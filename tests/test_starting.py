@@ -33,33 +33,37 @@ def stuck_if_told(folder: str, recipe: Any, device: str) -> Any:
     """Build a fake score's part; whoever finds the file stuck takes it away, and never comes to an end."""
     part = make_part(Fake, recipe, device)
     try:
-        if not (Path(folder) / "first").exists():
-            (Path(folder) / "first").touch()
-        else:
-            (Path(folder) / "stuck").unlink()
-            (Path(folder) / "taken").touch()
-            while True:
-                time.sleep(0.1)
-    except FileNotFoundError:
+        (Path(folder) / "first").touch(exist_ok=False)  # by one of those that start at once
+        return part
+    except FileExistsError:
         pass
-    return part
+    try:
+        (Path(folder) / "stuck").unlink()
+    except FileNotFoundError:
+        return part
+    (Path(folder) / "taken").touch()
+    while True:
+        time.sleep(0.1)
 
 
 def test_a_worker_that_is_stuck_in_its_start_holds_nobody(
     here: None, quick: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second of two is stuck at launch, and the one that comes for a lost one is stuck later."""
-    monkeypatch.setattr(placement, "START_PATIENCE_S", 1.0, raising=False)
-    monkeypatch.setattr(crew, "LEAST_START_S", 5.0, raising=False)
+    monkeypatch.setattr(placement, "START_PATIENCE_S", 1.0)
+    monkeypatch.setattr(crew, "LEAST_START_S", 600.0)  # nobody is taken for stuck before the run has begun
+    monkeypatch.setattr(crew, "SLOWER", 1.5)
     (tmp_path / "stuck").touch()
 
     def plot(story: Story) -> None:
         assert (tmp_path / "taken").exists()
         assert story.events("started")[0]["workers"]["fake"] == 1
         story.go_on(3)
+        monkeypatch.setattr(crew, "LEAST_START_S", 5.0)
         story.until(lambda: story.events("start-failed", role="fake"))
         assert "it was starting for over" in story.events("start-failed")[0]["why"]
         story.complete()
+        failed = len(story.events("start-failed")) + 1  # a machine that is busy by then may have had more than one
         (tmp_path / "taken").unlink()
         (tmp_path / "stuck").touch()
         story.kill("fake")
@@ -68,14 +72,14 @@ def test_a_worker_that_is_stuck_in_its_start_holds_nobody(
         story.go_on(3)
         assert story.lines()[-1]["roles"]["fake"]["workers"] == 1
         story.complete()
-        assert len(story.events("start-failed")) == 2
+        assert len(story.events("start-failed", role="fake")) >= failed
 
     recipe = quick(
-        "ring", "iterations=[6, 100000]", "runtime.fake={min_workers: 1, max_workers: 2}", "runtime.dead_after=5",
-        "runtime.placement_timeout=60",
+        "ring", "iterations=[6, 100000]", "runtime.fake={min_workers: 1, max_workers: 2}", "runtime.dead_after=10",
+        "runtime.placement_timeout=120",
     )  # fmt: skip
     parts = {**PARTS, "fake": partial(stuck_if_told, str(tmp_path))}
-    assert Story(recipe, tmp_path / "run", plot, parts=parts).run().finished is False
+    assert Story(recipe, tmp_path / "run", plot, limit_s=360, parts=parts).run().finished is False
 
 
 def never_up(recipe: Any, device: str) -> Any:
