@@ -81,7 +81,8 @@ def flush_streams() -> None:
 def notices_to(file: Path) -> Iterator[None]:
     """While inside, append to ``file`` what libraries say: their loggers, warnings, Ray's and native code's stderr.
 
-    The terminal so has the command's own lines only. Does nothing in a process whose streams are not held.
+    The terminal so has the command's own lines only. Does nothing in a process whose streams are not held. After an
+    exception native code goes on writing there: threads of a Ray that was lost may have more to say.
     """
     if not _held:
         yield
@@ -101,11 +102,11 @@ def notices_to(file: Path) -> Iterator[None]:
     try:
         with _ray_prints_to(stream):
             yield
+        os.dup2(before, 2)
     finally:
         logging.captureWarnings(False)
         root.removeHandler(handler)
         rays.handlers, rays.propagate = before_ray
-        os.dup2(before, 2)
         os.close(before)
         stream.close()
         if file.stat().st_size == 0:

@@ -61,3 +61,25 @@ def test_what_libraries_say_is_in_a_file(tmp_path: Path) -> None:
     for words in ("[native E] raylet", "a logger of Ray", "a logger of torch", "a warning", "a node"):
         assert words in log, (words, log)
     assert "ours" not in log
+
+
+LOST = """
+import os
+from pathlib import Path
+from raydmd.console import errors, hold_streams, notices_to
+hold_streams()
+try:
+    with notices_to(Path("run.log")):
+        os.write(2, b"a notice\\n")
+        raise RuntimeError
+except RuntimeError:
+    errors.print("our error")
+os.write(2, b"a thread of it goes on\\n")
+"""
+
+
+def test_what_native_code_says_after_an_error_is_in_the_file_too(tmp_path: Path) -> None:
+    (tmp_path / "lost.py").write_text(LOST)
+    done = shell("$python lost.py", tmp_path)
+    assert (done.stdout, done.stderr) == ("", "our error\n")
+    assert (tmp_path / "run.log").read_text() == "a notice\na thread of it goes on\n"

@@ -151,8 +151,9 @@ def test_ray_is_lost(teachers: dict[str, Path], tmp_path: Path, which: str) -> N
         began = time.monotonic()
         code, output = run.ended(60)
         assert code == 1 and time.monotonic() - began < 15
-        (line,) = [line for line in output.removeprefix(before).splitlines() if not line.startswith("phase ")]
+        *progress, line = output.removeprefix(before).splitlines()
         assert line.startswith("raydmd: Ray's ") and which in line and "the same command goes on" in line
+        assert all(said.startswith(("phase ", "lost ")) for said in progress)  # its workers go before it, or after
         says_ours_only(output)
         assert run.outlived() == []
 

