@@ -1,10 +1,12 @@
 """Ports that are held from the moment they are chosen, and folders for sockets, whose paths must be short."""
 
+import errno
 import os
 import resource
 import socket
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from raydmd.errors import UserError
 
@@ -24,17 +26,28 @@ def hold_port(host: str, port: int = 0) -> socket.socket:
         OSError: it is taken, or ``host`` is not here.
     """
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    held = socket.socket(family, socket.SOCK_STREAM)
     try:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of before may linger
-        if family == socket.AF_INET6:
-            held.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        held.bind(address)  # alone,
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # and shared from now on
-    except OSError:
-        held.close()
-        raise
+        held = _bound(family, address, reuse=False)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        held = _bound(family, address, reuse=True)  # what has the port may be ended connections alone
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # bound alone, and shared from now on
     return held
+
+
+def _bound(family: int, address: Any, reuse: bool) -> socket.socket:
+    """Bind a socket; with ``reuse`` another that says so, too, can bind the address until one of them listens."""
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(reuse))
+        if family == socket.AF_INET6:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        bound.bind(address)
+        return bound
+    except OSError:
+        bound.close()
+        raise
 
 
 def short_folder(room: int) -> Path:
