@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import Path
@@ -47,13 +47,17 @@ class Command:
         log: a file that is given stdout and stderr.
         closed: redirections of a shell, such as ``>&- 2>&-``.
         pipe: whether stdout goes to this process instead.
+        prefix: words of a program that starts the command, such as a shell's.
         environment: variables besides those that every command gets.
     """
 
-    def __init__(self, arguments: list[str], log: Path, closed: str = "", pipe: bool = False, **environment: str):
+    def __init__(
+        self, arguments: list[str], log: Path, closed: str = "", pipe: bool = False, prefix: Sequence[str] = (),
+        **environment: str,
+    ) -> None:  # fmt: skip
         kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         kept |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-        command = [sys.executable, "-m", "raydmd", *arguments]
+        command = [*prefix, sys.executable, "-m", "raydmd", *arguments]
         if closed:
             command = ["bash", "-c", f'exec "$@" {closed}', "bash", *command]
         self.log, self.began = log, time.monotonic()

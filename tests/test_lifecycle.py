@@ -4,13 +4,14 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from commands import Command, command
 
+from raydmd.config import load_recipe
 from raydmd.folders import expert_file, read_lines
 from raydmd.runtime.manifest import Archive
+from raydmd.runtime.preparation import prepare
 
 SMALL = [
     "batch.size=16", "batch.micro=4", "method.fake_updates=3", "checkpoint.every=50", "monitor.samples_every=0",
@@ -45,7 +46,7 @@ def says_ours_only(output: str) -> None:
 def test_its_reader_goes_away(teachers: dict[str, Path], tmp_path: Path) -> None:
     """As `raydmd distill ... | head -1`, with TensorBoard; RAY_ADDRESS is there, and blank."""
     folder, log = tmp_path / "run", tmp_path / "log"
-    arguments = distill(teachers, folder, "iterations=40")
+    arguments = distill(teachers, folder, "iterations=40", "monitor.tensorboard=true")
     with command(arguments, log, pipe=True, RAY_ADDRESS="") as run:
         assert run.process.stdout is not None
         while not run.process.stdout.readline().startswith("phase 1  4/40"):
@@ -60,6 +61,7 @@ def test_its_reader_goes_away(teachers: dict[str, Path], tmp_path: Path) -> None
         assert run.outlived() == []
     assert read_lines(folder / "events.jsonl")[-1]["event"] == "finished"
     assert expert_file(folder, 1).is_file()
+    assert list(folder.rglob("events.out.tfevents.*"))
 
 
 def test_streams_that_are_closed_and_sigterm_to_the_group(teachers: dict[str, Path], tmp_path: Path) -> None:
@@ -158,11 +160,41 @@ def test_ray_is_lost(teachers: dict[str, Path], tmp_path: Path, which: str) -> N
         assert run.outlived() == []
 
 
-def test_a_signal_while_a_run_is_evaluated(served_runs: dict[str, Path], tmp_path: Path) -> None:
-    arguments: list[Any] = ["evaluate", str(served_runs["full"]), "--samples", "100000"]
-    with command(arguments, tmp_path / "log") as run:
-        run.until(lambda: run.family()[0].num_threads() > 1 or run.family()[0].cpu_times().user > 4)
-        run.process.send_signal(signal.SIGTERM)
+def test_a_signal_while_workers_wait_for_their_place(teachers: dict[str, Path], tmp_path: Path) -> None:
+    """Nothing of the cluster's can take one of them; what is there of the run stands in nobody's way."""
+    folder = tmp_path / "run"
+    nowhere = distill(teachers, folder, LONG, "runtime.fake.resources={tpu: 1}")
+    with command(nowhere, tmp_path / "log") as run:
+        run.until(lambda: "1 tpu" in run.log.read_text())
+        os.killpg(run.pid, signal.SIGTERM)
         code, output = run.ended(60)
-        assert code == 143
+        assert code == 143 and output.splitlines()[-1] == "raydmd: interrupted"
         says_ours_only(output)
+        assert run.outlived() == []
+    assert not list(folder.rglob("run.lock"))
+    assert prepare(load_recipe("ring", [f"teacher.path={teachers['ring']}"]), folder, "auto") is not None
+
+
+OTHERS: dict[str, list[str]] = {
+    "evaluate": ["evaluate", "{run}", "--samples", "1000000"],
+    "generate": ["generate", "{run}", "--prompt", "7", "-n", "1000000", "--out", "{out}"],
+    "report": ["report", "{run}", "--out", "{out}/page.html"],
+    "bench": ["bench", "serve", "--run", "{run}", "--concurrency", "1", "--requests", "1000000"],
+}
+
+
+@pytest.mark.parametrize("which", OTHERS)
+def test_a_signal_in_the_other_commands(which: str, served_runs: dict[str, Path], tmp_path: Path) -> None:
+    """While torch is at work, or, where that is soon over, while it is imported."""
+    number = {"generate": signal.SIGHUP, "bench": signal.SIGINT}.get(which, signal.SIGTERM)
+    words = [word.format(run=served_runs["full"], out=tmp_path / "out") for word in OTHERS[which]]
+    with command(words, tmp_path / "log") as run:
+        run.until(lambda: any("/torch/" in each.path for each in run.family()[0].memory_maps()))
+        if which != "report":
+            run.until(lambda: run.family()[0].cpu_times().user > 5)
+        run.process.send_signal(number)
+        code, output = run.ended(60)
+        assert code == (143 if number == signal.SIGTERM else 130), output
+        says_ours_only(output)
+        assert run.outlived() == []
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".part")]

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import click
 
 from raydmd.console import console
 from raydmd.errors import RunError, UserError
+from raydmd.interrupts import graceful
 
 if TYPE_CHECKING:
     from raydmd.bench.session import Plan, Session
@@ -85,13 +86,33 @@ def serve(**options: Any) -> None:
     about: dict[str, Any] = {}
     sessions: list[Session] = []
     try:
-        asyncio.run(_measure(options, about, sessions))
+        run_until_told(_measure(options, about, sessions))
     except KeyboardInterrupt:
         _show(options, about, sessions)
         raise
     _show(options, about, sessions)
     if sessions and (why := failures(sessions[0].records)):
         raise RunError(why)
+
+
+def run_until_told(main: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine to its end; the first signal cancels it, where a KeyboardInterrupt would end any of its tasks.
+
+    Raises:
+        KeyboardInterrupt: a signal arrived.
+    """
+    with asyncio.Runner() as runner:
+        loop = runner.get_loop()
+        task = loop.create_task(main)
+
+        async def ended() -> None:
+            await asyncio.wait([task])
+
+        with graceful(lambda: loop.call_soon_threadsafe(task.cancel)):
+            runner.run(ended())
+        if task.cancelled():
+            raise KeyboardInterrupt
+        task.result()
 
 
 async def _measure(options: dict[str, Any], about: dict[str, Any], sessions: "list[Session]") -> None:

@@ -182,7 +182,8 @@ class LocalTarget:
         began = time.perf_counter()
         ask = Ask(request.prompt, request.n, request.seed, self.maker, request.size)
         try:
-            made = await asyncio.wait_for(self.backend.make(ask), self.timeout)
+            async with asyncio.timeout(self.timeout):  # `wait_for` would lose a cancellation that meets the answer
+                made = await self.backend.make(ask)
         except Busy:
             return Answer("rejected", "Busy")
         except TimeoutError:
