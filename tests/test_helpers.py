@@ -126,6 +126,27 @@ def test_ctrl_c_ends_a_run_whose_storage_hangs(
     assert len(story.lines()) == 8
 
 
+def test_ctrl_c_ends_a_run_whose_helpers_are_silent(here: None, quick: Any, tmp_path: Path) -> None:
+    """Nobody has noticed it yet: prompts do not come, and neither do the caller's answers."""
+    recipe, told = quick("ring", *LONG, "runtime.dead_after=300"), io.StringIO()
+    story, stopped = Story(recipe, tmp_path / "run", lambda story: None), [None][:0]
+
+    def interrupt() -> None:
+        wait_until(lambda: len(story.lines()) >= 8, 90)
+        stopped.extend(stop(story, HELPERS[name]) for name in ("prompt stream", "control caller"))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    try:
+        ended = interrupted(interrupt, lambda: distill(recipe, story.folder, console=Console(file=told, width=999)))
+    finally:
+        for process in stopped:
+            process.kill()  # type: ignore[attr-defined]
+    assert ended is False and "stopping at" in told.getvalue()
+    assert read_lines(story.folder / "events.jsonl")[-1]["event"] == "stopped"
+    newest = Archive(str(story.folder / "checkpoints")).newest().manifest
+    assert newest is not None and newest.iteration == len(story.lines()) >= 8
+
+
 def interrupted(tell: Callable[[], None], run: Callable[[], bool]) -> bool | None:
     """Run with ``tell`` in a thread; None: it had to be ended by a second Ctrl-C, a minute later."""
     over = threading.Event()

@@ -2,15 +2,17 @@
 
 import io
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
-from disturbed import Story
+from disturbed import Story, wait_until
 from rich.console import Console
 
 import raydmd.runtime  # before Ray  # noqa: F401
@@ -80,6 +82,54 @@ def test_a_worker_that_is_stuck_in_its_start_holds_nobody(
     )  # fmt: skip
     parts = {**PARTS, "fake": partial(stuck_if_told, str(tmp_path))}
     assert Story(recipe, tmp_path / "run", plot, limit_s=360, parts=parts).run().finished is False
+
+
+def test_a_worker_whose_process_is_stopped_in_its_start_holds_nobody(
+    here: None, quick: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGSTOP to one of two as soon as it is seen: the run begins without it, and takes another in its place."""
+    monkeypatch.setattr(placement, "START_PATIENCE_S", 1.0)
+    monkeypatch.setattr(crew, "LEAST_START_S", 600.0)
+    monkeypatch.setattr(crew, "SLOWER", 1.5)
+    recipe = quick(
+        "ring", "iterations=[6, 100000]", "runtime.fake={min_workers: 1, max_workers: 2}", "runtime.dead_after=10",
+        "runtime.placement_timeout=120",
+    )  # fmt: skip
+
+    def plot(story: Story) -> None:
+        catcher.join(60)
+        (stopped,) = caught
+        assert story.events("started")[0]["workers"]["fake"] == 1
+        story.go_on(3)
+        monkeypatch.setattr(crew, "LEAST_START_S", 5.0)
+        story.until(lambda: story.events("start-failed", role="fake"))
+        story.complete()
+        assert not stopped.is_running()
+
+    story = Story(recipe, tmp_path / "run", plot, limit_s=300)
+    caught: list[psutil.Process] = []
+    catcher = threading.Thread(target=catch, args=("ray::FakeWorker", 2, caught), daemon=True)
+    catcher.start()
+    assert story.run().finished is False
+
+
+def catch(title: str, count: int, caught: list[psutil.Process]) -> None:
+    """Stop the newest process of a title as soon as there are so many."""
+
+    def look() -> bool:
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            try:
+                if (process.cmdline() or [""])[0].startswith(title):
+                    found.append(process)
+            except psutil.Error:
+                pass
+        if len(found) == count:
+            caught.append(max(found, key=lambda process: process.pid))
+            caught[0].suspend()
+        return len(found) == count
+
+    wait_until(look, 90, 0.002)
 
 
 def never_up(recipe: Any, device: str) -> Any:

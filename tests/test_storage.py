@@ -4,9 +4,11 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from disturbed import wait_until
 from full_disk import SmallDisk, half_written, small_disk
 from mortal import Save, SaveExpert, expert, is_of, manifest, same, shards
 from PIL import Image
@@ -368,6 +371,61 @@ def test_a_run_on_a_full_disk_ends_in_a_line_and_goes_on_after_room_is_made(
     assert distill(recipe, folder, console=QUIET) is True
     assert [line["iteration"] for line in read_lines(folder / "metrics.jsonl")] == list(range(10))
     assert half_written(folder) == [] and expert_file(folder, 1).is_file()
+
+
+def when(folder: Path, iterations: int, act: Callable[[], Any]) -> threading.Thread:
+    """Do something to a run, in a thread, once it has made so many iterations."""
+
+    def wait() -> None:
+        wait_until(lambda: len(read_lines(folder / "metrics.jsonl")) >= iterations)
+        act()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_run_whose_storage_goes_away_ends_in_a_line_and_goes_on_once_it_is_back(
+    quick: Any, disk: SmallDisk, tmp_path: Path
+) -> None:
+    """The disk of its checkpoints turns read-only amid the run, as kernels make those that fail."""
+    disk.resize(16384)
+    folder, store = tmp_path / "run", disk.path / "store"
+    recipe = quick("ring", "iterations=[6, 5000]", "checkpoint.every=2", f"checkpoint.path={store}")
+
+    def lose() -> None:
+        while True:  # as soon as no file there is being written
+            try:
+                return disk.protect(writable=False)
+            except subprocess.CalledProcessError:
+                pass
+
+    thread = when(folder, 5, lose)
+    message = r"^checkpoint\.path: .*Read-only file system; the same command goes on when its storage is back$"
+    with pytest.raises(StorageError, match=message):
+        distill(recipe, folder, console=QUIET)
+    thread.join(60)
+    disk.protect(writable=True)
+    kept = Archive(str(store)).newest().manifest
+    assert kept is not None
+    assert distill(recipe, folder, console=QUIET, until=kept.iteration + 3) is False
+    assert [line["iteration"] for line in read_lines(folder / "metrics.jsonl")] == list(range(kept.iteration + 3))
+    assert half_written(store) == []
+
+
+def test_checkpoints_that_are_removed_in_a_run(quick: Any, tmp_path: Path) -> None:
+    """The next one is whole: the run that goes on from it has the first phase's expert, and the same bits."""
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    recipe = quick("ring", "iterations=[4, 8]", "checkpoint.every=2")
+    thread = when(folder, 6, lambda: shutil.rmtree(folder / "checkpoints"))
+    distill(recipe, folder, console=QUIET, until=10)
+    thread.join(60)
+    newest = Archive(str(folder / "checkpoints")).newest()
+    assert newest.manifest is not None and newest.manifest.iteration == 10 and not newest.skipped
+    assert distill(recipe, folder, console=QUIET) is True
+    assert distill(recipe, whole, console=QUIET) is True
+    for phase in (0, 1):
+        assert same(load_file(expert_file(folder, phase)), load_file(expert_file(whole, phase)))
 
 
 # --- the embedded teacher's training

@@ -5,6 +5,7 @@ token), host and process; its time of modification is the owner's heartbeat, ren
 is dead when
 
 - it ran on this machine (same boot, same space of process numbers) and no process has its number and time of start, or
+- it was a driver of this very process and has ended, on storage that was gone by then, or
 - it ran elsewhere and its heartbeat is older than `DEAD_AFTER_S` seconds by the clock of the storage itself.
 
 On a disk the lock is made by a hard link, which one of several starters gets; one at a time takes over a dead owner's.
@@ -42,6 +43,8 @@ SETTLE_S = 2.0
 GUARD_S = 5.0  # how long another starter, which holds the folder for milliseconds, is waited for
 TRIES = 100
 UNREACHABLE = (OSError, pa.ArrowException)
+
+_given_up: set[str] = set()  # tokens of this process's own drivers that have ended, whatever their locks' files say
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,8 @@ class Lock:
                 self._create()
 
     def release(self) -> None:
-        """Give the lock up, if it is still this driver's."""
+        """Give the lock up, if it is still this driver's; one that cannot be removed now counts as a dead owner's."""
+        _given_up.add(self.owner)
         with suppress(*UNREACHABLE):
             held = self.holder()
             if held is not None and held.owner == self.owner:
@@ -201,6 +205,8 @@ class Lock:
             raise self._refusal(held)
 
     def _is_dead(self, held: Owner) -> bool:
+        if held.owner in _given_up:
+            return True
         return not held.runs() if held.on_this_machine() else self._silent_s() > DEAD_AFTER_S
 
     def _silent_s(self) -> float:
