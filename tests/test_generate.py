@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import av
 import numpy as np
 import pyarrow as pa
 import pytest
+from disturbed import wait_until
 from pyarrow import parquet
 from rich.console import Console
 from run_folders import make_run
@@ -25,6 +27,7 @@ from raydmd.evaluation.prompts import read_prompt_file
 from raydmd.models.protocol import save_teacher
 from raydmd.progress import counting, time_left
 from raydmd.runs import recipe_family
+from raydmd.runtime.pretrain import shown_progress
 from raydmd.runtime.recorder import Recorder
 from raydmd.runtime.workers import Receipt
 
@@ -117,6 +120,25 @@ def test_a_jobs_log_has_the_time_left(quick: Any, tmp_path: Path) -> None:
     lines = told.getvalue().splitlines()
     assert ["4/40" in lines[0], "8/40" in lines[1], len(lines)] == [True, True, 2]
     assert all(" s an iteration, about 0:00:" in line and line.endswith(" left") for line in lines)
+
+
+def test_a_teachers_training_says_the_time_left_too(tmp_path: Path) -> None:
+    """In a job's log, a line each fifth of the way."""
+    told, file = io.StringIO(), tmp_path / "pretrain.jsonl"
+
+    def has(words: str) -> bool:
+        return words in told.getvalue()
+
+    with shown_progress(Console(file=told, width=200), file, 100), file.open("w", buffering=1) as lines:
+        for iteration in range(10, 50, 10):
+            lines.write(json.dumps({"iteration": iteration, "loss": 0.5, "workers": 2}) + "\n")
+            if iteration in (20, 40):
+                wait_until(lambda iteration=iteration: has(f"teacher  {iteration}/100"), 20)
+    lines_told = told.getvalue().splitlines()
+    assert [line.split()[1] for line in lines_told] == ["20/100", "40/100"]
+    assert all(re.search(r"loss 0\.500  workers 2, .*about \d+:\d\d:\d\d left$", line) for line in lines_told), (
+        lines_told
+    )
 
 
 @pytest.fixture

@@ -333,13 +333,19 @@ def test_the_api_in_the_experts_replicas(folder: Path, tmp_path: Path) -> None:
 def test_behind_serves_own_proxy_and_more_replicas_when_there_is_a_queue(folder: Path, tmp_path: Path) -> None:
     right = pictures_of(folder)
     growing = ["--set", "stages.expert.max=2", "--set", "max_batch=1", "--set", "stages.expert.cpus=0.1"]
-    with server(folder, tmp_path / "log", "--proxy", "serve", *growing) as started:
-        assert listening_elsewhere(started) == []
+    with server(folder, tmp_path / "log", "--proxy", "serve", "--host", "0.0.0.0", "--no-keys", *growing) as started:
+        ((_, host, port),) = listening_elsewhere(started)
+        assert (host, port) == ("0.0.0.0", started.port)
         assert not any(process.name() == "haproxy" for process in started.family())
         want = expected(folder, 7, 21, 1)[0]
         assert abs(pixels(base64.b64decode(ask(started.url, 7, 21).json()["data"][0]["b64_json"])) - want).max() <= 1
         assert httpx.get(f"{started.url}/nowhere").json()["error"]["type"] == "invalid_request_error"
         send_what_serve_obeys(started.url)
+        stranger = {"x-forwarded-for": "9.9.9.9", "forwarded": "for=9.9.9.9", "x-request-id": "a-stranger"}
+        assert httpx.get(f"{started.url}/v1/models", headers=stranger).is_success
+        until(lambda: "a-stranger" in started.log.read_text(), "the request is logged")
+        (line,) = [line for line in started.log.read_text().splitlines() if "a-stranger" in line]
+        assert "127.0.0.1" in line and "9.9.9.9" not in line
         assert len(started.replicas("experts")) == 1
         with Load(started.url, right, clients=12) as load:
             until(lambda: len(started.replicas("experts")) == 2 or load.wrong, "another replica starts")
@@ -366,6 +372,8 @@ def test_a_config_for_serve_deploy(folder: Path, tmp_path: Path, capsys: pytest.
     [
         (["nowhere"], ["no run in", "nowhere"]),
         (["{run}", "--set", "max_bach=4"], ["max_bach", "did you mean 'max_batch'"]),
+        (["{run}", "--set", "max_batch=abc"], ["--set max_batch=abc: max_batch", "valid integer"]),
+        (["{run}", "--set", "stages=4"], ["--set stages=4: 'stages' is a section", "its keys: api, encoder, expert"]),
         (["{run}", "--port", "{taken}"], ["--port {taken}", "cannot listen"]),
         (["{run}", "--set", "api_keys_file=nowhere.txt"], ["api_keys_file", "nowhere.txt"]),
         (["{run}", "--layout", "both"], ["--layout", "both"]),

@@ -100,7 +100,7 @@ def _fit(recipe: Recipe, folder: Path, console: Console) -> None:
     )
     with connect(recipe, folder):
         try:
-            with _progress(console, progress_file, settings.iterations):
+            with shown_progress(console, progress_file, settings.iterations):
                 trainer.fit()
         except TrainingFailedError as error:
             salvage(folder)
@@ -221,7 +221,7 @@ def _embedded_family(recipe: Recipe) -> EmbeddedFamily:
 
 
 @contextmanager
-def _progress(console: Console, file: Path, total: int) -> Iterator[None]:
+def shown_progress(console: Console, file: Path, total: int) -> Iterator[None]:
     """Show the last line of the workers' progress file while inside."""
     columns = (
         TextColumn("[bold]teacher"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
