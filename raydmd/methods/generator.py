@@ -18,7 +18,7 @@ from raydmd.methods.rollout import exit_step, rollout
 from raydmd.methods.zeroed import by_role
 from raydmd.models.experts import Experts
 from raydmd.models.protocol import Conditions, Denoiser, Family
-from raydmd.objectives.distribution_matching import gradient_and_zeroed, surrogate_loss
+from raydmd.objectives.distribution_matching import distribution_matching_gradient, surrogate_loss
 from raydmd.objectives.regression import regression_loss
 
 
@@ -127,7 +127,7 @@ class Generator:
                 x_s, proposal = self._kept.pop(real.stamp.start)
                 assert proposal.stamp.draw == real.stamp.draw == generated.stamp.draw, "scores of another iteration"
                 predictions = real.prediction.to(self.device), generated.prediction.to(self.device)
-                gradient, left_out = gradient_and_zeroed(
+                gradient, left_out = distribution_matching_gradient(
                     self.family.schedule,
                     x_s.detach(),
                     proposal.x_t,

@@ -48,22 +48,6 @@ def distribution_matching_gradient(
     prediction: Prediction,
     weight: Weight = "normalized",
     eps: float = 1e-6,
-) -> Tensor:
-    """The gradient of `gradient_and_zeroed`, without saying which samples were left out."""
-    return gradient_and_zeroed(schedule, x_s, x_t, teacher, fake, t, s, prediction, weight, eps)[0]
-
-
-def gradient_and_zeroed(
-    schedule: Schedule,
-    x_s: Tensor,
-    x_t: Tensor,
-    teacher: Tensor,
-    fake: Tensor,
-    t: Time,
-    s: Time,
-    prediction: Prediction,
-    weight: Weight = "normalized",
-    eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of KL(generated || teacher) with respect to x_s, like x_s, in float32 (float64 if given float64).
 
