@@ -1,6 +1,8 @@
 """HAProxy itself, with the file that Ray writes for it, and the changes that are made to it."""
 
 import asyncio
+import json
+import logging
 import os
 import resource
 import shutil
@@ -28,6 +30,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from raydmd.serving.haproxy import SAID, Limits, bind_address, environment, trusted, write_haproxy
+from raydmd.serving.haproxy_log import proxy_log
 from raydmd.serving.haproxy_manager import WatchedHAProxy
 from raydmd.serving.ports import SOCKET_PATH, short_folder
 
@@ -74,7 +77,8 @@ class Proxy:
             socket_path=str(folder / NODE / "admin.sock"), server_state_base=str(folder / NODE),
             server_state_file=str(folder / NODE / "server-state"), maxconn=self.limit, nbthread=1,
             metrics_enabled=False, timeout_client_s=3600, timeout_server_s=3600,
-            enable_so_reuseport=True, retry_on="conn-failure",
+            enable_so_reuseport=True, retry_on="conn-failure", retries=1,
+            log_target=settings["RAY_SERVE_HAPROXY_LOG_TARGET"],
             http_options=HTTPOptions(host="127.0.0.1", port=self.port), is_head=True,
         )  # fmt: skip
         self.backend = ray_haproxy.BackendConfig(
@@ -372,3 +376,31 @@ def test_a_long_place_for_temporary_files_does_not_matter(
     monkeypatch.setattr("tempfile.tempdir", None)
     with haproxy(origin[0]) as (client, proxy):
         assert client.get("/health").is_success and len(str(proxy.api.cfg.socket_path)) <= SOCKET_PATH
+
+
+def test_what_it_answers_itself_is_logged_and_nothing_else(
+    origin: tuple[str, Origin], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The API logs what it answers; nobody else would tell of a client's 503, or of bytes that are no HTTP."""
+    url, made = origin
+    caplog.set_level("INFO", "raydmd.serving.haproxy")
+
+    def told() -> list[logging.LogRecord]:
+        return [record for record in caplog.records if record.name == "raydmd.serving.haproxy"]
+
+    with haproxy(url) as (client, proxy), proxy_log(proxy.folder):
+        assert client.get("/v1/models", headers={"x-request-id": "answered"}).is_success
+        assert client.post(GENERATIONS, json={}).status_code == 429  # the server's own
+        assert client.post(GENERATIONS, json={}).status_code == 429 and made.asked == 2  # and its repetition
+        said = client.get("/deny/503", headers={"x-request-id": 'mine"\\'})
+        assert said.status_code == 503
+        with socket.create_connection(("127.0.0.1", proxy.port)) as stranger:
+            stranger.sendall(b"\x16\x03\x01 no HTTP\r\n\r\n")
+            stranger.settimeout(10)
+            assert b"400" in stranger.recv(4096)
+        until(lambda: len(told()) >= 2, "both are logged")
+    unavailable, broken = (json.loads(record.message) for record in told())
+    assert (unavailable["request_id"], unavailable["route"], unavailable["status"]) == ('mine"\\', "/deny/503", 503)
+    assert (unavailable["client"], unavailable["method"], unavailable["by"]) == ("127.0.0.1", "GET", "haproxy")
+    assert broken["status"] == 400 and "request_id" not in broken
+    assert [record.levelname for record in told()] == ["WARNING", "INFO"]

@@ -7,10 +7,7 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
@@ -19,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from commands import Command
 from safetensors.torch import load_file
 
 from raydmd.cli import run as command
@@ -28,9 +26,7 @@ from raydmd.methods.reference import train
 from raydmd.runs import recipe_family
 from raydmd.runtime.manifest import Archive
 
-ROOT = Path(__file__).parents[1]
 ITERATIONS = 120
-DEADLINE = 240.0
 RECIPE = [
     f"iterations={ITERATIONS}", "batch.size=16", "batch.micro=4", "method.fake_updates=3", "checkpoint.every=4",
     "monitor.samples_every=0", "monitor.tensorboard=false",
@@ -46,43 +42,6 @@ class Story:
     codes: list[int] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
     seen: dict[str, Any] = field(default_factory=dict)
-
-
-class Started:
-    """`raydmd distill` in a session of its own, as a terminal starts it."""
-
-    def __init__(self, arguments: list[str], log: Path) -> None:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        self.log = log
-        with log.open("w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", "from raydmd.cli import main; main()", *arguments],
-                stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # whatever these tests run under
-            )  # fmt: skip
-        self.pid = self.process.pid
-
-    def family(self) -> list[psutil.Process]:
-        """The driver and all of its Ray, while it lives: later its number may be another's."""
-        if self.process.poll() is not None:
-            return []
-        try:
-            return [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
-
-    def until(self, condition: Callable[[], Any], pause: float = 0.02) -> Any:
-        """Wait for a condition while the process lives."""
-        end = time.monotonic() + DEADLINE
-        while not (found := condition()):
-            assert self.process.poll() is None, f"it ended with {self.process.returncode}:\n{self.log.read_text()}"
-            assert time.monotonic() < end, f"never came true:\n{self.log.read_text()}"
-            time.sleep(pause)
-        return found
-
-    def wait(self) -> tuple[int, str]:
-        return self.process.wait(DEADLINE), self.log.read_text()
 
 
 def outlived(processes: list[psutil.Process]) -> list[str]:
@@ -146,14 +105,14 @@ def story(teachers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     arguments = ["distill", "ring", *(word for item in recipe for word in ("--set", item)), "--out", str(folder)]
     told = Story(folder, arguments)
     metrics, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
-    started: list[Started] = []
+    started: list[Command] = []
 
-    def start(*more: str) -> Started:
-        started.append(Started([*arguments, *more], root / f"{len(started)}.log"))
+    def start(*more: str) -> Command:
+        started.append(Command([*arguments, *more], root / f"{len(started)}.log"))
         return started[-1]
 
-    def ended(process: Started) -> None:
-        code, output = process.wait()
+    def ended(process: Command) -> None:
+        code, output = process.ended()
         told.codes.append(code)
         told.outputs.append(output)
 
@@ -177,7 +136,7 @@ def story(teachers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         second.until(lambda: lines() >= 10)
         family = second.family()
         os.kill(second.pid, signal.SIGSTOP)  # it says nothing, but it is there
-        told.seen["rival"] = start().wait()
+        told.seen["rival"] = start().ended()
         os.kill(second.pid, signal.SIGKILL)
         ended(second)
         told.seen["outlived the driver"] = outlived(family)

@@ -325,6 +325,9 @@ def test_the_api_in_the_experts_replicas(folder: Path, tmp_path: Path) -> None:
             load.more(300)
         # sent again by HAProxy, but for an answer of which the first half was already sent
         assert len(load.wrong) <= 1 and all("without sending complete message body" in wrong for wrong in load.wrong)
+        with socket.create_connection(("127.0.0.1", started.port)) as stranger:
+            stranger.sendall(b"no HTTP\r\n\r\n")
+        until(lambda: '"by": "haproxy"' in started.log.read_text(), "what HAProxy answers itself is logged")
         kill_haproxy(started)
         code, alive = started.stop(signal.SIGKILL)
     assert code == -signal.SIGKILL and alive == [] and not listens(started.port)

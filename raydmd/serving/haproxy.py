@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raydmd.errors import UserError
+from raydmd.serving.haproxy_log import RULES as LOGGED
+from raydmd.serving.haproxy_log import log_target
 from raydmd.serving.http.errors import FULL, ApiError
 from raydmd.serving.ports import hold_port, most_connections, short_folder
 
@@ -85,6 +87,7 @@ RULES = """    # forwarded headers are the proxies' own: ours, and those of FORW
 HOLD = """    acl full_{maker} var(txn.left_{maker}) -m int gt 0
     acl refused_{maker} res.hdr({full}) -m str {maker}
     http-request set-var(txn.left_{maker}) var(proc.until_{maker}),sub(txn.now)
+    http-request set-log-level silent if METH_POST asks full_{maker} whole {which}for_teacher
     http-request return status 429 content-type application/json hdr retry-after %[var(proc.retry_{maker})] lf-file {folder}/429-{maker}.json if METH_POST asks full_{maker} whole {which}for_teacher
     http-response set-var(txn.hold) res.hdr({full}-ms) if refused_{maker}
     http-response set-var(proc.until_{maker}) date(0,ms),add(txn.hold) if refused_{maker}
@@ -206,6 +209,7 @@ def environment(folder: Path, binary: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_MAXCONN": str(most_connections(CONNECTIONS)),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_LOG_TARGET": log_target(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         # replicas take the client's address from HAProxy, and from nobody else: it has taken out what clients sent
@@ -263,7 +267,7 @@ def write_haproxy(folder: Path, bind: str, limits: Limits = Limits()) -> Path:
         body = ApiError(429, words, code="rate_limit_exceeded").body()
         (folder / f"429-{maker}.json").write_text(json.dumps(body), encoding="utf-8")
         rules.append(HOLD.format(folder=folder, full=FULL, maker=maker, which=which))
-    rules.append(FORGET.format(full=FULL))
+    rules += [FORGET.format(full=FULL), LOGGED]
     (folder / "rules").write_text("".join(rules), encoding="utf-8")
     edits = EDITS.format(
         folder=folder, bind=bind, request_ms=int(1000 * limits.request_s), idle_ms=int(1000 * limits.idle_s),

@@ -7,6 +7,7 @@ import socket
 import sys
 import tempfile
 import threading
+from contextlib import nullcontext
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +21,9 @@ from raydmd.runs import Run
 from raydmd.runtime import cluster_address  # before Ray: what it starts here then listens on loopback only
 from raydmd.serving.card import experts_of, read_card
 from raydmd.serving.haproxy import HeldPorts, trusted, use_haproxy
+from raydmd.serving.haproxy_log import proxy_log
 from raydmd.serving.http.headers import IMPORT_PATH
-from raydmd.serving.log import cause_of, default_file, repeated
+from raydmd.serving.log import cause_of, default_file, repeated, write_log
 from raydmd.serving.pipeline import stages_of
 from raydmd.serving.settings import Serving, read_keys
 
@@ -98,7 +100,8 @@ def serve_run(
                 os.environ["FORWARDED_ALLOW_IPS"] = ",".join(trusted())
         log = Path(serving.log_file or default_file(port))
         log.open("a", encoding="utf-8").close()
-        with repeated(log, sys.stderr):
+        with repeated(log, sys.stderr), proxy_log(folder) if folder is not None else nullcontext():
+            write_log(str(log))
             logged = serving.model_copy(update={"log_file": str(log)})
             _serve(logged, experts, host, port, folder is not None, console)
     finally:
