@@ -1,5 +1,6 @@
 """The page at ``/``, and what its browser lets it do."""
 
+import re
 from base64 import b64encode
 from hashlib import sha256
 from html.parser import HTMLParser
@@ -11,7 +12,9 @@ from starlette.responses import Response
 from raydmd.serving.http.errors import ApiError
 from raydmd.serving.http.openapi import Operation
 
-PAGE = Path(__file__).with_name("page.html")
+PAGE = Path(__file__).parent / "page" / "index.html"
+STYLE = re.compile(r'<link rel="stylesheet" href="([\w.-]+)">\n')
+SCRIPTS = re.compile(r'(?:<script src="[\w.-]+"></script>\n)+')
 
 
 class _Inline(HTMLParser):
@@ -53,11 +56,23 @@ def policy(page: str) -> str:
     ])  # fmt: skip
 
 
+def whole(path: Path) -> str:
+    """Return a page with its styles and scripts, which lie beside it, in it: one answer, and one hash of each."""
+    page = path.read_text(encoding="utf-8")
+
+    def beside(names: list[str]) -> str:
+        return "".join((path.parent / name).read_text(encoding="utf-8") for name in names)
+
+    page = STYLE.sub(lambda found: f"<style>\n{beside([found[1]])}</style>\n", page)
+    names = re.compile(r'src="([\w.-]+)"')
+    return SCRIPTS.sub(lambda found: f"<script>\n{beside(names.findall(found[0]))}</script>\n", page)
+
+
 class Page:
-    """Serves a file; there is no route where there is no file."""
+    """Serves a page as one file; where there is none it answers 404."""
 
     def __init__(self, path: Path = PAGE) -> None:
-        self.body = path.read_text(encoding="utf-8") if path.is_file() else None
+        self.body = whole(path) if path.is_file() else None
         self.headers = {
             "content-security-policy": policy(self.body or ""),
             "x-content-type-options": "nosniff",
