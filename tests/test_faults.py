@@ -176,6 +176,22 @@ def test_a_lost_scorer_is_made_up_for_when_something_is_scored_without_it(
     Story(recipe, tmp_path / "run", plot, parts={**PARTS, "fake": held.held(Fake, "update", tmp_path)}).run()
 
 
+@pytest.mark.parametrize("made", [0, 8])
+def test_a_worker_that_dies_while_all_take_the_manifests_state(
+    here: None, quick: Any, prompts: Any, tmp_path: Path, made: int
+) -> None:
+    """The others have that state by then, but the driver has not: its phase, its experts and its records."""
+    recipe, quiet = quick("ring", "iterations=[6, 6]", "runtime.fake={min_workers: 2, max_workers: 2}"), Console(quiet=True)
+    story = Story(recipe, tmp_path / "run", lambda story: None)
+    if made:
+        assert distill(recipe, story.folder, console=quiet, until=made) is False
+    parts = {**PARTS, "fake": partial(make_faulty, Fake, "start_phase", 2, "exit", str(tmp_path), 1)}
+    assert distill(recipe, story.folder, console=quiet, parts=parts, until=10) is False
+    (lost,) = story.events("worker-lost")
+    assert lost["role"] == "fake" and lost["iteration"] == made
+    assert_bits_of_the_reference(story, prompts)
+
+
 def test_a_worker_that_cannot_start_ends_the_run(here: None, quick: Any, tmp_path: Path) -> None:
     recipe = quick("ring", "runtime.max_failures=2")
     with pytest.raises(RunError, match="cannot load weights: shape mismatch"):

@@ -71,6 +71,7 @@ class Elastic:
     _steps_lost: int = 0
     _how: str = ""
     _last: str = ""
+    _rewinding: bool = False  # some trainers may be in the last manifest's state, and others not yet
 
     def __post_init__(self) -> None:
         self.progress = Progress()
@@ -183,7 +184,7 @@ class Elastic:
             known = [positions[m] for m in self._with_state(role) if m in positions]
             best[role] = max(known, default=Position(-1, 0))
         generator, fake = best["generator"], best["fake"]
-        if self._agree(generator, fake):
+        if not self._rewinding and self._agree(generator, fake):
             await self._rejoin(positions, best)
             self._how = self._how or "the survivors went on"
             standing = Standing(generator.updates, fake.updates, None)
@@ -276,12 +277,18 @@ class Elastic:
         return [*self.cluster.crews[role].members, *self.cluster.crews[role].leavers]
 
     async def _rewind(self) -> Standing:
-        """Put every trainer into the last manifest's state."""
+        """Put every trainer into the last manifest's state; where that is cut short, it is all done again."""
+        self._rewinding = True
         manifest, skipped, shards = await self.checkpoints.restore()
         for words in skipped:
             self.recorder.say(words)
         iteration, phase, experts = (manifest.iteration, manifest.phase, manifest.experts) if manifest else (0, 0, 0)
         fakes = manifest.fake_version if manifest else 0
+        lost = max(0, self.progress.committed - iteration)
+        if self._losses or lost:
+            self._steps_lost += lost
+            self._how = "all went back to the last manifest"
+        self.progress.committed = iteration
         kept = [shards[f"expert-{index}"] for index in range(experts)]
         waits: list[ObjectRef] = []
         for role, updates, more in (("generator", iteration, [None, *kept]), ("fake", fakes, [])):
@@ -290,9 +297,5 @@ class Elastic:
                 waits += [m.actor.take_over.remote(phase, updates, shards.get(role), *more) for m in members]
             waits += self.cluster.groups[role].form(members)
         await asyncio.gather(*waits)
-        lost = max(0, self.progress.committed - iteration)
-        if self._losses or lost:
-            self._steps_lost += lost
-            self._how = "all went back to the last manifest"
-        self.progress.committed = iteration
+        self._rewinding = False
         return Standing(iteration, fakes, experts)
