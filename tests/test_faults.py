@@ -181,7 +181,8 @@ def test_a_worker_that_dies_while_all_take_the_manifests_state(
     here: None, quick: Any, prompts: Any, tmp_path: Path, made: int
 ) -> None:
     """The others have that state by then, but the driver has not: its phase, its experts and its records."""
-    recipe, quiet = quick("ring", "iterations=[6, 6]", "runtime.fake={min_workers: 2, max_workers: 2}"), Console(quiet=True)
+    recipe = quick("ring", "iterations=[6, 6]", "runtime.fake={min_workers: 2, max_workers: 2}")
+    quiet = Console(quiet=True)
     story = Story(recipe, tmp_path / "run", lambda story: None)
     if made:
         assert distill(recipe, story.folder, console=quiet, until=made) is False

@@ -177,7 +177,8 @@ class CheckpointQueue:
                 self._gave_up_since = begin if self.stopping() else None
                 return False
             try:
-                await asyncio.wait_for(self._changed.wait(), LOOK_EVERY_S)
+                async with asyncio.timeout(LOOK_EVERY_S):
+                    await self._changed.wait()
             except TimeoutError:
                 pass
             self._changed.clear()

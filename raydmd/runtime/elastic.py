@@ -243,7 +243,8 @@ class Elastic:
                 raise RunError(f"no worker came within {self.recipe.runtime.placement_timeout:g} s: {words}")
             self.changed.clear()
             try:
-                await asyncio.wait_for(self.changed.wait(), 1.0)
+                async with asyncio.timeout(1.0):
+                    await self.changed.wait()
             except TimeoutError:
                 pass
 

@@ -32,7 +32,8 @@ class Warden:
 
         async def one(worker: Any) -> Any:
             try:
-                return await asyncio.wait_for(getattr(worker, method).remote(*arguments), timeout)
+                async with asyncio.timeout(timeout):
+                    return await getattr(worker, method).remote(*arguments)
             except Exception as error:
                 return error
 
