@@ -349,7 +349,7 @@ def test_a_new_head_goes_on_from_the_store(uri: str, quick: Any, prompts: Any, t
     recipe = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"path": uri})})
     assert distill(recipe, tmp_path / "first", console=quiet, until=8) is False
     saved = [e["iteration"] for e in read_lines(tmp_path / "first/events.jsonl") if e["event"] == "checkpoint"]
-    assert saved == sorted(set(saved)) and {2, 5, 8} <= set(saved)  # the last once, though the run stopped there
+    assert saved == sorted(set(saved)) and saved[-1] == 8  # the last once, though the run stopped there
     assert not (tmp_path / "first/checkpoints").exists()
     with pytest.raises(UserError, match="checkpoint.path: it holds a run of another recipe .seed: 0 there, 1 here"):
         distill(recipe.model_copy(update={"seed": 1}), tmp_path / "other", console=quiet)
