@@ -10,6 +10,7 @@ from typing import Any
 import held
 import pytest
 import ray
+import torch
 from disturbed import Story, assert_bits_of_the_reference
 from rich.console import Console
 
@@ -17,6 +18,7 @@ import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.errors import RunError
 from raydmd.folders import read_lines
 from raydmd.methods.fake import Fake
+from raydmd.methods.flat import FlatParameters
 from raydmd.methods.generator import Generator
 from raydmd.methods.scorer import Scorer
 from raydmd.runtime.actors import Cluster
@@ -28,7 +30,7 @@ from raydmd.runtime.launch import distill
 from raydmd.runtime.pool import ScorerPool
 from raydmd.runtime.process_group import Rendezvous, StepDropped
 from raydmd.runtime.recorder import Recorder
-from raydmd.runtime.workers import PARTS, WORKERS, make_part
+from raydmd.runtime.workers import PARTS, WORKERS, FakeWorker, Position, make_part
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +227,21 @@ def test_steps_that_are_given_up_without_a_loss_end_the_run_with_why(quick: Any,
     with pytest.raises(RunError, match="4 times without a step between, the last time a peer did not come"):
         elastic.judge([StepDropped("a peer did not come")])
     recorder.close()
+
+
+def test_a_trainer_that_has_half_a_state_stands_nowhere(quick: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no memory for the rest: nobody may take it to be where that state is from."""
+    recipe = quick("ring")
+    donor, worker = (FakeWorker(recipe, n, torch.get_num_threads(), "cpu", PARTS["fake"]) for n in range(2))
+    donor.take_over(0, 0, None)
+    state = donor.state(0)
+    with monkeypatch.context() as patched:
+        patched.setattr(FlatParameters, "load_state", lambda flat, state: (_ for _ in ()).throw(MemoryError("no room")))
+        with pytest.raises(MemoryError):
+            worker.take_over(0, 5, state)
+    assert worker.position().phase == -1
+    worker.take_over(0, 5, state)
+    assert worker.position() == Position(0, 5)
 
 
 def test_whose_fault_an_error_is(here: None) -> None:

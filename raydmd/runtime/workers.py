@@ -248,10 +248,11 @@ class TrainerWorker(Worker):
     def take_over(self, index: int, updates: int, state: Any) -> None:
         """Stand in phase ``index`` after ``updates`` steps, where ``state`` was given; None: at the phase's begin."""
         with self.turn("take_over"):
+            self._phase = -1  # it stands nowhere until it has all of the state
             self.part.start_phase(index, 0)
-            self._phase, self.part.updates = index, updates
             if state is not None:
                 self.part.flat.load_state(from_wire(state))
+            self._phase, self.part.updates = index, updates
 
     def state(self, at: int) -> Any:
         """Return all that the update after ``at`` depends on, as numpy arrays.
