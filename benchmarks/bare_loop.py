@@ -11,11 +11,11 @@ import time
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from raydmd.config import Recipe
+from raydmd.config.recipe import Recipe
 from raydmd.diffusion.random import Key
-from raydmd.methods.plan import plan_iterations, plan_phases
-from raydmd.methods.rollout import exit_step
-from raydmd.models.protocol import Denoiser, Family
+from raydmd.models.base import Denoiser, Family
+from raydmd.sampling.plan import plan_iterations, plan_phases
+from raydmd.sampling.student import exit_step
 
 
 def bare_loop(recipe: Recipe, family: Family, teacher: Denoiser, labels: torch.Tensor) -> list[float]:

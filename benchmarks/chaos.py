@@ -25,7 +25,7 @@ from common import arguments, console, finish, teacher_folder
 from disturb import HELPERS, ROLES, Machines, Watched, kill, seconds_of
 from safetensors.torch import load_file
 
-from raydmd.folders import expert_file
+from raydmd.runs.folders import expert_file
 
 DECK = (*ROLES * 4, *HELPERS)  # what 15 kills take
 SHORT = 60  # iterations of the run that measures the speed

@@ -23,11 +23,11 @@ import numpy as np
 from common import arguments, finish, teacher_folder
 from rich.console import Console
 
-from raydmd.config import Recipe, load_recipe
-from raydmd.folders import read_lines
-from raydmd.methods.plan import plan_iterations, plan_phases
+from raydmd.config.recipe import Recipe, load_recipe
+from raydmd.runs.folders import read_lines
+from raydmd.runtime.checkpoint.manager import Archive, Manifest
 from raydmd.runtime.launch import distill
-from raydmd.runtime.manifest import Archive, Manifest
+from raydmd.sampling.plan import plan_iterations, plan_phases
 
 QUIET = Console(quiet=True)
 NEVER = 10**6

@@ -11,11 +11,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from raydmd.config import Recipe, load_recipe
+from raydmd.config.recipe import Recipe, load_recipe
 from raydmd.data.prompts import PromptTable, ensure_embedded_prompts
-from raydmd.methods.pretraining import Pretraining
-from raydmd.models.protocol import Denoiser, EmbeddedFamily, Family, save_teacher
-from raydmd.runs import recipe_family
+from raydmd.models.base import Denoiser, EmbeddedFamily, Family, save_teacher
+from raydmd.runs.run import recipe_family
+from raydmd.training.pretraining import Pretraining
 
 console = Console()
 
@@ -50,7 +50,7 @@ def teacher_folder(recipe: str, work: Path, seed: int = 0) -> Path:
         assert isinstance(family, EmbeddedFamily)
         console.print(f"training the {recipe} teacher (seed {seed}) once", highlight=False)
         training = Pretraining(loaded, family)
-        from raydmd.methods.collective import Alone
+        from raydmd.training.collective import Alone
 
         for iteration in range(loaded.pretrain.iterations):
             training.step(iteration, 0, 1, Alone())

@@ -15,10 +15,10 @@ import torch
 from common import arguments, console, finish, open_recipe
 from safetensors.torch import load_file
 
-from raydmd.config import load_recipe
-from raydmd.folders import expert_file
-from raydmd.methods.reference import Reference, train
+from raydmd.config.recipe import load_recipe
+from raydmd.runs.folders import expert_file
 from raydmd.runtime.launch import distill
+from raydmd.training.local import Reference, train
 
 LAYOUTS = {"1": (1, 1, 1), "n": (2, 2, 3)}
 

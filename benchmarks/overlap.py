@@ -25,18 +25,18 @@ from bare_loop import bare_loop
 from common import arguments, finish, open_recipe
 from rich.console import Console
 
-from raydmd.config import Recipe
+from raydmd.config.recipe import Recipe
 from raydmd.diffusion.random import Key
-from raydmd.folders import read_lines
-from raydmd.methods.batch import Noised, Samples, Score, Stamp
-from raydmd.methods.fake import Fake, FakeStats
-from raydmd.methods.generator import Generator, GeneratorStats
-from raydmd.methods.phase import Phase
-from raydmd.methods.plan import plan_iterations, plan_phases
-from raydmd.methods.reference import train
-from raydmd.methods.rollout import exit_step
-from raydmd.methods.scorer import Scorer
+from raydmd.runs.folders import read_lines
 from raydmd.runtime.launch import distill
+from raydmd.sampling.phase import Phase
+from raydmd.sampling.plan import plan_iterations, plan_phases
+from raydmd.sampling.student import exit_step
+from raydmd.training.fake_score import Fake, FakeStats
+from raydmd.training.generator import Generator, GeneratorStats
+from raydmd.training.local import train
+from raydmd.training.messages import Noised, Samples, Score, Stamp
+from raydmd.training.teacher import Scorer
 
 Costs = dict[str, float]  # seconds of a call; a rollout's per network call
 QUIET = Console(quiet=True)

@@ -27,7 +27,7 @@ from torch import Tensor
 from raydmd.errors import UserError
 from raydmd.evaluation.pictures import to_image
 from raydmd.evaluation.prompts import from_text
-from raydmd.runs import Run
+from raydmd.runs.run import Run
 from raydmd.serving.parts import expert_networks
 
 

@@ -26,13 +26,13 @@ import ray
 import torch
 from common import arguments, finish
 
-from raydmd.config import Recipe, load_recipe
-from raydmd.methods.batch import Noised, Score, Stamp
-from raydmd.runtime.crew import Member
-from raydmd.runtime.pool import ScorerPool
-from raydmd.runtime.shares import counts_by_speed, even_counts
-from raydmd.runtime.wire import to_wire
-from raydmd.runtime.workers import BESIDE, TeacherWorker
+from raydmd.config.recipe import Recipe, load_recipe
+from raydmd.runtime.membership.role_workers import Member
+from raydmd.runtime.workers.base import BESIDE, TeacherWorker
+from raydmd.runtime.workers.shares import counts_by_speed, even_counts
+from raydmd.runtime.workers.teacher_pool import ScorerPool
+from raydmd.runtime.workers.wire import to_wire
+from raydmd.training.messages import Noised, Score, Stamp
 
 SAMPLES = 64  # a micro-batch
 UNEVEN = (1.0, 1.0, 3.0)

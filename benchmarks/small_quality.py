@@ -39,7 +39,7 @@ from common import arguments, console, finish, open_recipe, teacher_folder
 from rich.table import Table
 
 import raydmd
-from raydmd.config import dump_recipe, load_recipe
+from raydmd.config.recipe import dump_recipe, load_recipe
 from raydmd.diffusion.random import Key, normal
 from raydmd.evaluation.evaluate import (
     Figures,
@@ -51,9 +51,9 @@ from raydmd.evaluation.evaluate import (
     make_reference,
     teacher_samples,
 )
-from raydmd.methods.plan import plan_phases
-from raydmd.methods.reference import train
-from raydmd.methods.scorer import Scorer
+from raydmd.sampling.plan import plan_phases
+from raydmd.training.local import train
+from raydmd.training.teacher import Scorer
 
 DATA = ("ring", "digits")
 TEACHER = "teacher"

@@ -12,7 +12,7 @@ import yaml
 from raydmd import __version__, interrupts
 from raydmd.atomic import FULL, storage_error, write_text
 from raydmd.bench.command import bench
-from raydmd.config import Recipe, dump_recipe, load_recipe, shipped_recipes
+from raydmd.config.recipe import Recipe, dump_recipe, load_recipe, shipped_recipes
 from raydmd.console import console, errors
 from raydmd.entry import main as main
 from raydmd.errors import RunError, UserError
@@ -54,7 +54,7 @@ def quickstart(out: Path, overrides: Sequence[str]) -> None:
     Takes minutes. Run again, it goes on where it was.
     """
     from raydmd.evaluation.report import report as write_report
-    from raydmd.runs import Run
+    from raydmd.runs.run import Run
 
     if not _distill(load_recipe("digits", list(overrides)), out, "auto") or interrupts.received():
         raise click.exceptions.Exit(interrupts.exit_code())
@@ -130,7 +130,7 @@ def report(runs: Sequence[Path], out: Path | None) -> None:
     """Write one self-contained HTML page: pictures side by side, curves, the table."""
     from raydmd.evaluation.report import report as write_report
     from raydmd.progress import telling
-    from raydmd.runs import Run
+    from raydmd.runs.run import Run
 
     with telling("reporting") as say:
         page = write_report([Run(folder) for folder in runs], out or runs[0] / "report.html", say)
@@ -154,7 +154,7 @@ def generate(run: Path, prompt: str | None, prompts: Path | None, n: int, seed: 
     from raydmd.evaluation.pictures import generate as make
     from raydmd.evaluation.prompts import read_prompt_file
     from raydmd.progress import counting
-    from raydmd.runs import Run
+    from raydmd.runs.run import Run
 
     if (prompt is None) == (prompts is None):
         raise UserError("--prompt, --prompts: give one of them")
@@ -287,7 +287,7 @@ def _distill(recipe: Recipe, folder: Path, resume: str) -> bool:
 def _evaluate(folder: Path, samples: int | None = None) -> None:
     from raydmd.evaluation.evaluate import evaluate_run
     from raydmd.progress import telling
-    from raydmd.runs import Run
+    from raydmd.runs.run import Run
 
     with telling("evaluating") as say:
         figures = evaluate_run(Run(folder), samples=samples, progress=say)

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from raydmd.atomic import write_text, writing
 from raydmd.errors import StorageError
-from raydmd.folders import read_whole_lines
+from raydmd.runs.folders import read_whole_lines
 
 
 class LineWriter:

@@ -5,20 +5,20 @@ from typing import Any
 
 import numpy as np
 
-from raydmd.config import Recipe
+from raydmd.config.recipe import Recipe
 from raydmd.data.embedded import EMBEDDED
 from raydmd.data.encoding import encode_rows
 from raydmd.data.prompts import PromptTable
 from raydmd.errors import UserError
 from raydmd.locations import absolute_location
-from raydmd.methods.limits import check_method
-from raydmd.models.hub import HUB, cached_snapshot, parse_hub_name
-from raydmd.models.pretrained import PretrainedFamily
-from raydmd.models.protocol import Conditions, EmbeddedFamily, Family
-from raydmd.models.sampler_grid import SCHEDULER_FILE
-from raydmd.models.teacher_folder import find_teacher
-from raydmd.models.weight_files import weight_files
-from raydmd.runs import recipe_family
+from raydmd.models.base import Conditions, EmbeddedFamily, Family
+from raydmd.models.diffusers.hub import HUB, cached_snapshot, parse_hub_name
+from raydmd.models.diffusers.pretrained import PretrainedFamily
+from raydmd.models.diffusers.sampler_grid import SCHEDULER_FILE
+from raydmd.models.diffusers.teacher_folder import find_teacher
+from raydmd.models.diffusers.weight_files import weight_files
+from raydmd.runs.run import recipe_family
+from raydmd.sampling.limits import check_method
 
 LOOKED_THROUGH = 64 * 2**20  # bytes of a prompt table, all of whose rows are encoded before a run; else its first
 

@@ -10,12 +10,12 @@ from commands import beyond_loopback
 from run_folders import make_run
 
 import raydmd.runtime  # before Ray: what it starts here then listens on loopback only  # noqa: F401
-from raydmd.config import Recipe, load_recipe
+from raydmd.config.recipe import Recipe, load_recipe
 from raydmd.data.prompts import PromptTable, ensure_embedded_prompts
-from raydmd.methods.collective import Alone
-from raydmd.methods.pretraining import Pretraining
-from raydmd.models.protocol import save_teacher
-from raydmd.runs import recipe_family
+from raydmd.models.base import save_teacher
+from raydmd.runs.run import recipe_family
+from raydmd.training.collective import Alone
+from raydmd.training.pretraining import Pretraining
 
 torch.set_num_threads(1)
 

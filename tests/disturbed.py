@@ -20,12 +20,12 @@ from ray.core.generated import autoscaler_pb2
 from rich.console import Console
 
 import raydmd.runtime  # before Ray  # noqa: F401
-from raydmd.config import Recipe
-from raydmd.folders import read_lines
-from raydmd.methods.reference import train
-from raydmd.runs import recipe_family
+from raydmd.config.recipe import Recipe
+from raydmd.runs.folders import read_lines
+from raydmd.runs.run import recipe_family
+from raydmd.runtime.checkpoint.manager import Archive
 from raydmd.runtime.launch import distill
-from raydmd.runtime.manifest import Archive
+from raydmd.training.local import train
 
 STORE = 80 * 2**20
 QUICK_HEALTH_CHECKS = {

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from raydmd.runtime.workers import Factory, make_part
+from raydmd.runtime.workers.base import Factory, make_part
 
 
 class Held:

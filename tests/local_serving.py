@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from raydmd.expert_index import write_index
-from raydmd.folders import expert_file
-from raydmd.methods.sampling import sample_student
-from raydmd.runs import Run
+from raydmd.runs.expert_index import write_index
+from raydmd.runs.folders import expert_file
+from raydmd.runs.run import Run
+from raydmd.sampling.noise import sample_student
 from raydmd.serving.card import Offer
 from raydmd.serving.pipeline import Lost
 from raydmd.serving.settings import Serving, parse_serving

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from pyarrow import fs
 
-from raydmd.runtime.manifest import Archive, Found, Manifest
-from raydmd.runtime.storage import Store
+from raydmd.runtime.checkpoint.manager import Archive, Found, Manifest
+from raydmd.runtime.checkpoint.storage import Store
 
 
 def manifest(iteration: int, **changes: Any) -> Manifest:
@@ -138,7 +138,7 @@ def save_and_die(
 def killed_at(make: Callable[[Death], Archive], steps: Steps, last: int, log: Path) -> tuple[bool, int]:
     """Take the steps in a process that dies at operation ``last``; return whether it did, and the steps done."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["raydmd.runtime.manifest"])
+    context.set_forkserver_preload(["raydmd.runtime.checkpoint.manager"])
     process = context.Process(target=save_and_die, args=(make, steps, last, str(log), dict(os.environ)))
     process.start()
     process.join(60)

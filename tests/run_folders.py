@@ -7,16 +7,16 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from raydmd.config import Recipe, dump_recipe
+from raydmd.config.recipe import Recipe, dump_recipe
 from raydmd.data.prompts import PromptTable
 from raydmd.evaluation import classifier
-from raydmd.expert_index import write_index
-from raydmd.folders import expert_file
-from raydmd.methods.fake import FakeStats
-from raydmd.methods.generator import GeneratorStats
-from raydmd.methods.plan import plan_iterations, plan_phases
-from raydmd.methods.reference import train
-from raydmd.runs import Run, recipe_family
+from raydmd.runs.expert_index import write_index
+from raydmd.runs.folders import expert_file
+from raydmd.runs.run import Run, recipe_family
+from raydmd.sampling.plan import plan_iterations, plan_phases
+from raydmd.training.fake_score import FakeStats
+from raydmd.training.generator import GeneratorStats
+from raydmd.training.local import train
 
 
 @functools.cache

@@ -18,15 +18,15 @@ from test_large_families import large_recipe
 
 from raydmd.data.prompts import PromptTable
 from raydmd.errors import UserError
-from raydmd.folders import expert_file
 from raydmd.models.adapter_files import METADATA_KEY, Adapter, read_adapter
 from raydmd.models.experts import Experts, fuse_lora
-from raydmd.runs import Run, recipe_family
-from raydmd.runtime.archivist import keep_experts
-from raydmd.runtime.manifest import Archive
-from raydmd.runtime.shards import LabelledTensors, pieces
-from raydmd.runtime.wire import to_wire
-from raydmd.runtime.workers import GeneratorWorker
+from raydmd.runs.folders import expert_file
+from raydmd.runs.run import Run, recipe_family
+from raydmd.runtime.checkpoint.manager import Archive
+from raydmd.runtime.checkpoint.shards import LabelledTensors, pieces
+from raydmd.runtime.checkpoint.writer import keep_experts
+from raydmd.runtime.workers.base import GeneratorWorker
+from raydmd.runtime.workers.wire import to_wire
 from raydmd.serving.parts import expert_networks
 
 torch.set_num_threads(1)

@@ -15,11 +15,11 @@ from mortal import expert, is_of, manifest, same, shards
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from raydmd.folders import expert_file
-from raydmd.runtime.archivist import NICE, Archivist
-from raydmd.runtime.helpers import HelperHeartbeat, start_helper
-from raydmd.runtime.manifest import Archive
-from raydmd.runtime.shards import LabelledTensors
+from raydmd.runs.folders import expert_file
+from raydmd.runtime.checkpoint.manager import Archive
+from raydmd.runtime.checkpoint.shards import LabelledTensors
+from raydmd.runtime.checkpoint.writer import NICE, Archivist
+from raydmd.runtime.workers.helpers import HelperHeartbeat, start_helper
 
 
 @pytest.fixture(scope="module", autouse=True)

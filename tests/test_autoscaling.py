@@ -15,7 +15,7 @@ from rich.console import Console
 from test_runtime import assert_same_bits, placed, reference, wait_until
 
 import raydmd.runtime  # before Ray  # noqa: F401
-from raydmd.runs import Run
+from raydmd.runs.run import Run
 from raydmd.runtime.launch import distill
 
 MARKET = "ray.io/market-type"

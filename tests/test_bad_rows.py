@@ -11,8 +11,8 @@ from raydmd.data import prompts as tables
 from raydmd.data.encoding import encode, encode_rows
 from raydmd.data.prompts import PromptTable, write_prompts
 from raydmd.errors import UserError
-from raydmd.models.digits import DigitsFamily
-from raydmd.models.points import RingFamily
+from raydmd.models.embedded.digits import DigitsFamily
+from raydmd.models.embedded.ring import RingFamily
 from raydmd.recipe_check import check
 
 

@@ -9,12 +9,12 @@ from mortal import manifest
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
 from raydmd.errors import RunError, StorageError
-from raydmd.runtime import checkpoint_queue
-from raydmd.runtime.checkpoint_queue import CheckpointQueue
-from raydmd.runtime.faults import Stopped
-from raydmd.runtime.helper_health import WRITER, HelperMonitor
-from raydmd.runtime.helpers import HelperHeartbeat
-from raydmd.runtime.manifest import Manifest
+from raydmd.runtime.checkpoint import queue as checkpoint_queue
+from raydmd.runtime.checkpoint.manager import Manifest
+from raydmd.runtime.checkpoint.queue import CheckpointQueue
+from raydmd.runtime.recovery.faults import Stopped
+from raydmd.runtime.recovery.helper_health import WRITER, HelperMonitor
+from raydmd.runtime.workers.helpers import HelperHeartbeat
 
 
 class Writer:

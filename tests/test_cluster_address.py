@@ -12,7 +12,7 @@ import ray
 from raydmd.errors import UserError
 from raydmd.runtime import cluster_address
 from raydmd.runtime.cluster import join_or_start
-from raydmd.runtime.ray_health import HealthMonitor
+from raydmd.runtime.recovery.ray_health import HealthMonitor
 
 ROOT = Path(__file__).parents[1]
 

@@ -19,12 +19,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raydmd.config import Optimizer
-from raydmd.methods.collective import Alone, exact_sum
-from raydmd.methods.flat import FlatParameters
-from raydmd.models.points import PointsMLP
-from raydmd.runtime.process_group import LEFT_BEHIND, Begun, ProcessGroup, Rendezvous, StepDropped
-from raydmd.runtime.workers import FakeWorker, Pulse
+from raydmd.config.recipe import Optimizer
+from raydmd.models.embedded.ring import PointsMLP
+from raydmd.runtime.workers.base import FakeWorker, Pulse
+from raydmd.runtime.workers.process_group import LEFT_BEHIND, Begun, ProcessGroup, Rendezvous, StepDropped
+from raydmd.training.collective import Alone, exact_sum
+from raydmd.training.trainable_state import FlatParameters
 
 
 class Others:
@@ -183,8 +183,8 @@ def test_a_gradient_that_is_not_finite_leaves_all_as_it_was(value: float, count:
 
 GROUP = """
 import sys, torch
-from raydmd.methods.collective import exact_sum
-from raydmd.runtime.process_group import ProcessGroup, Rendezvous
+from raydmd.training.collective import exact_sum
+from raydmd.runtime.workers.process_group import ProcessGroup, Rendezvous
 rank, file = int(sys.argv[1]), sys.argv[2]
 parts, bad = torch.load(file)
 if rank == 0:

@@ -9,9 +9,9 @@ import yaml
 from pydantic import BaseModel
 
 import raydmd
-from raydmd.config import Recipe, dump_recipe, load_recipe, parse_recipe, shipped_recipes
+from raydmd.config.recipe import Recipe, dump_recipe, load_recipe, parse_recipe, shipped_recipes
 from raydmd.errors import UserError
-from raydmd.methods.plan import plan_iterations, plan_phases
+from raydmd.sampling.plan import plan_iterations, plan_phases
 
 PACKAGE = Path(raydmd.__file__).parent
 

@@ -14,7 +14,7 @@ from raydmd.data.digits import load_digits
 from raydmd.data.prompts import PromptTable, ensure_embedded_prompts, write_prompts
 from raydmd.diffusion.random import Key
 from raydmd.errors import UserError
-from raydmd.models.digits import DigitsFamily
+from raydmd.models.embedded.digits import DigitsFamily
 
 RNG = np.random.default_rng(0)
 COLUMNS = {

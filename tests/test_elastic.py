@@ -19,11 +19,11 @@ from disturbed import (
     several_nodes,
 )
 
-from raydmd.methods.fake import Fake
-from raydmd.methods.generator import Generator
-from raydmd.methods.scorer import Scorer
-from raydmd.runtime.groups import TrainerGroup
-from raydmd.runtime.workers import PARTS
+from raydmd.runtime.workers.base import PARTS
+from raydmd.runtime.workers.trainer_group import TrainerGroup
+from raydmd.training.fake_score import Fake
+from raydmd.training.generator import Generator
+from raydmd.training.teacher import Scorer
 
 BOTH = {"generator", "fake", "teacher"}
 LONG = ["iterations=[6, 100000]", "checkpoint.every=10"]

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
 from raydmd.errors import UserError
-from raydmd.models.digits import DigitsDiT, DigitsFamily
+from raydmd.models.embedded.digits import DigitsDiT, DigitsFamily
+from raydmd.models.embedded.ring import RingFamily
 from raydmd.models.experts import Experts
-from raydmd.models.points import RingFamily
 
 torch.set_num_threads(1)
 KINDS = ["full", "lora"]

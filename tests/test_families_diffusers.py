@@ -14,10 +14,10 @@ from diffusers import (
 )
 
 from raydmd.errors import UserError
+from raydmd.models.diffusers.pretrained import checkpoint
+from raydmd.models.diffusers.qwen_image import pack, unpack
 from raydmd.models.experts import Experts
-from raydmd.models.families import build_family
-from raydmd.models.pretrained import checkpoint
-from raydmd.models.qwen_image import pack, unpack
+from raydmd.models.registry import build_family
 
 torch.set_num_threads(1)
 

@@ -16,21 +16,21 @@ from rich.console import Console
 
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.errors import RunError
-from raydmd.folders import read_lines
-from raydmd.methods.fake import Fake
-from raydmd.methods.flat import FlatParameters
-from raydmd.methods.generator import Generator
-from raydmd.methods.scorer import Scorer
+from raydmd.runs.folders import read_lines
 from raydmd.runtime.actors import Cluster
-from raydmd.runtime.crew import Crew
-from raydmd.runtime.elastic import Elastic
-from raydmd.runtime.faults import cause_of, own_fault
-from raydmd.runtime.groups import TrainerGroup
 from raydmd.runtime.launch import distill
-from raydmd.runtime.pool import ScorerPool
-from raydmd.runtime.process_group import Rendezvous, StepDropped
-from raydmd.runtime.recorder import Recorder
-from raydmd.runtime.workers import PARTS, WORKERS, FakeWorker, Position, make_part
+from raydmd.runtime.membership.role_workers import Crew
+from raydmd.runtime.observability.recorder import Recorder
+from raydmd.runtime.recovery.faults import cause_of, own_fault
+from raydmd.runtime.recovery.manager import Elastic
+from raydmd.runtime.workers.base import PARTS, WORKERS, FakeWorker, Position, make_part
+from raydmd.runtime.workers.process_group import Rendezvous, StepDropped
+from raydmd.runtime.workers.teacher_pool import ScorerPool
+from raydmd.runtime.workers.trainer_group import TrainerGroup
+from raydmd.training.fake_score import Fake
+from raydmd.training.generator import Generator
+from raydmd.training.teacher import Scorer
+from raydmd.training.trainable_state import FlatParameters
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,15 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_families_diffusers import CLASSES, CONFIGS, SHAPES
 
-from raydmd.config import dump_recipe
+from raydmd.config.recipe import dump_recipe
 from raydmd.errors import UserError
-from raydmd.models.families import build_family
+from raydmd.models.base import Family
+from raydmd.models.diffusers.hub import HubName, cached_snapshot, parse_hub_name
 from raydmd.models.fingerprint import fingerprint_teacher, same_teacher
-from raydmd.models.hub import HubName, cached_snapshot, parse_hub_name
-from raydmd.models.protocol import Family
-from raydmd.runs import Run
+from raydmd.models.registry import build_family
+from raydmd.runs.run import Run
+from raydmd.runtime.checkpoint.manager import Archive
 from raydmd.runtime.launch import distill
-from raydmd.runtime.manifest import Archive
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

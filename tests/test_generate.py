@@ -20,16 +20,16 @@ from run_folders import make_run
 from test_videos import FRAMES, SIDE, make_video_run
 
 from raydmd import cli
-from raydmd.config import load_recipe
+from raydmd.config.recipe import load_recipe
 from raydmd.errors import UserError
 from raydmd.evaluation.classifier import load_classifier
 from raydmd.evaluation.prompts import read_prompt_file
-from raydmd.models.protocol import save_teacher
+from raydmd.models.base import save_teacher
 from raydmd.progress import counting, time_left
-from raydmd.runs import recipe_family
+from raydmd.runs.run import recipe_family
+from raydmd.runtime.observability.recorder import Recorder
 from raydmd.runtime.pretrain import shown_progress
-from raydmd.runtime.recorder import Recorder
-from raydmd.runtime.workers import Receipt
+from raydmd.runtime.workers.base import Receipt
 
 TEXTS = ["a fox", "two, or more", "a fox"]
 

@@ -16,10 +16,10 @@ from rich.console import Console
 
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.errors import RunError
-from raydmd.folders import read_lines
-from raydmd.runtime import checkpoint_queue
+from raydmd.runs.folders import read_lines
+from raydmd.runtime.checkpoint import queue as checkpoint_queue
+from raydmd.runtime.checkpoint.manager import Archive
 from raydmd.runtime.launch import distill
-from raydmd.runtime.manifest import Archive
 
 LONG = ["iterations=[6, 100000]", "checkpoint.every=10"]
 HELPERS = {"prompt stream": "PromptStream", "checkpoint writer": "Archivist", "control caller": "Warden"}

@@ -16,15 +16,15 @@ from test_families_diffusers import SHAPES, rows
 from test_teacher_folders import edit, new
 
 from raydmd.cli import run as command
-from raydmd.config import load_recipe
+from raydmd.config.recipe import load_recipe
 from raydmd.data.prompts import write_prompts
 from raydmd.errors import UserError
-from raydmd.models import hub as hub_module
-from raydmd.models.families import build_family
+from raydmd.models.diffusers import hub as hub_module
+from raydmd.models.diffusers.hub import HubName, fetch, resolve_commit
+from raydmd.models.diffusers.pretrained import PretrainedFamily
 from raydmd.models.fingerprint import fingerprint_teacher
-from raydmd.models.hub import HubName, fetch, resolve_commit
-from raydmd.models.pretrained import PretrainedFamily
-from raydmd.runtime.manifest import Archive
+from raydmd.models.registry import build_family
+from raydmd.runtime.checkpoint.manager import Archive
 from raydmd.runtime.preparation import pin_teacher
 
 NAME = "hf://Someone/tiny-wan"

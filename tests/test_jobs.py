@@ -17,10 +17,10 @@ from conftest import train_teacher
 from ports import free_ports
 from safetensors.torch import load_file
 
-from raydmd.config import load_recipe
-from raydmd.folders import expert_file, read_lines
-from raydmd.methods.reference import train
-from raydmd.runs import Run, recipe_family
+from raydmd.config.recipe import load_recipe
+from raydmd.runs.folders import expert_file, read_lines
+from raydmd.runs.run import Run, recipe_family
+from raydmd.training.local import train
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

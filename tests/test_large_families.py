@@ -7,11 +7,11 @@ import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel, WanTransformer3DModel
 
-from raydmd.config import Recipe, load_recipe
+from raydmd.config.recipe import Recipe, load_recipe
 from raydmd.data.prompts import PromptTable, write_prompts
-from raydmd.methods.reference import Reference, train
-from raydmd.methods.sampling import sample_student
-from raydmd.runs import recipe_family
+from raydmd.runs.run import recipe_family
+from raydmd.sampling.noise import sample_student
+from raydmd.training.local import Reference, train
 
 WIDTH, LENGTH, ROWS = 16, 5, 6
 NAMES = ("qwen_image", "wan")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from commands import Command, command
 
-from raydmd.config import load_recipe
-from raydmd.folders import expert_file, read_lines
-from raydmd.runtime.manifest import Archive
+from raydmd.config.recipe import load_recipe
+from raydmd.runs.folders import expert_file, read_lines
+from raydmd.runtime.checkpoint.manager import Archive
 from raydmd.runtime.preparation import prepare
 
 SMALL = [

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from raydmd.config import Recipe, load_recipe
+from raydmd.config.recipe import Recipe, load_recipe
 from raydmd.diffusion.schedule import RectifiedFlow
 from raydmd.errors import UserError
-from raydmd.methods.limits import check_method
-from raydmd.methods.plan import plan_phases
 from raydmd.objectives.distribution_matching import distribution_matching_gradient, guided
 from raydmd.recipe_check import check
-from raydmd.runs import recipe_family
+from raydmd.runs.run import recipe_family
+from raydmd.sampling.limits import check_method
+from raydmd.sampling.plan import plan_phases
 
 FIXED = "method.score_interval=fixed"
 CASES = {  # what is set, what the error says, and the nearest that is allowed

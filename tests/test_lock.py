@@ -16,11 +16,11 @@ import pytest
 from rich.console import Console
 
 from raydmd.cli import run as command
-from raydmd.config import load_recipe
+from raydmd.config.recipe import load_recipe
 from raydmd.errors import StorageError, UserError
-from raydmd.runtime import lock as locks
+from raydmd.runtime.checkpoint import lock as locks
+from raydmd.runtime.checkpoint.lock import LOCK, Claim, Lock, Owner, claim_run
 from raydmd.runtime.launch import distill
-from raydmd.runtime.lock import LOCK, Claim, Lock, Owner, claim_run
 from raydmd.runtime.pretrain import pretrain
 
 

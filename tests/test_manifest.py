@@ -15,9 +15,9 @@ import safetensors.numpy
 from mortal import Save, SaveExpert, careless, dying_here, expert, is_of, killed_at, manifest, same, shards
 
 from raydmd.errors import RunError, UserError
-from raydmd.runtime.manifest import Archive, Found, Writer
-from raydmd.runtime.manifest_record import sealed
-from raydmd.runtime.shards import CODES, PIECE, pieces
+from raydmd.runtime.checkpoint.manager import Archive, Found, Writer
+from raydmd.runtime.checkpoint.manifest import sealed
+from raydmd.runtime.checkpoint.shards import CODES, PIECE, pieces
 
 
 def saved(folder: Path, *iterations: int, keep: int = 2) -> Archive:

@@ -12,17 +12,17 @@ from ray.exceptions import OutOfMemoryError, RayTaskError
 from rich.console import Console
 
 import raydmd.runtime  # before Ray  # noqa: F401
-from raydmd.config import Recipe
-from raydmd.folders import read_lines
+from raydmd.config.recipe import Recipe
+from raydmd.runs.folders import read_lines
 from raydmd.runtime.actors import Cluster
-from raydmd.runtime.crew import Crew, Member
-from raydmd.runtime.elastic import Elastic
-from raydmd.runtime.faults import is_gone, own_fault
-from raydmd.runtime.groups import TrainerGroup
-from raydmd.runtime.pool import ScorerPool
-from raydmd.runtime.process_group import Rendezvous
-from raydmd.runtime.recorder import Recorder
-from raydmd.runtime.workers import WORKERS, Identity
+from raydmd.runtime.membership.role_workers import Crew, Member
+from raydmd.runtime.observability.recorder import Recorder
+from raydmd.runtime.recovery.faults import is_gone, own_fault
+from raydmd.runtime.recovery.manager import Elastic
+from raydmd.runtime.workers.base import WORKERS, Identity
+from raydmd.runtime.workers.process_group import Rendezvous
+from raydmd.runtime.workers.teacher_pool import ScorerPool
+from raydmd.runtime.workers.trainer_group import TrainerGroup
 
 
 def test_who_was_to_take_a_killed_ones_result_is_not_gone() -> None:

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from raydmd.config import load_recipe
+from raydmd.config.recipe import load_recipe
 from raydmd.diffusion.random import Key, normal
 from raydmd.errors import UserError
-from raydmd.methods.generator import Generator
-from raydmd.methods.plan import plan_iterations, plan_phases
-from raydmd.methods.rollout import exit_step, rollout, truncated
-from raydmd.methods.sampling import preview, sample_student
-from raydmd.methods.scorer import Scorer
-from raydmd.runs import recipe_family
+from raydmd.runs.run import recipe_family
+from raydmd.sampling.noise import preview, sample_student
+from raydmd.sampling.plan import plan_iterations, plan_phases
+from raydmd.sampling.student import exit_step, rollout, truncated
+from raydmd.training.generator import Generator
+from raydmd.training.teacher import Scorer
 
 GRID4 = (1.0, 0.75, 0.5, 0.25, 0.0)
 

@@ -9,10 +9,10 @@ import torch
 from raydmd.data import ring
 from raydmd.data.digits import load_digits
 from raydmd.errors import UserError
-from raydmd.models.digits import NULL_LABEL, Block, DigitsDiT, DigitsFamily
-from raydmd.models.families import FAMILIES, build_family
-from raydmd.models.points import PointsMLP, RingFamily
-from raydmd.models.protocol import save_teacher
+from raydmd.models.base import save_teacher
+from raydmd.models.embedded.digits import NULL_LABEL, Block, DigitsDiT, DigitsFamily
+from raydmd.models.embedded.ring import PointsMLP, RingFamily
+from raydmd.models.registry import FAMILIES, build_family
 
 torch.set_num_threads(1)
 

@@ -18,8 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from shipped_cluster import CLUSTER, system_config
 
-from raydmd.runtime.metrics import Metrics, exported
-from raydmd.runtime.recorder import Recorder
+from raydmd.runtime.observability.metrics import Metrics, exported
+from raydmd.runtime.observability.recorder import Recorder
 
 LINE = {
     "phase": 2, "iteration": 3, "loss_fake": 0.75, "generator_grad_norm": 1.5, "staleness": 1, "samples": 64,

@@ -12,12 +12,12 @@ import torch
 from local_serving import expected, newer, pixels, run, serving
 from safetensors.torch import load_file, save_file
 
-from raydmd.config import dump_recipe, load_recipe
+from raydmd.config.recipe import dump_recipe, load_recipe
 from raydmd.errors import UserError
-from raydmd.expert_index import index_file, read_index, write_index
-from raydmd.folders import expert_file
-from raydmd.runs import Run
-from raydmd.runtime.archivist import Archivist
+from raydmd.runs.expert_index import index_file, read_index, write_index
+from raydmd.runs.folders import expert_file
+from raydmd.runs.run import Run
+from raydmd.runtime.checkpoint.writer import Archivist
 from raydmd.serving.card import read_card, read_offer
 from raydmd.serving.contract import Ask
 from raydmd.serving.pipeline import Pipeline, stages_of

@@ -14,9 +14,9 @@ from served import api
 from raydmd.cli import run
 from raydmd.errors import RunError
 from raydmd.evaluation.pictures import generate
-from raydmd.expert_index import write_index
-from raydmd.folders import expert_file
-from raydmd.runs import Run
+from raydmd.runs.expert_index import write_index
+from raydmd.runs.folders import expert_file
+from raydmd.runs.run import Run
 from raydmd.serving.contract import Ask, NotFinite
 from raydmd.serving.local import local_pipeline
 

@@ -23,18 +23,18 @@ from pyarrow import fs
 from rich.console import Console
 from safetensors.torch import load_file
 
-from raydmd.config import load_recipe
+from raydmd.config.recipe import load_recipe
 from raydmd.errors import RunError, StorageError, UserError
-from raydmd.folders import expert_file, read_lines
 from raydmd.locations import absolute_location, parse_location
-from raydmd.methods.reference import train
-from raydmd.runs import Run, recipe_family
-from raydmd.runtime import lock as locks
-from raydmd.runtime import storage
+from raydmd.runs.folders import expert_file, read_lines
+from raydmd.runs.run import Run, recipe_family
+from raydmd.runtime.checkpoint import lock as locks
+from raydmd.runtime.checkpoint import storage
+from raydmd.runtime.checkpoint.lock import LOCK, Claim
+from raydmd.runtime.checkpoint.manager import Archive, Found
+from raydmd.runtime.checkpoint.shards import PIECE
 from raydmd.runtime.launch import distill
-from raydmd.runtime.lock import LOCK, Claim
-from raydmd.runtime.manifest import Archive, Found
-from raydmd.runtime.shards import PIECE
+from raydmd.training.local import train
 
 SECRET = "wJalrXUtnFEMI/K7MDENG"
 

@@ -21,7 +21,7 @@ from raydmd.bench.arrivals import Mix, Request
 from raydmd.bench.load import Answer, Record, closed_loop
 from raydmd.bench.targets import HttpTarget
 from raydmd.errors import UserError
-from raydmd.methods.sampling import initial_noise
+from raydmd.sampling.noise import initial_noise
 from raydmd.serving.contract import Ask
 from raydmd.serving.local import local_pipeline
 from raydmd.serving.settings import Serving

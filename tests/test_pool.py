@@ -18,17 +18,17 @@ import torch
 from ray.exceptions import ActorDiedError, OwnerDiedError, RayActorError
 
 import raydmd.runtime  # before Ray  # noqa: F401
-from raydmd.config import Recipe
-from raydmd.methods.batch import Noised, Score, Stamp
-from raydmd.methods.scorer import Scorer
-from raydmd.runs import recipe_family
-from raydmd.runtime import pool as pool_module
-from raydmd.runtime.crew import Member
-from raydmd.runtime.groups import Call
-from raydmd.runtime.helpers import BESIDE
-from raydmd.runtime.pool import DEPTH, ScorerPool
-from raydmd.runtime.wire import from_wire, to_wire
-from raydmd.runtime.workers import TeacherWorker, make_part
+from raydmd.config.recipe import Recipe
+from raydmd.runs.run import recipe_family
+from raydmd.runtime.membership.role_workers import Member
+from raydmd.runtime.workers.base import TeacherWorker, make_part
+from raydmd.runtime.workers.base import teacher_pool as pool_module
+from raydmd.runtime.workers.helpers import BESIDE
+from raydmd.runtime.workers.teacher_pool import DEPTH, ScorerPool
+from raydmd.runtime.workers.trainer_group import Call
+from raydmd.runtime.workers.wire import from_wire, to_wire
+from raydmd.training.messages import Noised, Score, Stamp
+from raydmd.training.teacher import Scorer
 
 SLOW, FAST = 1.0, 0.02  # seconds
 

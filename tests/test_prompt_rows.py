@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from raydmd.config import Recipe, parse_recipe
+from raydmd.config.recipe import Recipe, parse_recipe
 from raydmd.data import prompts as tables
 from raydmd.data import row_order
 from raydmd.data.prompts import PromptTable, write_prompts
 from raydmd.data.row_order import PromptOrder, RowGroup, RowOrder
 from raydmd.diffusion.random import Key, permutation
 from raydmd.diffusion.schedule import RectifiedFlow
-from raydmd.methods.generator import Generator
-from raydmd.methods.reference import train
-from raydmd.models.protocol import Denoiser, Family
+from raydmd.models.base import Denoiser, Family
+from raydmd.training.generator import Generator
+from raydmd.training.local import train
 
 STREAMS = ("fake", "generator")
 PINNED = [0, 8, 4, 7, 5, 1, 3, 9, 6, 2]

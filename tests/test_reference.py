@@ -5,17 +5,17 @@ import pytest
 import torch
 from conftest import train_teacher
 
-from raydmd.config import load_recipe
+from raydmd.config.recipe import load_recipe
 from raydmd.data import ring as data
 from raydmd.data.row_order import PromptOrder
+from raydmd.data.trajectories import Pairs
 from raydmd.diffusion.random import Key, normal
 from raydmd.evaluation.metrics import sliced_wasserstein
-from raydmd.methods.pairs import Pairs
-from raydmd.methods.plan import plan_phases
-from raydmd.methods.reference import Reference, make_pairs, train
-from raydmd.methods.sampling import sample_student
-from raydmd.methods.scorer import Scorer
-from raydmd.runs import recipe_family
+from raydmd.runs.run import recipe_family
+from raydmd.sampling.noise import sample_student
+from raydmd.sampling.plan import plan_phases
+from raydmd.training.local import Reference, make_pairs, train
+from raydmd.training.teacher import Scorer
 
 VARIANTS = {
     "dmd": ["method.name=dmd"],

@@ -11,8 +11,8 @@ import torch
 from local_serving import Flaky, expected, newer, pixels, run, serving
 
 from raydmd.errors import UserError
-from raydmd.folders import expert_file
-from raydmd.runs import Run
+from raydmd.runs.folders import expert_file
+from raydmd.runs.run import Run
 from raydmd.serving import reload as reload_module
 from raydmd.serving.contract import Ask, Made
 from raydmd.serving.local import local_pipeline

@@ -20,11 +20,11 @@ from commands import Command
 from safetensors.torch import load_file
 
 from raydmd.cli import run as command
-from raydmd.config import load_recipe
-from raydmd.folders import expert_file, read_lines
-from raydmd.methods.reference import train
-from raydmd.runs import recipe_family
-from raydmd.runtime.manifest import Archive
+from raydmd.config.recipe import load_recipe
+from raydmd.runs.folders import expert_file, read_lines
+from raydmd.runs.run import recipe_family
+from raydmd.runtime.checkpoint.manager import Archive
+from raydmd.training.local import train
 
 ITERATIONS = 120
 RECIPE = [

@@ -10,14 +10,14 @@ from mortal import Save, SaveExpert, expert, is_of, manifest
 from rich.console import Console
 
 from raydmd.errors import UserError
-from raydmd.folders import expert_file
-from raydmd.methods.plan import plan_iterations, plan_phases
-from raydmd.runtime.archivist import Archivist
+from raydmd.runs.folders import expert_file
+from raydmd.runtime.checkpoint.manager import Archive, Found
+from raydmd.runtime.checkpoint.manifest import Manifest, read_sealed, sealed
+from raydmd.runtime.checkpoint.plan import RunPlan, run_plan
+from raydmd.runtime.checkpoint.writer import Archivist
 from raydmd.runtime.launch import distill
-from raydmd.runtime.manifest import Archive, Found
-from raydmd.runtime.manifest_record import Manifest, read_sealed, sealed
 from raydmd.runtime.preparation import has_experts, prepare
-from raydmd.runtime.run_plan import RunPlan, run_plan
+from raydmd.sampling.plan import plan_iterations, plan_phases
 
 PLAN = RunPlan(ends=(6, 10), fake_updates=5, batch=16, seed=3)
 SHARD = {"path": "x", "sha256": "", "bytes": 0}

@@ -22,24 +22,24 @@ from test_large_families import large_recipe, run_large
 
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd import recipe_check
-from raydmd.config import Recipe, load_recipe
+from raydmd.config.recipe import Recipe, load_recipe
 from raydmd.data.prompts import PromptTable, write_prompts
 from raydmd.data.row_order import PromptOrder
 from raydmd.errors import RunError, UserError
-from raydmd.folders import expert_file
-from raydmd.methods.fake import Fake
-from raydmd.methods.generator import Generator
-from raydmd.methods.plan import plan_iterations, plan_phases
-from raydmd.methods.reference import train
-from raydmd.methods.scorer import Scorer
-from raydmd.models.protocol import save_teacher
-from raydmd.runs import Run, recipe_family
-from raydmd.runtime import placement
-from raydmd.runtime.helpers import start_helper
+from raydmd.models.base import save_teacher
+from raydmd.runs.folders import expert_file
+from raydmd.runs.run import Run, recipe_family
+from raydmd.runtime.checkpoint.manager import Archive
 from raydmd.runtime.launch import distill
-from raydmd.runtime.manifest import Archive
+from raydmd.runtime.membership import placement
 from raydmd.runtime.prompts import PromptStream
-from raydmd.runtime.workers import WORKERS
+from raydmd.runtime.workers.base import WORKERS
+from raydmd.runtime.workers.helpers import start_helper
+from raydmd.sampling.plan import plan_iterations, plan_phases
+from raydmd.training.fake_score import Fake
+from raydmd.training.generator import Generator
+from raydmd.training.local import train
+from raydmd.training.teacher import Scorer
 
 CONSOLE = Console(quiet=True)
 

@@ -14,11 +14,11 @@ from test_large_families import large_recipe
 from raydmd.data.prompts import PromptTable
 from raydmd.diffusion.times import step_grid
 from raydmd.errors import UserError
-from raydmd.methods.scorer import Scorer
-from raydmd.models.families import build_family
+from raydmd.models.registry import build_family
 from raydmd.recipe_check import check, notes
-from raydmd.runs import recipe_family
+from raydmd.runs.run import recipe_family
 from raydmd.serving.parts import Noise, teacher_steps
+from raydmd.training.teacher import Scorer
 
 torch.set_num_threads(1)
 

@@ -29,9 +29,9 @@ from run_folders import make_run
 from served import until
 
 from raydmd.cli import run as command
-from raydmd.config import Recipe
-from raydmd.expert_index import write_index
-from raydmd.folders import expert_file
+from raydmd.config.recipe import Recipe
+from raydmd.runs.expert_index import write_index
+from raydmd.runs.folders import expert_file
 from raydmd.serving.app import build
 from raydmd.serving.contract import Ask
 from raydmd.serving.local import local_pipeline

@@ -17,10 +17,10 @@ from PIL import Image
 from run_folders import make_run
 from safetensors.torch import load_file
 
-from raydmd.config import Recipe
+from raydmd.config.recipe import Recipe
 from raydmd.errors import UserError
 from raydmd.models.experts import fuse_lora
-from raydmd.runs import Run
+from raydmd.runs.run import Run
 from raydmd.serving import stage as stage_module
 from raydmd.serving.card import read_card
 from raydmd.serving.contract import Ask, BadAsk, Busy, Made, Step, Unavailable

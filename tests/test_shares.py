@@ -5,7 +5,7 @@ from itertools import product
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from raydmd.runtime.shares import WORTH, better_counts, counts_by_speed, even_counts
+from raydmd.runtime.workers.shares import WORTH, better_counts, counts_by_speed, even_counts
 
 settings.register_profile("patient", deadline=None, database=None)
 settings.load_profile("patient")

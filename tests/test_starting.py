@@ -17,10 +17,11 @@ from rich.console import Console
 
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.errors import RunError, UserError
-from raydmd.methods.fake import Fake
-from raydmd.runtime import crew, placement
 from raydmd.runtime.launch import distill
-from raydmd.runtime.workers import PARTS, make_part
+from raydmd.runtime.membership import placement
+from raydmd.runtime.membership import role_workers as crew
+from raydmd.runtime.workers.base import PARTS, make_part
+from raydmd.training.fake_score import Fake
 
 
 @pytest.fixture(scope="module")

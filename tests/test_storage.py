@@ -30,12 +30,12 @@ from raydmd.cli import run as command
 from raydmd.data.prompts import write_prompts
 from raydmd.errors import RunError, StorageError, UserError
 from raydmd.evaluation.pictures import save_png
-from raydmd.folders import expert_file, read_lines
 from raydmd.jsonl import LineWriter, mend_lines
-from raydmd.runtime.archivist import Archivist, keep_experts
+from raydmd.runs.folders import expert_file, read_lines
+from raydmd.runtime.checkpoint.lock import Lock
+from raydmd.runtime.checkpoint.manager import Archive, Writer
+from raydmd.runtime.checkpoint.writer import Archivist, keep_experts
 from raydmd.runtime.launch import distill
-from raydmd.runtime.lock import Lock
-from raydmd.runtime.manifest import Archive, Writer
 from raydmd.runtime.preparation import prepare
 from raydmd.runtime.pretrain import salvage
 

@@ -17,8 +17,8 @@ from text_encoders import put_text_encoder
 from raydmd.cli import run as command
 from raydmd.data.prompts import PromptTable
 from raydmd.errors import UserError
-from raydmd.models.families import build_family
-from raydmd.runs import Run, recipe_family
+from raydmd.models.registry import build_family
+from raydmd.runs.run import Run, recipe_family
 from raydmd.serving.contract import Ask, BadAsk, Format, Made
 from raydmd.serving.local import local_pipeline
 from raydmd.serving.stage import Engine

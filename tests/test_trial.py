@@ -12,16 +12,16 @@ from test_families_diffusers import SHAPES, rows
 from test_teacher_folders import new
 
 import raydmd.runtime  # before Ray  # noqa: F401
-from raydmd.config import load_recipe
+from raydmd.config.recipe import load_recipe
 from raydmd.errors import RunError, UserError
-from raydmd.methods.fake import Fake
-from raydmd.methods.generator import Generator
-from raydmd.methods.scorer import Scorer
-from raydmd.methods.trial import try_row
-from raydmd.runs import recipe_family
+from raydmd.runs.run import recipe_family
 from raydmd.runtime.cluster import join_or_start
 from raydmd.runtime.launch import distill
-from raydmd.runtime.workers import PARTS, make_part
+from raydmd.runtime.workers.base import PARTS, make_part
+from raydmd.training.fake_score import Fake
+from raydmd.training.generator import Generator
+from raydmd.training.teacher import Scorer
+from raydmd.training.trial import try_row
 
 KINDS = {"generator": Generator, "fake": Fake, "teacher": Scorer}
 

@@ -5,15 +5,15 @@ import torch
 from torch import Tensor
 
 from raydmd.data.row_order import RowGroup, RowOrder
+from raydmd.data.trajectories import Pairs
 from raydmd.diffusion.random import Key, normal, uniform
-from raydmd.methods.batch import Score
-from raydmd.methods.fake import Fake
-from raydmd.methods.generator import Generator
-from raydmd.methods.pairs import Pairs
-from raydmd.methods.rollout import exit_step, rollout
-from raydmd.methods.scorer import Scorer
 from raydmd.objectives.score_matching import score_matching_loss
-from raydmd.runs import recipe_family
+from raydmd.runs.run import recipe_family
+from raydmd.sampling.student import exit_step, rollout
+from raydmd.training.fake_score import Fake
+from raydmd.training.generator import Generator
+from raydmd.training.messages import Score
+from raydmd.training.teacher import Scorer
 
 # ---------------------------------------------------------------- the generator's update
 

@@ -9,9 +9,9 @@ from test_families_diffusers import CONFIGS, SHAPES, STATISTICS, rows
 from test_large_families import large_recipe
 
 from raydmd.errors import UserError
-from raydmd.models.families import build_family
-from raydmd.models.qwen_image import pack, unpack
-from raydmd.models.vae import vae_config
+from raydmd.models.diffusers.qwen_image import pack, unpack
+from raydmd.models.diffusers.vae import vae_config
+from raydmd.models.registry import build_family
 from raydmd.recipe_check import check
 
 torch.set_num_threads(1)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from raydmd.cli import run
-from raydmd.config import dump_recipe, load_recipe, shipped_recipes
+from raydmd.config.recipe import dump_recipe, load_recipe, shipped_recipes
 from raydmd.errors import UserError
 from raydmd.validation import validate_file
 from raydmd.validation.document import check_schema, closed, with_defaults

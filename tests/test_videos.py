@@ -13,11 +13,11 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import save_file
 from served import LONG, api, until
 
-from raydmd.config import dump_recipe, load_recipe
+from raydmd.config.recipe import dump_recipe, load_recipe
 from raydmd.data.prompts import write_prompts
-from raydmd.folders import expert_file
 from raydmd.models.experts import Experts
-from raydmd.runs import Run
+from raydmd.runs.folders import expert_file
+from raydmd.runs.run import Run
 from raydmd.serving import pipeline as pipeline_module
 from raydmd.serving.contract import Ask
 from raydmd.serving.local import local_pipeline

@@ -11,14 +11,14 @@ import torch
 from rich.console import Console
 
 from raydmd.errors import RunError
-from raydmd.methods.fake import Fake
-from raydmd.methods.generator import Generator, GeneratorStats
-from raydmd.methods.reference import train
-from raydmd.methods.scorer import Scorer
-from raydmd.methods.zeroed import by_role, refuse_too_many
-from raydmd.runs import recipe_family
-from raydmd.runtime.recorder import Recorder
-from raydmd.runtime.workers import Receipt
+from raydmd.runs.run import recipe_family
+from raydmd.runtime.observability.recorder import Recorder
+from raydmd.runtime.workers.base import Receipt
+from raydmd.training.fake_score import Fake
+from raydmd.training.generator import Generator, GeneratorStats
+from raydmd.training.local import train
+from raydmd.training.teacher import Scorer
+from raydmd.training.zeroed import by_role, refuse_too_many
 
 NAN, INF = float("nan"), float("inf")
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from raydmd.data.prompts import PromptTable
 from raydmd.errors import UserError
-from raydmd.models.protocol import Conditions, Family
+from raydmd.models.base import Conditions, Family
 
 
 def encode_rows(family: Family, table: PromptTable, rows: np.ndarray) -> Conditions:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from raydmd.atomic import replacing
 from raydmd.data.row_order import WINDOW_BYTES, RowGroup
 from raydmd.errors import UserError, nearest
-from raydmd.models.protocol import Family
+from raydmd.models.base import Family
 
 GROUP_BYTES = 16 * 2**20
 CACHED_BYTES = 3 * WINDOW_BYTES  # the windows of two streams, and what a chunk has of the next one

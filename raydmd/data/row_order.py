@@ -13,7 +13,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from raydmd.config import Recipe
+from raydmd.config.recipe import Recipe
 from raydmd.diffusion.random import Key, permutation
 
 WINDOW_BYTES = 64 * 2**20

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from raydmd.models.protocol import Conditions
+from raydmd.models.base import Conditions
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from raydmd.data.digits import CLASSES, load_digits
 from raydmd.errors import StorageError
 from raydmd.evaluation.chunks import single_thread
 from raydmd.evaluation.metrics import accuracy
-from raydmd.models.protocol import save_weights
+from raydmd.models.base import save_weights
 
 FEATURES = 64
 EPOCHS, BATCH, RATE = 30, 64, 1e-3

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raydmd.config import Recipe
+from raydmd.config.recipe import Recipe
 from raydmd.errors import UserError
 from raydmd.models.fingerprint import REVISION
-from raydmd.runs import Run
+from raydmd.runs.run import Run
 
 ABSENT = "–"
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from raydmd.atomic import write_text
-from raydmd.config import Recipe
+from raydmd.config.recipe import Recipe
 from raydmd.data import ring
 from raydmd.data.digits import CLASSES, load_digits
 from raydmd.diffusion.random import Key, normal
@@ -30,12 +30,12 @@ from raydmd.evaluation.metrics import (
 )
 from raydmd.evaluation.points import ring_metrics
 from raydmd.evaluation.prompts import in_turn
-from raydmd.methods.phase import Phase
-from raydmd.methods.sampling import StudentSamples, sample_student
-from raydmd.methods.scorer import Scorer
+from raydmd.models.base import Conditions, Denoiser, Family
 from raydmd.models.experts import Experts
-from raydmd.models.protocol import Conditions, Denoiser, Family
-from raydmd.runs import Run
+from raydmd.runs.run import Run
+from raydmd.sampling.noise import StudentSamples, sample_student
+from raydmd.sampling.phase import Phase
+from raydmd.training.teacher import Scorer
 
 Figures = dict[str, Any]
 FEWEST = 2 * CLASSES

@@ -16,11 +16,11 @@ from raydmd.errors import UserError
 from raydmd.evaluation.evaluate import complete
 from raydmd.evaluation.pictures import Limits, grid, in_plane, limits_of, png, scatter
 from raydmd.evaluation.prompts import in_turn, words_in_turn
-from raydmd.methods.phase import Phase
-from raydmd.methods.sampling import StudentSamples, initial_noise, sample_student
-from raydmd.methods.scorer import Scorer
-from raydmd.models.hub import HUB
-from raydmd.runs import Run
+from raydmd.models.diffusers.hub import HUB
+from raydmd.runs.run import Run
+from raydmd.sampling.noise import StudentSamples, initial_noise, sample_student
+from raydmd.sampling.phase import Phase
+from raydmd.training.teacher import Scorer
 
 SEED = 0
 ON_THE_WAY = 6

@@ -14,9 +14,9 @@ from raydmd.atomic import write_bytes
 from raydmd.errors import RunError, UserError
 from raydmd.evaluation.prompts import from_text, own_prompts
 from raydmd.evaluation.videos import FPS, video
-from raydmd.methods.sampling import sample_student
-from raydmd.models.protocol import Family
-from raydmd.runs import Run
+from raydmd.models.base import Family
+from raydmd.runs.run import Run
+from raydmd.sampling.noise import sample_student
 
 Pictures = Tensor | np.ndarray
 Limits = tuple[float, float, float, float]

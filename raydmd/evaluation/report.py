@@ -11,16 +11,16 @@ from markupsafe import Markup
 from PIL import Image
 
 from raydmd.atomic import write_text
-from raydmd.config import dump_recipe
+from raydmd.config.recipe import dump_recipe
 from raydmd.errors import UserError
 from raydmd.evaluation.comparison import by_teacher, differences
 from raydmd.evaluation.curves import Band, Line, chart
 from raydmd.evaluation.evaluate import Figures, evaluation_of
 from raydmd.evaluation.exhibits import EXPERTS, ON_THE_WAY, Exhibits, Picture, picture_file
 from raydmd.evaluation.prompts import words_in_turn
-from raydmd.methods.phase import Phase
-from raydmd.methods.plan import plan_iterations
-from raydmd.runs import Run
+from raydmd.runs.run import Run
+from raydmd.sampling.phase import Phase
+from raydmd.sampling.plan import plan_iterations
 
 RUNS = ("#2f6fde", "#df6420", "#1c9a66", "#c0399b", "#a88412", "#6f7b8a")
 ROLES = {"teacher": "#8b5cf6", "fake": "#e58a1f", "generator": "#0d9f9a"}

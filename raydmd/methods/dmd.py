@@ -1,8 +1,8 @@
 """DMD: one network call from noise to data (DMD Sec. 3), with or without regression on ODE pairs."""
 
-from raydmd.config import Method
+from raydmd.config.recipe import Method
 from raydmd.diffusion.times import step_grid
-from raydmd.methods.phase import Phase, make_phase
+from raydmd.sampling.phase import Phase, make_phase
 
 STEPS, PHASES = 1, 1
 

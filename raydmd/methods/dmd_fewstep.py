@@ -1,8 +1,8 @@
 """Few-step DMD: the whole rollout is differentiated (Phased DMD Eq. 10, Fig. 1a)."""
 
-from raydmd.config import Method
+from raydmd.config.recipe import Method
 from raydmd.diffusion.times import step_grid
-from raydmd.methods.phase import Phase, make_phase
+from raydmd.sampling.phase import Phase, make_phase
 
 STEPS, PHASES = 4, 1
 

@@ -1,8 +1,8 @@
 """Few-step DMD with stochastic gradient truncation: a random exit step, one call's graph (Phased DMD Sec. 2.2)."""
 
-from raydmd.config import Method
+from raydmd.config.recipe import Method
 from raydmd.diffusion.times import step_grid
-from raydmd.methods.phase import Phase, make_phase
+from raydmd.sampling.phase import Phase, make_phase
 
 STEPS, PHASES = 4, 1
 

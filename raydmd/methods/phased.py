@@ -1,8 +1,8 @@
 """Phased DMD: K experts on K subintervals, SGTS inside each (Phased DMD Sec. 2.3, Fig. 1d)."""
 
-from raydmd.config import Method
+from raydmd.config.recipe import Method
 from raydmd.diffusion.times import step_grid
-from raydmd.methods.phase import Phase, make_phase
+from raydmd.sampling.phase import Phase, make_phase
 
 STEPS, PHASES = 4, 2
 

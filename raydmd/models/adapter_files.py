@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from raydmd.errors import UserError
-from raydmd.models.protocol import one_line
+from raydmd.models.base import one_line
 
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' LORA_ADAPTER_METADATA_KEY
 PREFIX = "transformer"  # of the names of a diffusers transformer's tensors; diffusers' own prefix, too

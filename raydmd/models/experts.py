@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from raydmd.errors import UserError, nearest
 from raydmd.models.adapter_files import adapter_metadata
-from raydmd.models.protocol import Conditions, Denoiser
+from raydmd.models.base import Conditions, Denoiser
 
 Expert = Callable[[Tensor, Tensor, Conditions], Tensor]
 """Called as a Denoiser is: (latents, t, conditions)."""

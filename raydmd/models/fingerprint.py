@@ -4,7 +4,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from raydmd.errors import UserError
-from raydmd.models.protocol import Family
+from raydmd.models.base import Family
 from raydmd.models.safetensors_files import read_header
 
 SAMPLE_BYTES = 64 * 2**10  # of every tensor: half from its begin, half from its end

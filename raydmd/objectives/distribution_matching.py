@@ -66,7 +66,7 @@ def distribution_matching_gradient(
     with the mean over the elements of each sample, never over the batch, where one sample would set another's step.
 
     A sample whose gradient holds any NaN or infinity gets zeros throughout, so that it cannot spoil the batch. Which
-    they are is the second result, bool [B]: `raydmd.methods.zeroed` counts them, for they tell of a broken network.
+    they are is the second result, bool [B]: `raydmd.training.zeroed` counts them, for they tell of a broken network.
     Raises ValueError for an unknown weight.
     """
     with torch.no_grad():

@@ -5,9 +5,9 @@ from typing import Any
 
 import ray
 
-from raydmd.runtime.crew import Crew
-from raydmd.runtime.groups import TrainerGroup
-from raydmd.runtime.pool import ScorerPool
+from raydmd.runtime.membership.role_workers import Crew
+from raydmd.runtime.workers.teacher_pool import ScorerPool
+from raydmd.runtime.workers.trainer_group import TrainerGroup
 
 TRAINERS = ("generator", "fake")  # the roles that have a state
 

@@ -13,25 +13,22 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydmd import interrupts
-from raydmd.config import Recipe
+from raydmd.config.recipe import Recipe
 from raydmd.console import notices_to
 from raydmd.data.prompts import PromptTable
 from raydmd.errors import RunError, UserError
-from raydmd.methods.plan import plan_iterations, plan_phases
-from raydmd.runs import recipe_family
+from raydmd.runs.run import recipe_family
 from raydmd.runtime import cluster_address
 from raydmd.runtime.actors import Cluster
 from raydmd.runtime.address import check_reachable
-from raydmd.runtime.archivist import Archivist
+from raydmd.runtime.checkpoint.manager import Archive, Writer
+from raydmd.runtime.checkpoint.plan import run_plan
+from raydmd.runtime.checkpoint.writer import Archivist
 from raydmd.runtime.controller import micro_batches
-from raydmd.runtime.crew import Crew
-from raydmd.runtime.groups import TrainerGroup
-from raydmd.runtime.helpers import start_helper
-from raydmd.runtime.manifest import Archive, Writer
+from raydmd.runtime.membership.placement import wait_for_helpers, wait_for_workers
+from raydmd.runtime.membership.role_workers import Crew
+from raydmd.runtime.observability.recorder import Recorder
 from raydmd.runtime.own_ray import in_a_group_of_its_own, make_room_for_sockets
-from raydmd.runtime.placement import wait_for_helpers, wait_for_workers
-from raydmd.runtime.pool import ScorerPool
-from raydmd.runtime.process_group import Rendezvous
 from raydmd.runtime.prompts import PromptStream
 from raydmd.runtime.ray_compat import (
     adopt_orphans,
@@ -39,12 +36,15 @@ from raydmd.runtime.ray_compat import (
     own_signals,
     quiet_dead_workers,
 )
-from raydmd.runtime.ray_health import HealthMonitor
-from raydmd.runtime.recorder import Recorder
-from raydmd.runtime.run_plan import run_plan
-from raydmd.runtime.warden import Warden
-from raydmd.runtime.wire import to_wire
-from raydmd.runtime.workers import PARTS, WORKERS, Factory
+from raydmd.runtime.recovery.ray_health import HealthMonitor
+from raydmd.runtime.recovery.warden import Warden
+from raydmd.runtime.workers.base import PARTS, WORKERS, Factory
+from raydmd.runtime.workers.helpers import start_helper
+from raydmd.runtime.workers.process_group import Rendezvous
+from raydmd.runtime.workers.teacher_pool import ScorerPool
+from raydmd.runtime.workers.trainer_group import TrainerGroup
+from raydmd.runtime.workers.wire import to_wire
+from raydmd.sampling.plan import plan_iterations, plan_phases
 
 
 def connect(recipe: Recipe, folder: Path) -> AbstractContextManager[HealthMonitor]:

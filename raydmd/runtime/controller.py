@@ -10,20 +10,20 @@ from typing import Any
 from ray import ObjectRef
 from ray.exceptions import RayError
 
-from raydmd.config import Recipe
+from raydmd.config.recipe import Recipe
 from raydmd.errors import RunError, StorageError
 from raydmd.locations import KEY
-from raydmd.methods.phase import Phase
-from raydmd.methods.zeroed import refuse_too_many
 from raydmd.runtime.actors import Cluster
-from raydmd.runtime.elastic import Elastic
-from raydmd.runtime.faults import Stopped
-from raydmd.runtime.groups import Call
-from raydmd.runtime.manifest import Manifest
-from raydmd.runtime.process_group import StepDropped
-from raydmd.runtime.recorder import Recorder
-from raydmd.runtime.watch import Watch
-from raydmd.runtime.workers import Micro, Position, Receipt
+from raydmd.runtime.checkpoint.manager import Manifest
+from raydmd.runtime.observability.recorder import Recorder
+from raydmd.runtime.recovery.faults import Stopped
+from raydmd.runtime.recovery.health import Watch
+from raydmd.runtime.recovery.manager import Elastic
+from raydmd.runtime.workers.base import Micro, Position, Receipt
+from raydmd.runtime.workers.process_group import StepDropped
+from raydmd.runtime.workers.trainer_group import Call
+from raydmd.sampling.phase import Phase
+from raydmd.training.zeroed import refuse_too_many
 
 
 @dataclass

@@ -9,20 +9,19 @@ from ray.exceptions import RayError, RayTaskError
 from rich.console import Console
 
 from raydmd.atomic import write_text
-from raydmd.config import Recipe
+from raydmd.config.recipe import Recipe
 from raydmd.console import console as terminal
 from raydmd.data.prompts import ensure_embedded_prompts
 from raydmd.errors import RunError, StorageError, UserError
 from raydmd.interrupts import graceful
-from raydmd.methods.phase import Phase
-from raydmd.methods.plan import plan_iterations, plan_phases
+from raydmd.models.base import CONFIG_FILE
 from raydmd.models.fingerprint import fingerprint_teacher
-from raydmd.models.protocol import CONFIG_FILE
 from raydmd.recipe_check import absolute, check, notes
-from raydmd.runs import recipe_family, with_teacher
+from raydmd.runs.run import recipe_family, with_teacher
+from raydmd.runtime.checkpoint.lock import Claim, claim_run
 from raydmd.runtime.cluster import checkpoints, connect, launch
 from raydmd.runtime.controller import Controller
-from raydmd.runtime.lock import Claim, claim_run
+from raydmd.runtime.observability.recorder import Recorder
 from raydmd.runtime.preparation import (
     archive_teacher,
     check_fingerprint,
@@ -32,8 +31,9 @@ from raydmd.runtime.preparation import (
     prepare,
 )
 from raydmd.runtime.pretrain import pretrain
-from raydmd.runtime.recorder import Recorder
-from raydmd.runtime.workers import Factory
+from raydmd.runtime.workers.base import Factory
+from raydmd.sampling.phase import Phase
+from raydmd.sampling.plan import plan_iterations, plan_phases
 
 
 def distill(

@@ -7,22 +7,22 @@ from typing import Any
 import yaml
 
 from raydmd.atomic import remove_parts, write_text, writing
-from raydmd.config import Recipe, dump_recipe, parse_recipe
+from raydmd.config.recipe import Recipe, dump_recipe, parse_recipe
 from raydmd.data.embedded import EMBEDDED
 from raydmd.errors import UserError
-from raydmd.folders import expert_file, read_lines
 from raydmd.locations import KEY
-from raydmd.methods.plan import plan_iterations, plan_phases
+from raydmd.models.base import CONFIG_FILE, WEIGHTS_FILE
+from raydmd.models.diffusers.hub import HUB, parse_hub_name, resolve_commit
 from raydmd.models.fingerprint import same_teacher
-from raydmd.models.hub import HUB, parse_hub_name, resolve_commit
-from raydmd.models.protocol import CONFIG_FILE, WEIGHTS_FILE
-from raydmd.runs import with_commit
-from raydmd.runtime.archivist import keep_experts, spoilt_experts
+from raydmd.runs.folders import expert_file, read_lines
+from raydmd.runs.run import with_commit
+from raydmd.runtime.checkpoint.lock import LOCK
+from raydmd.runtime.checkpoint.manager import Archive, Writer
+from raydmd.runtime.checkpoint.plan import run_plan
+from raydmd.runtime.checkpoint.storage import Store
+from raydmd.runtime.checkpoint.writer import keep_experts, spoilt_experts
 from raydmd.runtime.cluster import checkpoints
-from raydmd.runtime.lock import LOCK
-from raydmd.runtime.manifest import Archive, Writer
-from raydmd.runtime.run_plan import run_plan
-from raydmd.runtime.storage import Store
+from raydmd.sampling.plan import plan_iterations, plan_phases
 
 TEACHER = (f"teacher/{WEIGHTS_FILE}", f"teacher/{CONFIG_FILE}")  # in this order: with the last, it is whole
 FREE = {"name", "runtime", "checkpoint", "monitor", "evaluation"}  # may differ when a run is continued

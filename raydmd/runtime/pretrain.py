@@ -23,21 +23,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_file
 
 from raydmd.atomic import remove_parts, storage_error, write_text, writing
-from raydmd.config import Recipe, parse_recipe
+from raydmd.config.recipe import Recipe, parse_recipe
 from raydmd.console import console as terminal
 from raydmd.data.embedded import EMBEDDED
 from raydmd.errors import RunError, StorageError, UserError
-from raydmd.folders import read_lines
 from raydmd.jsonl import LineWriter, mend_lines
-from raydmd.methods.collective import Alone, Collective
-from raydmd.methods.pretraining import Pretraining
-from raydmd.models.protocol import EmbeddedFamily, save_teacher, save_weights
+from raydmd.models.base import EmbeddedFamily, save_teacher, save_weights
 from raydmd.progress import time_left
-from raydmd.runs import recipe_family
+from raydmd.runs.folders import read_lines
+from raydmd.runs.run import recipe_family
+from raydmd.runtime.checkpoint.lock import Claim
+from raydmd.runtime.checkpoint.manager import file_sha256
 from raydmd.runtime.cluster import connect
-from raydmd.runtime.lock import Claim
-from raydmd.runtime.manifest import file_sha256
-from raydmd.runtime.process_group import ProcessGroup, Rendezvous
+from raydmd.runtime.workers.process_group import ProcessGroup, Rendezvous
+from raydmd.training.collective import Alone, Collective
+from raydmd.training.pretraining import Pretraining
 
 REPORT_EVERY = 25
 PROGRESS, TRAIN, KEPT = "pretrain.jsonl", "train", "kept"  # in the teacher's folder, until it is trained

@@ -8,15 +8,15 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raydmd.config import Recipe
+from raydmd.config.recipe import Recipe
 from raydmd.data.encoding import encode, encode_rows
 from raydmd.data.prompts import PromptTable
 from raydmd.data.row_order import PromptOrder
 from raydmd.errors import UserError
-from raydmd.models.protocol import Family
-from raydmd.runs import recipe_family
-from raydmd.runtime.helpers import Helper, tracked
-from raydmd.runtime.wire import to_wire
+from raydmd.models.base import Family
+from raydmd.runs.run import recipe_family
+from raydmd.runtime.workers.helpers import Helper, tracked
+from raydmd.runtime.workers.wire import to_wire
 
 KEPT = 3  # iterations: after a loss the one before the one under way may be taken again, and one is asked for ahead
 CHUNK_BYTES, CHUNK_ROWS = 32 * 2**20, 256  # encoded rows that are read and encoded at once, at most

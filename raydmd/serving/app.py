@@ -14,7 +14,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from raydmd.errors import PortableError, UserError, portable
-from raydmd.runs import Run
+from raydmd.runs.run import Run
 from raydmd.serving.card import Offer, experts_of, read_offer
 from raydmd.serving.contract import Unavailable
 from raydmd.serving.log import write_log

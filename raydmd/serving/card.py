@@ -6,7 +6,7 @@ from pathlib import Path
 
 from raydmd.errors import UserError
 from raydmd.evaluation.prompts import own_prompts
-from raydmd.runs import Run
+from raydmd.runs.run import Run
 from raydmd.serving.contract import Card, StepPlan
 from raydmd.serving.settings import Serving
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from raydmd.errors import RunError, UserError
 from raydmd.interrupts import graceful
-from raydmd.runs import Run
+from raydmd.runs.run import Run
 from raydmd.runtime import cluster_address  # before Ray: what it starts here then listens on loopback only
 from raydmd.serving.card import experts_of, read_card
 from raydmd.serving.haproxy import HeldPorts, trusted, use_haproxy

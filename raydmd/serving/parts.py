@@ -12,22 +12,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from raydmd.config import Recipe
+from raydmd.config.recipe import Recipe
 from raydmd.diffusion.random import normal
 from raydmd.diffusion.solvers import euler_step, renoise_step
 from raydmd.errors import UserError
 from raydmd.evaluation.pictures import finite_samples, from_pixels, png_text
 from raydmd.evaluation.prompts import from_text, own_prompts
 from raydmd.evaluation.videos import video
-from raydmd.methods.phase import Phase
-from raydmd.methods.rollout import renoise_key
-from raydmd.methods.sampling import sample_key
-from raydmd.methods.scorer import Scorer
+from raydmd.models.base import Conditions, Family
 from raydmd.models.experts import Expert, fuse_lora
-from raydmd.models.protocol import Conditions, Family
-from raydmd.runs import Run
+from raydmd.runs.run import Run
+from raydmd.sampling.noise import sample_key
+from raydmd.sampling.phase import Phase
+from raydmd.sampling.student import renoise_key
 from raydmd.serving.contract import BadAsk, Format, Size
 from raydmd.serving.settings import Weights
+from raydmd.training.teacher import Scorer
 
 KEPT_BYTES = 256 * 2**20  # of encoded prompts
 QUALITY = 95  # of JPEG and WebP files, where nobody says another

@@ -6,8 +6,8 @@ import os
 from collections.abc import Awaitable, Callable
 
 from raydmd.errors import UserError
-from raydmd.expert_index import index_file, read_index
-from raydmd.runs import Run
+from raydmd.runs.expert_index import index_file, read_index
+from raydmd.runs.run import Run
 from raydmd.serving.settings import Serving
 
 logger = logging.getLogger("raydmd.serving")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from raydmd.errors import PortableError, UserError
-from raydmd.expert_index import check_expert, read_index
-from raydmd.models.protocol import Family
-from raydmd.runs import Run
+from raydmd.models.base import Family
+from raydmd.runs.expert_index import check_expert, read_index
+from raydmd.runs.run import Run
 from raydmd.serving.card import Offer, experts_of, read_offer
 from raydmd.serving.contract import Format, NotFinite, Size, Step, partial_steps
 from raydmd.serving.parts import (

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from raydmd.config import Recipe, load_recipe
+from raydmd.config.recipe import Recipe, load_recipe
 from raydmd.errors import UserError, nearest
 from raydmd.validation.document import read_documents
 from raydmd.validation.kuberay import KINDS, check_kuberay, check_serve_config

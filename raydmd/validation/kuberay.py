@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from raydmd.config import load_recipe
+from raydmd.config.recipe import load_recipe
 from raydmd.errors import UserError, nearest
 from raydmd.serving.settings import parse_serving
 from raydmd.validation.document import check_schema, closed, read_documents, with_defaults

@@ -1,0 +1,1 @@
+"""The recipe: one typed tree, read from YAML."""

@@ -1,0 +1,158 @@
+"""Qwen-Image: diffusers' QwenImageTransformer2DModel behind the protocol."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from raydmd.errors import UserError
+from raydmd.models.base import Conditions, require_column
+from raydmd.models.diffusers.pretrained import PretrainedDenoiser, PretrainedFamily
+
+BUCKET = 64
+"""Tokens."""
+POSITIONS = 4096
+"""Of the rotary embedding, on either side of 0; the picture is centred, and the text follows on its diagonal."""
+
+
+def pack(latents: Tensor, p: int = 2) -> Tensor:
+    """Return p x p patches as tokens: [B, C, (1,) H, W] to [B, H/p * W/p, p p C], as diffusers' pipeline does."""
+    batch, channels, height, width = latents.shape[0], latents.shape[1], latents.shape[-2], latents.shape[-1]
+    patches = latents.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(batch, height // p * (width // p), channels * p * p)
+
+
+def unpack(tokens: Tensor, shape: torch.Size, p: int = 2) -> Tensor:
+    """Return tokens [B, H/p * W/p, p p C] to latents of ``shape`` [B, C, (1,) H, W]."""
+    batch, channels, height, width = shape[0], shape[1], shape[-2], shape[-1]
+    patches = tokens.reshape(batch, height // p, width // p, channels, p, p).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(shape)
+
+
+class QwenImageDenoiser(PretrainedDenoiser):
+    """Takes [B, C, 1, H, W] or [B, C, H, W]; packs latents, and gives the network t itself (its timestep / 1000)."""
+
+    def forward(self, latents: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """Predict the flow from ``latents``, given ``prompt_embeds`` [B, L, D] and ``prompt_embeds_mask`` [B, L]."""
+        patch, dtype = self.transformer.config.patch_size, self.transformer.dtype
+        height, width = latents.shape[-2] // patch, latents.shape[-1] // patch
+        tokens = self.transformer(
+            hidden_states=pack(latents, patch).to(dtype),
+            timestep=t.to(torch.float32),
+            encoder_hidden_states=conditions["prompt_embeds"].to(dtype),
+            encoder_hidden_states_mask=conditions["prompt_embeds_mask"],
+            img_shapes=[[(1, height, width)]] * latents.shape[0],
+            return_dict=False,
+        )[0]
+        return unpack(tokens, latents.shape, patch).to(latents.dtype)
+
+
+class QwenImageFamily(PretrainedFamily):
+    """Qwen-Image, by prompts encoded beforehand, or by text where the teacher's text encoder is there.
+
+    Columns: ``prompt_embeds`` [L, D], ``prompt_embeds_mask`` [L], and the null prompt's ``negative_prompt_embeds``
+    [M, D] and ``negative_prompt_embeds_mask`` [M]; the shorter is padded to the longer and masked.
+    The default ``latent_shape`` is of 1328 x 1328 pixels.
+    """
+
+    name: ClassVar[str] = "qwen_image"
+    pipeline_class: ClassVar[str] = "QwenImagePipeline"
+    text_width: ClassVar[str] = "joint_attention_dim"
+    transformer_class: ClassVar[str] = "QwenImageTransformer2DModel"
+    vae_class: ClassVar[str] = "AutoencoderKLQwenImage"
+    gives_sigmas: ClassVar[bool] = True
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **PretrainedFamily.defaults, "latent_shape": [16, 1, 166, 166], "negative_prompt": " ",
+    }  # fmt: skip
+    lora_targets = [
+        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+        "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
+    ]  # fmt: skip
+    condition_columns = [
+        "prompt_embeds", "prompt_embeds_mask", "negative_prompt_embeds", "negative_prompt_embeds_mask",
+    ]  # fmt: skip
+
+    def conditions(self, rows: Mapping[str, np.ndarray]) -> Conditions:
+        """Return the four columns as tensors of one length: padding is zero and masked."""
+        conditions = super().conditions(rows)
+        length = max(value.shape[1] for value in conditions.values())
+        for prefix in ("", "negative_"):
+            embeds, mask = f"{prefix}prompt_embeds", f"{prefix}prompt_embeds_mask"
+            if embeds not in conditions:
+                continue
+            require_column(rows, mask)
+            if conditions[mask].shape != conditions[embeds].shape[:2]:
+                raise UserError(f"prompts: column '{mask}' is {list(conditions[mask].shape)}, but '{embeds}' "
+                                f"{list(conditions[embeds].shape)}")  # fmt: skip
+            extra = length - conditions[embeds].shape[1]
+            conditions[embeds] = F.pad(conditions[embeds], (0, 0, 0, extra))
+            conditions[mask] = F.pad(conditions[mask], (0, extra))
+        return conditions
+
+    def _encode(self, pipeline: Any, prompts: list[str]) -> dict[str, np.ndarray]:
+        """Return the columns, padded to a whole number of `BUCKET` tokens: prompts of like length share batches."""
+        embeds, mask = pipeline.encode_prompt(prompts)
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long) if mask is None else mask.cpu()
+        extra = -embeds.shape[1] % BUCKET
+        return {
+            "prompt_embeds": F.pad(embeds.float().cpu(), (0, 0, 0, extra)).numpy(),
+            "prompt_embeds_mask": F.pad(mask, (0, extra)).numpy(),
+        }
+
+    def unconditional(self, conditions: Conditions) -> Conditions:
+        """Return the same with the null prompt in the prompt's place.
+
+        Raises:
+            UserError: the prompts came without it.
+        """
+        missing = [name for name in self.condition_columns if name not in conditions]
+        if missing:
+            raise UserError(f"prompts: guidance needs the null prompt in column '{missing[0]}'")
+        return {
+            **conditions,
+            "prompt_embeds": conditions["negative_prompt_embeds"],
+            "prompt_embeds_mask": conditions["negative_prompt_embeds_mask"],
+        }
+
+    def _check_latent_shape(self) -> None:
+        shape = self.latent_shape
+        if len(shape) not in (3, 4) or (len(shape) == 4 and shape[1] != 1) or shape[-2] % 2 or shape[-1] % 2:
+            raise UserError(f"teacher.options.latent_shape: [C, 1, H, W] or [C, H, W], H and W even, not {list(shape)}")
+
+    def check_conditions(self, conditions: Conditions) -> None:
+        """Hold the prompts' width and length against the transformer's; `check_teacher` has been called."""
+        super().check_conditions(conditions)
+        tokens, first = (
+            conditions["prompt_embeds"].shape[1],
+            max(self.latent_shape[-2:]) // self._config.patch_size // 2,
+        )
+        if first + tokens > POSITIONS:
+            raise UserError(f"prompts: {tokens} tokens do not go with latent_shape {list(self.latent_shape)}: the "
+                            f"teacher has {POSITIONS} positions, and the text's begin at {first}")  # fmt: skip
+
+    def _check_config(self, config: Any) -> None:
+        channels, patch = config.in_channels, config.patch_size
+        for key in ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
+            if config.get(key):
+                raise UserError(f"teacher.path: the transformer in '{self.path}' has {key} (a guidance-distilled, edit "
+                                f"or layered one); family 'qwen_image' takes text to image's")  # fmt: skip
+        if channels != patch**2 * (config.out_channels or channels):
+            raise UserError(f"teacher.path: the transformer in '{self.path}' takes {channels} channels and gives "
+                            f"{config.out_channels} a latent; by its patches of {patch} it would take "
+                            f"{patch**2} times as many as it gives")  # fmt: skip
+        if channels != patch**2 * self.latent_shape[0]:
+            raise UserError(f"teacher.options.latent_shape: the teacher takes {channels // patch**2} channels, "
+                            f"not {self.latent_shape[0]}")  # fmt: skip
+        if any(size % patch for size in self.latent_shape[-2:]):
+            raise UserError(f"teacher.options.latent_shape: {list(self.latent_shape[-2:])} is not divisible by the "
+                            f"teacher's patches {patch}")  # fmt: skip
+        patches = [size // patch for size in self.latent_shape[-2:]]
+        if max(patches) > 2 * POSITIONS:
+            raise UserError(f"teacher.options.latent_shape: {patches} patches along the sides, but the teacher has "
+                            f"{2 * POSITIONS} positions along each")  # fmt: skip
+
+    def _wrap(self, transformer: Any) -> QwenImageDenoiser:
+        return QwenImageDenoiser(transformer)

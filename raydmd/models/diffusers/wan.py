@@ -1,0 +1,133 @@
+"""Wan 2.1 and 2.2 (text or image to video, text to image): diffusers' WanTransformer3DModel behind the protocol."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raydmd.errors import UserError
+from raydmd.models.base import Conditions, require_column
+from raydmd.models.diffusers.pretrained import PretrainedDenoiser, PretrainedFamily
+
+TIMESTEPS = 1000.0
+"""Wan's network counts time from 0 to 1000."""
+TOKENS = 512
+"""Of a prompt, padded with zeros."""
+
+
+class WanDenoiser(PretrainedDenoiser):
+    """Takes [B, C, frames, H, W]; gives the network 1000 t, and an image's latents as further channels."""
+
+    def forward(self, latents: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """Predict the flow from ``latents``, given ``prompt_embeds`` [B, L, D] and perhaps ``image_latents``."""
+        dtype = self.transformer.dtype
+        x = latents.to(dtype)
+        if "image_latents" in conditions:
+            x = torch.cat([x, conditions["image_latents"].to(dtype)], dim=1)
+        flow = self.transformer(
+            hidden_states=x,
+            timestep=TIMESTEPS * t.to(torch.float32),
+            encoder_hidden_states=conditions["prompt_embeds"].to(dtype),
+            return_dict=False,
+        )[0]
+        return flow.to(latents.dtype)
+
+
+class WanFamily(PretrainedFamily):
+    """Wan, by prompts encoded beforehand, or by text where the teacher's text encoder is there.
+
+    Columns: ``prompt_embeds`` [L, D] and ``negative_prompt_embeds`` [L, D], both padded with zeros to one length
+    (512 for Wan's own), since the network sees the padding; with the option ``image_channels`` also
+    ``image_latents`` [image_channels, frames, H, W] (mask and encoded image; 20 for Wan 2.2 I2V).
+    The default ``latent_shape`` is of 81 frames of 480 x 832. Wan 2.2's low-noise expert is ``subfolder:
+    transformer_2``.
+    """
+
+    name: ClassVar[str] = "wan"
+    pipeline_class: ClassVar[str] = "WanPipeline"
+    text_width: ClassVar[str] = "text_dim"
+    transformer_class: ClassVar[str] = "WanTransformer3DModel"
+    vae_class: ClassVar[str] = "AutoencoderKLWan"
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **PretrainedFamily.defaults, "latent_shape": [16, 21, 60, 104], "image_channels": 0,
+    }  # fmt: skip
+    lora_targets = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+
+    def __init__(self, path: str | None = None, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__(path, options)
+        self.condition_columns = ["prompt_embeds", "negative_prompt_embeds"]
+        if self.options["image_channels"]:
+            self.condition_columns.append("image_latents")
+
+    @property
+    def pipelines(self) -> tuple[str, ...]:
+        """The pipeline of text to video, or with the option ``image_channels`` that of image to video."""
+        return ("WanImageToVideoPipeline",) if self.options["image_channels"] else (self.pipeline_class,)
+
+    def conditions(self, rows: Mapping[str, np.ndarray]) -> Conditions:
+        """Return the columns as tensors."""
+        conditions = super().conditions(rows)
+        null = conditions.get("negative_prompt_embeds", conditions["prompt_embeds"])
+        if null.shape != conditions["prompt_embeds"].shape:
+            own = list(conditions["prompt_embeds"].shape)
+            raise UserError(f"prompts: 'negative_prompt_embeds' is {list(null.shape)} and 'prompt_embeds' {own}; "
+                            f"pad both with zeros to one length")  # fmt: skip
+        if self.options["image_channels"]:
+            require_column(rows, "image_latents")
+            wanted = (self.options["image_channels"], *self.latent_shape[1:])
+            if conditions["image_latents"].shape[1:] != wanted:
+                raise UserError(f"prompts: column 'image_latents' is {list(conditions['image_latents'].shape[1:])} "
+                                f"a row, not {list(wanted)}")  # fmt: skip
+        return conditions
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether there is a text encoder, and text is all that is needed."""
+        return super().reads_text and not self.options["image_channels"]
+
+    def _encode(self, pipeline: Any, prompts: list[str]) -> dict[str, np.ndarray]:
+        """Return the column, of `TOKENS` tokens."""
+        embeds, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=TOKENS)
+        return {"prompt_embeds": embeds.float().cpu().numpy()}
+
+    def unconditional(self, conditions: Conditions) -> Conditions:
+        """Return the same with the null prompt in the prompt's place; an image stays.
+
+        Raises:
+            UserError: the prompts came without it.
+        """
+        if "negative_prompt_embeds" not in conditions:
+            raise UserError("prompts: guidance needs the null prompt in column 'negative_prompt_embeds'")
+        return {**conditions, "prompt_embeds": conditions["negative_prompt_embeds"]}
+
+    def _check_latent_shape(self) -> None:
+        if len(self.latent_shape) != 4:
+            raise UserError(f"teacher.options.latent_shape: [C, frames, H, W], not {list(self.latent_shape)}")
+
+    def _check_config(self, config: Any) -> None:
+        shape, images = self.latent_shape, self.options["image_channels"]
+        if config.image_dim is not None or config.added_kv_proj_dim is not None:
+            raise UserError(f"teacher.path: the transformer in '{self.path}' attends to an image's embeddings "
+                            f"(image_dim {config.image_dim}, as Wan 2.1's image to video does), which family 'wan' "
+                            f"does not give it")  # fmt: skip
+        if config.in_channels not in ((out := config.out_channels or config.in_channels), out + images):
+            raise UserError(f"teacher.path: the transformer in '{self.path}' takes {config.in_channels} channels and "
+                            f"gives {out}; an image's go with teacher.options.image_channels: "
+                            f"{config.in_channels - out}, not {images}")  # fmt: skip
+        if config.in_channels != shape[0] + images:
+            raise UserError(f"teacher.options.latent_shape: the teacher takes {config.in_channels} channels, not "
+                            f"{shape[0]} and image_channels {images}")  # fmt: skip
+        if any(size % patch for size, patch in zip(shape[1:], config.patch_size, strict=True)):
+            raise UserError(
+                f"teacher.options.latent_shape: {list(shape[1:])} is not divisible by the teacher's patches "
+                f"{list(config.patch_size)}"
+            )
+        tokens = [size // patch for size, patch in zip(shape[1:], config.patch_size, strict=True)]
+        if max(tokens) > config.rope_max_seq_len:
+            raise UserError(f"teacher.options.latent_shape: {list(shape[1:])} makes {tokens} patches along the axes, "
+                            f"but the teacher has {config.rope_max_seq_len} positions along each")  # fmt: skip
+
+    def _wrap(self, transformer: Any) -> WanDenoiser:
+        return WanDenoiser(transformer)

@@ -1,0 +1,158 @@
+"""A run's folder: what is where, and loading a finished or unfinished run from it."""
+
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from raydmd.config.recipe import Recipe, load_recipe
+from raydmd.errors import UserError, nearest
+from raydmd.runs.expert_index import check_expert, read_index
+from raydmd.runs.folders import expert_file, own_teacher, read_lines
+from raydmd.sampling.phase import Phase
+from raydmd.sampling.plan import plan_phases
+from raydmd.models.adapter_files import check_adapter
+from raydmd.models.experts import Experts
+from raydmd.models.registry import build_family
+from raydmd.models.fingerprint import commit_of, fingerprint_teacher
+from raydmd.models.diffusers.hub import HUB, parse_hub_name
+from raydmd.models.base import Denoiser, Family
+
+
+class Run:
+    """A run's folder, read.
+
+    Raises:
+        UserError: the folder or its recipe is missing.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / "recipe.yaml").is_file():
+            siblings = [path.parent.name for path in self.folder.parent.glob("*/recipe.yaml")]
+            raise UserError(f"no run in '{folder}': it has no recipe.yaml{nearest(self.folder.name, siblings)}")
+        recipe = with_teacher(load_recipe(str(self.folder / "recipe.yaml")), self.folder)
+        self.recipe: Recipe = with_commit(recipe, self._written_fingerprint())
+        self.family: Family = recipe_family(self.recipe)
+        self.phases: list[Phase] = plan_phases(self.recipe, self.family.schedule.t_max)
+
+    @property
+    def name(self) -> str:
+        """The folder's name, which reports show."""
+        return self.folder.resolve().name
+
+    def expert_file(self, index: int) -> Path:
+        """Return where expert ``index`` (0 for the first) is kept."""
+        return expert_file(self.folder, index)
+
+    def teacher(self) -> Denoiser:
+        """Load the teacher, frozen."""
+        return self.family.load_teacher()
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of the teacher that the run was made with: as the run wrote it, else as it is now.
+
+        Raises:
+            UserError: the run did not write it, and the teacher is not there.
+        """
+        return self._written_fingerprint() or fingerprint_teacher(self.family)
+
+    def _written_fingerprint(self) -> str:
+        started = [event for event in self.events() if event.get("event") == "started" and "teacher" in event]
+        return str(started[-1]["teacher"]) if started else ""
+
+    def trained_phases(self) -> list[Phase]:
+        """Return the phases whose experts are there, in order.
+
+        Raises:
+            UserError: none is.
+        """
+        done = [phase for phase in self.phases if self.expert_file(phase.index).is_file()]
+        if not done:
+            raise UserError(f"run '{self.folder}' has no trained expert yet (looked for {self.expert_file(0)})")
+        return done
+
+    def experts(self, teacher: Denoiser, finite: bool = True) -> Experts:
+        """Load every trained expert onto copies (or adapters) of ``teacher``; ``finite`` as in ``expert_state``."""
+        kind = self.recipe.method.experts
+        experts = Experts(
+            teacher, len(self.phases), kind.kind, kind.rank, kind.alpha, self.family.lora_targets, self.recipe.seed
+        )
+        for phase in self.trained_phases():
+            experts.start(phase.index)
+            experts.load_state(phase.index, self.expert_state(phase.index, finite))
+        return experts.requires_grad_(False)
+
+    def expert_state(self, index: int, finite: bool = True) -> dict[str, Tensor]:
+        """Return expert ``index``'s weights by name.
+
+        Args:
+            index: of its phase, from 0.
+            finite: refuse values that are not finite. False is for figures and pictures of a run that diverged.
+
+        Raises:
+            UserError: it cannot be read, has values that are not finite (if ``finite``), or its adapters are of another
+                rank or alpha than the recipe's.
+        """
+        kind, file = self.recipe.method.experts, self.expert_file(index)
+        try:
+            if kind.kind == "lora":
+                check_adapter(file, kind.rank, kind.alpha)
+            state = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} cannot be read: {error}") from None
+        for name, value in state.items():
+            if finite and not bool(torch.isfinite(value).all()):
+                raise UserError(f"{file}: '{name}' has values that are not finite")
+        return state
+
+    def revision(self) -> str:
+        """Return a name of the experts' weights: of the recipe and the index, so that copies have the same.
+
+        Runs of before have no index: their name changes whenever their files do.
+
+        Raises:
+            UserError: a file is not the one of the index, as far as its size tells.
+        """
+        if (index := read_index(self.folder)) is not None:
+            for phase in self.phases:
+                check_expert(self.folder, index, phase.index, content=False)
+            content = (self.folder / "recipe.yaml").read_bytes() + repr(sorted(index.items())).encode()
+            return blake2b(content, digest_size=6).hexdigest()
+        marks = [(phase.index, (stat := self.expert_file(phase.index).stat()).st_size, stat.st_mtime_ns)
+                 for phase in self.trained_phases()]  # fmt: skip
+        return blake2b(repr((str(self.folder.resolve()), marks)).encode(), digest_size=6).hexdigest()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl."""
+        return read_lines(self.folder / "metrics.jsonl")
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return the lines of events.jsonl."""
+        return read_lines(self.folder / "events.jsonl")
+
+
+def with_teacher(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe with its teacher's place filled in: ``folder/teacher`` where it names none."""
+    if recipe.teacher.path is not None:
+        return recipe
+    return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"path": own_teacher(folder)})})
+
+
+def with_commit(recipe: Recipe, fingerprint: str) -> Recipe:
+    """Return the recipe with a hub's teacher at the commit of a run's fingerprint; with any other as it is."""
+    path, commit = recipe.teacher.path, commit_of(fingerprint)
+    if path is None or not path.startswith(HUB) or commit is None:
+        return recipe
+    pinned = str(replace(parse_hub_name(path), revision=commit))
+    return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"path": pinned})})
+
+
+def recipe_family(recipe: Recipe) -> Family:
+    """Build the recipe's family."""
+    return build_family(recipe.teacher.family, recipe.teacher.path, dict(recipe.teacher.options))

@@ -1,0 +1,1 @@
+"""The workers of a role: placed, started, watched in their start, and fewer or more of them."""

@@ -1,0 +1,238 @@
+"""What a run leaves to be seen: metrics.jsonl, events.jsonl, TensorBoard, sample grids, a progress bar."""
+
+import math
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from raydmd.atomic import replacing, storage_error, writing
+from raydmd.config.recipe import Recipe
+from raydmd.jsonl import LineWriter, mend_lines
+from raydmd.progress import time_left
+from raydmd.runtime.checkpoint.lock import Claim
+from raydmd.runtime.observability.metrics import Metrics, run_label
+from raydmd.runtime.workers.base import Receipt
+from raydmd.training.zeroed import in_words
+
+RECENT = 100  # iterations by which the time that is left is told
+ZEROED_EVERY = 50  # iterations between two events, or two warnings, of samples that were left out
+
+
+class Recorder:
+    """Writes a run's records into its folder and shows its progress.
+
+    Args:
+        folder: the run's folder.
+        recipe: its recipe.
+        total: iterations in all.
+        console: where progress is shown.
+        claim: the driver's claim on the folder, looked at with every iteration; None: there is none.
+
+    Raises:
+        StorageError: the disk is full or gone.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, total: int, console: Console, claim: Claim | None = None) -> None:
+        self.folder, self.recipe, self.total, self.console, self.claim = folder, recipe, total, console, claim
+        self._mend("events.jsonl", lambda record: True if isinstance(record.get("event"), str) else None)
+        self._events = LineWriter(folder / "events.jsonl")
+        self._metrics: LineWriter | None = None
+        self._board: SummaryWriter | None = None
+        self.exported = Metrics(run_label(folder))
+        self._zeroed_event = self._zeroed_warning = -ZEROED_EVERY  # the iterations of the last ones
+        self._since = time.perf_counter()
+        self._recent: deque[float] = deque(maxlen=RECENT)  # seconds of the last iterations
+        self._excepthook, threading.excepthook = threading.excepthook, self._of_a_thread
+        self._progress = Progress(
+            TextColumn("[bold]{task.fields[phase]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("run", total=total, completed=0, phase="starting", figures="")
+        self._progress.start()
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Append a line to events.jsonl."""
+        self._events.append({"time": round(time.time(), 3), "event": kind, **facts})
+
+    def rewind(self, done: int) -> None:
+        """Drop what was written of iterations from ``done`` on, as they are made again, and lines that are broken.
+
+        Raises:
+            StorageError: the disk is full or gone.
+        """
+        if self._metrics is not None:
+            self._metrics.close()
+
+        def stays(line: dict[str, Any]) -> bool | None:
+            n = line.get("iteration")
+            return n < done if type(n) is int else None
+
+        self._mend("metrics.jsonl", stays, "iteration")
+        self._metrics = LineWriter(self.folder / "metrics.jsonl")
+        if self.recipe.monitor.tensorboard:
+            with writing(self.folder / "tensorboard"):
+                if self._board is not None:
+                    self._board.close()
+                self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done)
+        self._progress.update(self._task, completed=done)
+
+    def recovered(self, roles: list[str], how: str, seconds: float, steps_lost: int) -> None:
+        """Count a recovery in the exported metrics."""
+        for role in roles:
+            self.exported.recovered(role, how, seconds, steps_lost)
+
+    def begin(self) -> None:
+        """Count seconds from here: the workers are up."""
+        self._since = time.perf_counter()
+
+    def say(self, words: str) -> None:
+        """Show a line to the user."""
+        self.console.print(words, highlight=False, markup=False, soft_wrap=True)
+
+    def iteration(
+        self, phase: int, iteration: int, receipts: list[Receipt], workers: dict[str, int], queue: int = 0
+    ) -> dict[str, Any]:
+        """Write the metrics of a committed iteration, from its calls' receipts; null where these were lost.
+
+        Raises:
+            StorageError: the disk is full or gone, the folder was removed, or another driver has taken it over.
+        """
+        if self.claim is not None:
+            self.claim.check()
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        busy = dict.fromkeys(workers, 0.0)
+        for receipt in receipts:
+            busy[receipt.role] += receipt.busy_seconds
+        fake = [r.figures for r in receipts if r.role == "fake" and r.figures is not None]
+        generator = [r.figures for r in receipts if r.role == "generator" and r.figures is not None]
+        micro = sorted(row for figures in generator for row in figures.micro)
+        losses = sorted(row for figures in fake for row in figures.losses)
+        rollouts = [made for r in receipts if r.role == "fake" and r.figures is not None for made, _ in r.versions]
+        zeroed: Counter[str] = Counter()
+        for figures in generator:
+            zeroed.update(figures.zeroed)
+        version = iteration + 1
+        line = {
+            "phase": phase + 1,
+            "iteration": iteration,
+            "generator_version": version,
+            "fake_version": version * self.recipe.method.fake_updates,
+            "loss_fake": _mean(loss for _, loss in losses),
+            "generator_grad_norm": _mean(figures.norm for figures in generator),
+            "fake_grad_norm": _mean(figures.norm for figures in fake),
+            "dm_gradient": _mean(row[1] for row in micro),
+            "x_s_mean": _mean(row[2] for row in micro),
+            "x_s_std": _mean(row[3] for row in micro),
+            "staleness": version - 1 - min(rollouts) if rollouts else None,
+            "samples": self.recipe.batch.size,
+            "zeroed_samples": dict(zeroed),
+            "seconds": seconds,
+            "roles": {role: {"busy_seconds": busy[role], "workers": count} for role, count in workers.items()},
+        }
+        assert self._metrics is not None
+        self._metrics.append(line)
+        self._recent.append(seconds)
+        self.exported.iteration(line)
+        self.exported.queue(queue)
+        self._show(line)
+        if zeroed:
+            self._tell_zeroed(iteration, dict(zeroed))
+        return line
+
+    def pictures(self, name: str, pictures: np.ndarray) -> None:
+        """Write a grid of pictures [N, C, H, W] in [0, 1] to samples/NAME.png.
+
+        Raises:
+            StorageError: the disk is full or gone.
+        """
+        from raydmd.evaluation.pictures import grid
+
+        path = self.folder / "samples" / f"{name}.png"
+        image = grid(pictures)
+        with replacing(path) as part:
+            image.save(part, format="PNG")
+        if self._board is not None:
+            self._board.add_image(name.split("-")[0], np.asarray(image.convert("RGB")), dataformats="HWC")
+
+    def close(self) -> None:
+        """Finish all records; what TensorBoard still holds is lost where the disk is full or gone."""
+        self._progress.stop()
+        if self._metrics is not None:
+            self._metrics.close()
+        self._events.close()
+        if self._board is not None:
+            try:
+                self._board.close()
+            except OSError as error:
+                if storage_error(self.folder, error) is None:
+                    raise
+        threading.excepthook = self._excepthook
+
+    def _of_a_thread(self, error: Any) -> None:
+        """Keep TensorBoard's thread quiet about a full disk, which who writes next is told of."""
+        boards = type(error.thread).__module__.startswith("tensorboard")
+        if not boards or storage_error(self.folder, error.exc_value) is None:
+            self._excepthook(error)
+
+    def _mend(self, name: str, wanted: Callable[[dict[str, Any]], bool | None], key: str | None = None) -> None:
+        if broken := mend_lines(self.folder / name, wanted, key):
+            self.say(f"{self.folder / name}: {broken} broken line(s) were removed")
+
+    def _tell_zeroed(self, iteration: int, zeroed: dict[str, int]) -> None:
+        """Write an event of samples that were left out, and warn of many; again only after a while, unless of more."""
+        settings, share = self.recipe.monitor, sum(zeroed.values()) / self.recipe.batch.size
+        if iteration >= self._zeroed_event + ZEROED_EVERY or share > settings.zeroed_end_share:
+            self._zeroed_event = iteration
+            self.event("zeroed", iteration=iteration, samples=sum(zeroed.values()), share=share, roles=zeroed)
+        if share > settings.zeroed_warn_share and iteration >= self._zeroed_warning + ZEROED_EVERY:
+            self._zeroed_warning = iteration
+            self.say(f"warning: iteration {iteration}: {in_words(zeroed, self.recipe.batch.size)}")
+
+    def _show(self, line: dict[str, Any]) -> None:
+        used = {
+            role: figures["busy_seconds"] / max(line["seconds"], 1e-9) / max(figures["workers"], 1)
+            for role, figures in line["roles"].items()
+        }
+        loss, norm = line["loss_fake"] or 0.0, line["generator_grad_norm"] or 0.0
+        figures = f"fake {loss:.3f}  |g| {norm:.3g}  busy " + " ".join(
+            f"{role[0].upper()} {min(share, 1):.0%}" for role, share in used.items()
+        )
+        done = line["iteration"] + 1
+        self._progress.update(self._task, completed=done, phase=f"phase {line['phase']}", figures=figures)
+        if not self.console.is_terminal and (done % max(self.total // 10, 1) == 0 or done == self.total):
+            left = time_left(self.total - done, self._recent)
+            self.say(
+                f"phase {line['phase']}  {done}/{self.total}  {figures}  {line['seconds']:.2f} s an iteration, {left}"
+            )
+        if self._board is not None:
+            with writing(self.folder / "tensorboard"):
+                self._draw(line, used)
+
+    def _draw(self, line: dict[str, Any], used: dict[str, float]) -> None:
+        if self._board is not None:
+            for key in ("loss_fake", "generator_grad_norm", "dm_gradient", "x_s_mean", "x_s_std", "seconds"):
+                if line[key] is not None:
+                    self._board.add_scalar(key, line[key], line["iteration"])
+            for role, share in used.items():
+                self._board.add_scalar(f"utilisation/{role}", share, line["iteration"])
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    values = [value for value in values if math.isfinite(value)]  # JSON has no others
+    return float(np.mean(values)) if values else None

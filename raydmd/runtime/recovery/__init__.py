@@ -1,0 +1,1 @@
+"""What is lost, how that is found out, and from where all go on."""

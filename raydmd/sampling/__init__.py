@@ -1,0 +1,1 @@
+"""Phases and step grids, and the few-step rollout through a phase's experts."""

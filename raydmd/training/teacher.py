@@ -1,0 +1,81 @@
+"""The teacher's part: guided scores, its own many-step sampling, ODE pairs. Frozen and stateless."""
+
+import torch
+
+from raydmd.config.recipe import Recipe
+from raydmd.data.trajectories import Pairs
+from raydmd.diffusion.random import Key, normal
+from raydmd.diffusion.solvers import integrate
+from raydmd.errors import RunError
+from raydmd.models.base import Conditions, Denoiser, Family
+from raydmd.objectives.distribution_matching import guided
+from raydmd.training.messages import Noised, Score
+
+
+class Scorer:
+    """The frozen teacher with classifier-free guidance, u + w (c - u)."""
+
+    def __init__(self, recipe: Recipe, family: Family, teacher: Denoiser, device: torch.device | str = "cpu") -> None:
+        self.recipe, self.family, self.device = recipe, family, torch.device(device)
+        self.network = teacher.to(self.device).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def predict(
+        self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions, guidance_scale: float | None = None
+    ) -> torch.Tensor:
+        """Return the guided prediction, like ``x_t`` [B, ...], for ``t`` [B]; without a scale, by the recipe's."""
+        scale = self.recipe.teacher.guidance_scale if guidance_scale is None else guidance_scale
+        conditions = {name: value.to(self.device) for name, value in conditions.items()}
+        x_t, t = x_t.to(self.device), t.to(self.device)
+        if scale == 1.0 or not conditions:
+            return self.network(x_t, t, conditions)
+        empty = self.family.unconditional(conditions)
+        both = {name: torch.cat([value, empty[name]]) for name, value in conditions.items()}
+        conditional, unconditional = self.network(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+        return guided(conditional, unconditional, scale)
+
+    def score(self, proposal: Noised) -> Score:
+        """Predict on the generator's proposal."""
+        return Score(proposal.stamp, self.predict(proposal.x_t, proposal.t, proposal.conditions))
+
+    def times(self, steps: int, shape: tuple[int, ...] | None = None) -> list[float]:
+        """Return the ``steps`` + 1 falling times of the teacher's own sampler for latents of ``shape``.
+
+        They are the model's (`Family.teacher_times`), unless the recipe has ``teacher.timestep_shift``.
+        """
+        return self.family.teacher_times(steps, self.recipe.teacher.timestep_shift, shape)
+
+    def sample(
+        self, x: torch.Tensor, conditions: Conditions, *, steps: int, start: float | None = None, method: str = "heun"
+    ) -> torch.Tensor:
+        """Follow the guided PF-ODE from ``x`` [B, ...] at time ``start`` (default: the noisiest) to 0.
+
+        The grid is the teacher's own of ``steps`` steps, cut at ``start``. Returns [points, B, ...].
+        """
+        t_max = self.family.schedule.t_max
+        start = t_max if start is None else start
+        grid = [start, *(t for t in self.times(steps, tuple(x.shape[1:])) if t < start - 1e-9)]
+
+        def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
+            return self.predict(x, torch.full((x.shape[0],), t, dtype=torch.float64), conditions)
+
+        return integrate(
+            self.family.schedule, denoise, x.to(self.device), grid, self.family.prediction,
+            "heun" if method == "heun" else "euler",
+        )  # fmt: skip
+
+    def pairs(self, start: int, count: int, conditions: Conditions) -> Pairs:
+        """Make ODE pairs ``start .. start + count``: noise and the teacher's many-step result (DMD Sec. 3.3).
+
+        Raises:
+            RunError: a result is not finite.
+        """
+        noise = normal(Key(self.recipe.seed, 0, "pairs", 0), start, count, self.family.latent_shape)
+        noise = noise * float(self.family.schedule.sigma(self.family.schedule.t_max))
+        result = self.sample(noise, conditions, steps=self.recipe.teacher.steps)[-1]
+        if broken := int((~result.isfinite()).flatten(1).any(1).sum()):
+            raise RunError(
+                f"{broken} of the teacher's ODE pairs {start} to {start + count - 1} are not finite: "
+                f"look at the teacher's weights and dtype"
+            )
+        return Pairs(noise, result.cpu(), conditions)
