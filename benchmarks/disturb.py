@@ -23,7 +23,7 @@ from ray.cluster_utils import Cluster
 from raydmd.runs.folders import read_lines
 
 ROLES = ("teacher", "fake", "generator")
-HELPERS = ("PromptStream", "Archivist", "Warden")
+HELPERS = ("PromptStream", "CheckpointWriter", "ControlCaller")
 REPLICAS = 2
 STORE = 150 * 2**20
 HEALTH = {  # as the shipped cluster files have it: a node that is silent for about two seconds is dead

@@ -35,7 +35,7 @@ from raydmd.sampling.student import exit_step
 from raydmd.training.fake_score import Fake, FakeStats
 from raydmd.training.generator import Generator, GeneratorStats
 from raydmd.training.local import train
-from raydmd.training.messages import Noised, Samples, Score, Stamp
+from raydmd.training.messages import BatchId, Noised, Samples, Score
 from raydmd.training.teacher import Scorer
 
 Costs = dict[str, float]  # seconds of a call; a rollout's per network call
@@ -136,14 +136,14 @@ class Sleeper:
         time.sleep(self.costs["call"] * frozen_calls(self.phases, self.phase))
 
     def rollout(self, iteration: int, update: int, start: int, count: int, conditions: Any) -> Samples:
-        stamp = Stamp(self.phase.index, iteration * self.draws + update, start, self.updates)
-        frozen = 0 if stamp.draw in self.prepared else frozen_calls(self.phases, self.phase)
-        time.sleep(self.costs["call"] * (frozen + trained_calls(self.recipe, self.phase, stamp.draw)))
-        return Samples(stamp, self.x, conditions)
+        batch_id = BatchId(self.phase.index, iteration * self.draws + update, start, self.updates)
+        frozen = 0 if batch_id.draw in self.prepared else frozen_calls(self.phases, self.phase)
+        time.sleep(self.costs["call"] * (frozen + trained_calls(self.recipe, self.phase, batch_id.draw)))
+        return Samples(batch_id, self.x, conditions)
 
     def propose(self, iteration: int, start: int, count: int, conditions: Any) -> Noised:
         samples = self.rollout(iteration, self.draws - 1, start, count, conditions)
-        return Noised(samples.stamp, self.x, torch.zeros(count, dtype=torch.float64), conditions)
+        return Noised(samples.batch_id, self.x, torch.zeros(count, dtype=torch.float64), conditions)
 
 
 class SleepingGenerator(Sleeper):
@@ -161,13 +161,13 @@ class SleepingFake(Sleeper):
 
     def score(self, proposal: Noised) -> Score:
         time.sleep(self.costs["fake_score"])
-        return Score(proposal.stamp, self.x)
+        return Score(proposal.batch_id, self.x)
 
 
 class SleepingScorer(Sleeper):
     def score(self, proposal: Noised) -> Score:
         time.sleep(self.costs["teacher"])
-        return Score(proposal.stamp, self.x)
+        return Score(proposal.batch_id, self.x)
 
 
 def on_ray(recipe: Recipe, folder: Path, parts: Any = None) -> list[float]:
@@ -222,8 +222,8 @@ def main() -> None:
     for _ in range(options.rounds):
         asleep = statistics.mean(on_ray(recipe, folder, parts)[1:])
         ray, one, two = (
-            settled(made, recipe)
-            for made in (
+            settled(result, recipe)
+            for result in (
                 on_ray(recipe, folder),
                 sequential(recipe, family, prompts, 1),
                 sequential(recipe, family, prompts, 2),

@@ -27,12 +27,12 @@ import torch
 from common import arguments, finish
 
 from raydmd.config.recipe import Recipe, load_recipe
-from raydmd.runtime.membership.role_workers import Member
+from raydmd.runtime.membership.role_workers import WorkerHandle
 from raydmd.runtime.workers.base import BESIDE, TeacherWorker
 from raydmd.runtime.workers.shares import counts_by_speed, even_counts
 from raydmd.runtime.workers.teacher_pool import ScorerPool
 from raydmd.runtime.workers.wire import to_wire
-from raydmd.training.messages import Noised, Score, Stamp
+from raydmd.training.messages import BatchId, Noised, Score
 
 SAMPLES = 64  # a micro-batch
 UNEVEN = (1.0, 1.0, 3.0)
@@ -47,19 +47,22 @@ class Sleeper:
 
     def score(self, proposal: Noised) -> Score:
         time.sleep(self.seconds)
-        return Score(proposal.stamp, proposal.x_t)
+        return Score(proposal.batch_id, proposal.x_t)
 
 
-def start(recipe: Recipe, seconds: list[float]) -> list[Member]:
+def start(recipe: Recipe, seconds: list[float]) -> list[WorkerHandle]:
     """Start a worker for each of these seconds a micro-batch."""
     remote: Any = ray.remote
     kind = remote(concurrency_groups={BESIDE: 1}, num_cpus=0)(TeacherWorker)
     actors = [kind.remote(recipe, n, 1, "cpu", partial(Sleeper, seconds=each)) for n, each in enumerate(seconds)]
     identities = ray.get([actor.ready.remote() for actor in actors])
-    return [Member("teacher", n, actor, found) for n, (actor, found) in enumerate(zip(actors, identities, strict=True))]
+    return [
+        WorkerHandle("teacher", n, actor, found)
+        for n, (actor, found) in enumerate(zip(actors, identities, strict=True))
+    ]
 
 
-def stop(members: list[Member]) -> None:
+def stop(members: list[WorkerHandle]) -> None:
     """End workers."""
     for member in members:
         ray.kill(member.actor)
@@ -73,24 +76,24 @@ def proposals(count: int) -> Inputs:
         x_t = torch.randn(SAMPLES, 1, 8, 8, generator=generator)
         t = torch.full((SAMPLES,), 0.7, dtype=torch.float64)
         labels = {"label": torch.randint(0, 10, (SAMPLES,), generator=generator)}
-        inputs.append((ray.put(to_wire(Noised(Stamp(0, 0, n * SAMPLES, 0), x_t, t, labels))),))
+        inputs.append((ray.put(to_wire(Noised(BatchId(0, 0, n * SAMPLES, 0), x_t, t, labels))),))
     return inputs
 
 
 async def by_pool(pool: ScorerPool, inputs: Inputs) -> Counter[int]:
     """Score a batch with the pool; return who made how many."""
     call = await pool.map("score", inputs)
-    return Counter(receipt.worker for receipt in await asyncio.gather(*call.receipts))
+    return Counter(stats.worker for stats in await asyncio.gather(*call.call_stats))
 
 
-async def by_cut(members: list[Member], counts: list[int], inputs: Inputs) -> Counter[int]:
+async def by_cut(members: list[WorkerHandle], counts: list[int], inputs: Inputs) -> Counter[int]:
     """Score a batch of which every worker gets a fixed part at once."""
     order = sorted((piece / count, n) for n, count in enumerate(counts) for piece in range(count))
-    receipts = []
+    call_stats = []
     for (_, n), each in zip(order, inputs, strict=True):
-        _, receipt = members[n].actor.score.options(num_returns=2).remote(*each)
-        receipts.append(receipt)
-    return Counter(receipt.worker for receipt in await asyncio.gather(*receipts))
+        _, stats = members[n].actor.score.options(num_returns=2).remote(*each)
+        call_stats.append(stats)
+    return Counter(stats.worker for stats in await asyncio.gather(*call_stats))
 
 
 async def efficiencies(score: Any, speed: float, count: int, batches: int) -> tuple[list[float], Counter[int]]:
@@ -115,17 +118,17 @@ async def uneven(recipe: Recipe, options: Any) -> dict[str, Any]:
         pool = ScorerPool(3)
         for member in members:
             pool.add(member)
-        made, shares = await efficiencies(partial(by_pool, pool), speed, count, options.batches)
+        result, shares = await efficiencies(partial(by_pool, pool), speed, count, options.batches)
         figures["uneven"][str(count)] = {
-            "first": made[0], "median": statistics.median(made[1:]), "range": [min(made[1:]), max(made[1:])],
+            "first": result[0], "median": statistics.median(result[1:]), "range": [min(result[1:]), max(result[1:])],
             "shares": [shares[n] for n in range(len(members))],
         }  # fmt: skip
         figures[f"efficiency_uneven_{count}"] = figures["uneven"][str(count)]["median"]
     figures["efficiency_uneven"] = figures["efficiency_uneven_64"]
     cuts = {"even": even_counts(64, len(members)), "known": counts_by_speed(64, UNEVEN)}
     for name, counts in cuts.items():
-        made, _ = await efficiencies(partial(by_cut, members, counts), speed, 64, options.batches)
-        figures[f"efficiency_{name}_cut"] = statistics.median(made)
+        result, _ = await efficiencies(partial(by_cut, members, counts), speed, 64, options.batches)
+        figures[f"efficiency_{name}_cut"] = statistics.median(result)
     stop(members)
     return figures
 
@@ -139,8 +142,8 @@ async def by_workers(recipe: Recipe, options: Any) -> dict[str, float]:
         for member in members[:workers]:
             pool.add(member)
         speed = workers / options.seconds
-        made, _ = await efficiencies(partial(by_pool, pool), speed, 8 * workers, options.batches)
-        figures[str(workers)] = statistics.median(made[1:])
+        result, _ = await efficiencies(partial(by_pool, pool), speed, 8 * workers, options.batches)
+        figures[str(workers)] = statistics.median(result[1:])
     stop(members)
     return figures
 

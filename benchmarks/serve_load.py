@@ -402,16 +402,16 @@ def endurance(options: argparse.Namespace, figures: dict[str, Any]) -> None:
     first, many = ENDURANCE
     with ours(digits_run(options.work).folder) as server:
 
-        async def ask(count: int) -> None:
+        async def request(count: int) -> None:
             async with HttpTarget(server.url, None) as target:
                 await target.look()
                 await closed_loop(target, MIX, KILL_CONCURRENCY, count, None, Record())
 
-        asyncio.run(ask(first))
+        asyncio.run(request(first))
         before = server.megabytes()
-        asyncio.run(ask(many // 2))
+        asyncio.run(request(many // 2))
         middle = server.megabytes()
-        asyncio.run(ask(many - many // 2))
+        asyncio.run(request(many - many // 2))
         after = server.megabytes()
     figures |= {"memory_mb_before": before, "memory_mb_middle": middle, "memory_mb_after": after,
                 "memory_growth_mb": after - before, "memory_requests": many}  # fmt: skip

@@ -17,7 +17,7 @@ from raydmd.sampling.noise import sample_student
 from raydmd.serving.card import Offer
 from raydmd.serving.pipeline import Lost
 from raydmd.serving.settings import Serving, parse_serving
-from raydmd.serving.stage import Parcel, Piece, Stage
+from raydmd.serving.stage import Piece, Stage, StageBatch
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
@@ -63,23 +63,23 @@ class Flaky:
         self.stage, self.losses, self.calls = stage, losses, 0
         self.other = other or stage
 
-    async def run(self, parcel: Parcel) -> Piece:
+    async def run(self, stage_batch: StageBatch) -> Piece:
         self.calls += 1
         if self.calls <= self.losses:
             raise Lost("killed")
-        return await self.other.run(parcel)
+        return await self.other.run(stage_batch)
 
     async def offers(self, served: str) -> list[Offer]:
         return await self.stage.offers(served)
 
-    async def watch(self, parcel: Parcel) -> Any:
+    async def watch(self, stage_batch: StageBatch) -> Any:
         self.calls += 1
         seen = 0
-        async for event in (self.stage if self.calls <= self.losses else self.other).watch(parcel):
+        async for event in (self.stage if self.calls <= self.losses else self.other).watch(stage_batch):
             yield event
             seen += 1
             if self.calls <= self.losses and seen == 3:
                 raise Lost("killed")
 
-    async def preview(self, parcel: Parcel) -> tuple[bytes, ...]:
-        return await self.stage.preview(parcel)
+    async def preview(self, stage_batch: StageBatch) -> tuple[bytes, ...]:
+        return await self.stage.preview(stage_batch)

@@ -6,19 +6,19 @@ from typing import Any
 import pytest
 
 from raydmd.serving.admission import Admission
-from raydmd.serving.contract import Busy
+from raydmd.serving.contract import Overloaded
 from raydmd.serving.http.errors import as_api_error
 
 
 def test_who_would_wait_too_long_is_refused() -> None:
     admission = Admission(samples=10, seconds=1.0)
     with admission.admitted(50):  # nobody is inside: let in, whatever it asks for
-        with pytest.raises(Busy), admission.admitted(1):
+        with pytest.raises(Overloaded), admission.admitted(1):
             pass
         assert admission.inside == 50
     assert admission.inside == 0
     with admission.admitted(4), admission.admitted(6):
-        with pytest.raises(Busy) as error, admission.admitted(1):
+        with pytest.raises(Overloaded) as error, admission.admitted(1):
             pass
         assert error.value.retry_after >= 1 and error.value.full_seconds == 0  # no rate is known yet
     with pytest.raises(ZeroDivisionError), admission.admitted(1):
@@ -36,10 +36,10 @@ def test_the_wait_is_reckoned_from_what_was_made_of_late(monkeypatch: pytest.Mon
                 now += 0.5  # ten a second
         with admission.admitted(19):
             with admission.admitted(1):  # 20 wait: 2 s
-                with pytest.raises(Busy) as error, admission.admitted(1):
+                with pytest.raises(Overloaded) as error, admission.admitted(1):
                     pass
                 assert error.value.full_seconds == 0.1  # at most, though 2 s wait
-        with pytest.raises(Busy) as error, admission.admitted(1000):
+        with pytest.raises(Overloaded) as error, admission.admitted(1000):
             pass
         assert error.value.full_seconds == 0  # who asks for less is let in
 
@@ -53,7 +53,7 @@ def test_a_refusal_says_whose_queue_is_full(maker: Any, monkeypatch: pytest.Monk
         for _ in range(20):
             with admission.admitted(1):
                 now += 0.5
-        with admission.admitted(1), pytest.raises(Busy) as error, admission.admitted(1):
+        with admission.admitted(1), pytest.raises(Overloaded) as error, admission.admitted(1):
             pass
     told = as_api_error(error.value, "req").response().headers
     assert told["x-raydmd-full"] == maker and int(told["x-raydmd-full-ms"]) > 0
@@ -61,7 +61,7 @@ def test_a_refusal_says_whose_queue_is_full(maker: Any, monkeypatch: pytest.Monk
 
 def room(admission: Admission) -> int:
     """Return how many samples may be inside before one more is refused; those let in here leave undone."""
-    with pytest.raises(Busy), ExitStack() as inside:
+    with pytest.raises(Overloaded), ExitStack() as inside:
         while True:
             inside.enter_context(admission.admitted(1))
             most = admission.inside

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from run_folders import make_run
 from served import LONG, api, connect, request_bytes, server, until
 
-from raydmd.serving.contract import Ask, Made, Unavailable
+from raydmd.serving.contract import GenerationRequest, GenerationResult, Unavailable
 from raydmd.serving.http import make_app
 from raydmd.serving.http.keys import Keys
 from raydmd.serving.http.page import PAGE, Page
@@ -421,10 +421,10 @@ class Broken:
     def __init__(self, card):
         self.card = lambda: card
 
-    async def make(self, ask: Ask) -> Made:
+    async def make(self, ask: GenerationRequest) -> GenerationResult:
         raise RuntimeError("the innermost secret")
 
-    async def watch(self, ask: Ask):
+    async def watch(self, ask: GenerationRequest):
         raise Unavailable("no replica")
         yield
 

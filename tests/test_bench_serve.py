@@ -103,7 +103,7 @@ def test_a_stall_is_seen_by_all_who_would_have_come_meanwhile():
 
 
 def test_the_open_loop_holds_no_request_back_and_says_when_it_is_late_itself():
-    class Busy(Queue):
+    class Overloaded(Queue):
         async def ask(self, request):
             if request.number == 3:  # what holds the client up: its clock goes on, and it sends nothing
                 asyncio.get_running_loop().now += 2.0
@@ -117,7 +117,7 @@ def test_the_open_loop_holds_no_request_back_and_says_when_it_is_late_itself():
     quiet = run_virtual(drive(Queue(100.0)))
     assert [o.sent for o in quiet.outcomes] == pytest.approx(range(8))
     assert summarize(Load("open", 1), quiet).most == 8
-    held = summarize(Load("open", 1), run_virtual(drive(Busy(0.01))))
+    held = summarize(Load("open", 1), run_virtual(drive(Overloaded(0.01))))
     assert held.late.max == pytest.approx(1.0)  # request 4 was for second 4 and left at 5
     assert held.latency.max == pytest.approx(2.01)
     assert summarize(Load("open", 1), quiet).late.max == pytest.approx(0.0)
@@ -258,7 +258,7 @@ def test_the_local_target_makes_the_runs_pictures(folder):
     assert {"queue", "expert-1", "expert-2", "decode", "total"} <= set(figures.stages)
     assert figures.batches["expert-1"] >= 2
     assert teacher.kind == "ok" and "teacher" in teacher.seconds
-    assert (unknown.kind, unknown.error) == ("failed", "BadAsk") and "prompt a cat" in unknown.why
+    assert (unknown.kind, unknown.error) == ("failed", "BadRequest") and "prompt a cat" in unknown.why
     assert [answer.kind for answer in wide].count("rejected") == 4  # 8 samples may wait, and each brings 4
 
 

@@ -12,7 +12,7 @@ import ray
 from raydmd.errors import UserError
 from raydmd.runtime import cluster_address
 from raydmd.runtime.cluster import join_or_start
-from raydmd.runtime.recovery.ray_health import HealthMonitor
+from raydmd.runtime.recovery.ray_health import RayHealthMonitor
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,7 +105,7 @@ def test_a_cluster_that_was_joined_is_asked_whether_it_is_there() -> None:
     """Its control store takes connections no more: within 15 s that is an error that names it."""
     with socket.create_server(("127.0.0.1", 0)) as there, socket.create_server(("127.0.0.1", 0)) as gone:
         ports = {"raylet": there.getsockname(), "control store (GCS)": gone.getsockname()}
-        monitor = HealthMonitor(ports)
+        monitor = RayHealthMonitor(ports)
         assert monitor.error() is None
         monitor.start()
         gone.close()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from raydmd.config.recipe import Optimizer
 from raydmd.models.embedded.ring import PointsMLP
-from raydmd.runtime.workers.base import FakeWorker, Pulse
+from raydmd.runtime.workers.base import FakeWorker, Heartbeat
 from raydmd.runtime.workers.process_group import LEFT_BEHIND, Begun, ProcessGroup, Rendezvous, StepDropped
 from raydmd.training.collective import Alone, exact_sum
 from raydmd.training.trainable_state import FlatParameters
@@ -253,20 +253,20 @@ def test_who_waits_for_a_peer_says_so(quick: Any) -> None:
     with ThreadPoolExecutor() as pool:
         try:
             joining = pool.submit(worker.join, 1, rendezvous.address, 0, 2)
-            until(lambda: worker.pulse().waiting)
-            assert worker.pulse().method == "join"
+            until(lambda: worker.heartbeat().waiting)
+            assert worker.heartbeat().method == "join"
             peer.join(rendezvous.address, "fake/1", 1, 2)
             joining.result(60)
-            assert worker.pulse() == Pulse(None, 0.0, False)
+            assert worker.heartbeat() == Heartbeat(None, 0.0, False)
             with worker.turn("update"):
                 reducing = pool.submit(worker.collective.sum_, torch.ones(1))
-                until(lambda: worker.pulse().waiting)
+                until(lambda: worker.heartbeat().waiting)
                 late = time.monotonic()
                 peer.sum_(torch.ones(1))
                 assert float(reducing.result(60)) == 2.0
-                pulse = worker.pulse()
-                assert pulse.method == "update" and not pulse.waiting
-                assert pulse.seconds <= time.monotonic() - late
+                heartbeat = worker.heartbeat()
+                assert heartbeat.method == "update" and not heartbeat.waiting
+                assert heartbeat.seconds <= time.monotonic() - late
         finally:
             worker.drop(1)
 

@@ -14,7 +14,7 @@ from ray.exceptions import RayError, RayTaskError
 import raydmd
 from raydmd.errors import portable
 from raydmd.serving.app import _translated
-from raydmd.serving.contract import BadAsk
+from raydmd.serving.contract import BadRequest
 from raydmd.serving.http.errors import as_api_error
 
 
@@ -66,7 +66,7 @@ def test_every_error_survives_pickling(kind: type[Exception], through: Any) -> N
 
 
 def test_the_walk_finds_errors_everywhere() -> None:
-    assert {"UserError", "BadAsk", "Busy", "ApiError", "NoRevision", "StepDropped"} <= {
+    assert {"UserError", "BadRequest", "Overloaded", "ApiError", "NoRevision", "StepDropped"} <= {
         k.__name__ for k in every_error()
     }
 
@@ -77,8 +77,8 @@ def through_ray(error: Exception) -> RayError:
 
 
 def test_a_refusal_by_a_stage_is_the_same_for_the_api() -> None:
-    got = _translated(through_ray(BadAsk("no prompt 'elephant'", "prompt")))
-    assert isinstance(got, BadAsk) and got.param == "prompt"
+    got = _translated(through_ray(BadRequest("no prompt 'elephant'", "prompt")))
+    assert isinstance(got, BadRequest) and got.param == "prompt"
     told = as_api_error(got, "req")
     assert (told.status, told.message, told.param) == (400, "no prompt 'elephant'", "prompt")
 

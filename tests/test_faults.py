@@ -17,12 +17,12 @@ from rich.console import Console
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.errors import RunError
 from raydmd.runs.folders import read_lines
-from raydmd.runtime.actors import Cluster
+from raydmd.runtime.actors import RunActors
 from raydmd.runtime.launch import distill
-from raydmd.runtime.membership.role_workers import Crew
+from raydmd.runtime.membership.role_workers import RoleWorkers
 from raydmd.runtime.observability.recorder import Recorder
 from raydmd.runtime.recovery.faults import cause_of, own_fault
-from raydmd.runtime.recovery.manager import Elastic
+from raydmd.runtime.recovery.manager import RecoveryManager
 from raydmd.runtime.workers.base import PARTS, WORKERS, FakeWorker, Position, make_part
 from raydmd.runtime.workers.process_group import Rendezvous, StepDropped
 from raydmd.runtime.workers.teacher_pool import ScorerPool
@@ -219,13 +219,15 @@ def test_a_run_goes_on_without_a_worker_that_cannot_start_and_takes_it_in_once_i
 def test_steps_that_are_given_up_without_a_loss_end_the_run_with_why(quick: Any, tmp_path: Path) -> None:
     recipe = quick("ring", "runtime.max_failures=1")
     groups = [TrainerGroup(role, [], Rendezvous("127.0.0.1")) for role in ("generator", "fake")]
-    crews = {role: Crew(role, recipe) for role in WORKERS}
+    role_workers = {role: RoleWorkers(role, recipe) for role in WORKERS}
     recorder = Recorder(tmp_path, recipe, 4, Console(quiet=True))
-    elastic = Elastic(recipe, Cluster(crews, *groups, ScorerPool(1), None, None, None), recorder, lambda: False)
+    recovery = RecoveryManager(
+        recipe, RunActors(role_workers, *groups, ScorerPool(1), None, None, None), recorder, lambda: False
+    )
     for _ in range(3):
-        elastic.judge([StepDropped("formation 3 was dropped")])
+        recovery.check_errors([StepDropped("generation 3 was dropped")])
     with pytest.raises(RunError, match="4 times without a step between, the last time a peer did not come"):
-        elastic.judge([StepDropped("a peer did not come")])
+        recovery.check_errors([StepDropped("a peer did not come")])
     recorder.close()
 
 

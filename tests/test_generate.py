@@ -29,7 +29,7 @@ from raydmd.progress import counting, time_left
 from raydmd.runs.run import recipe_family
 from raydmd.runtime.observability.recorder import Recorder
 from raydmd.runtime.pretrain import shown_progress
-from raydmd.runtime.workers.base import Receipt
+from raydmd.runtime.workers.base import CallStats
 
 TEXTS = ["a fox", "two, or more", "a fox"]
 
@@ -114,8 +114,8 @@ def test_a_jobs_log_has_the_time_left(quick: Any, tmp_path: Path) -> None:
     recorder.rewind(0)
     recorder.begin()
     for n in range(8):
-        receipts = [Receipt(role, 0, 0.1) for role in ("teacher", "fake", "generator")]
-        recorder.iteration(0, n, receipts, {"teacher": 1, "fake": 1, "generator": 1})
+        call_stats = [CallStats(role, 0, 0.1) for role in ("teacher", "fake", "generator")]
+        recorder.iteration(0, n, call_stats, {"teacher": 1, "fake": 1, "generator": 1})
     recorder.close()
     lines = told.getvalue().splitlines()
     assert ["4/40" in lines[0], "8/40" in lines[1], len(lines)] == [True, True, 2]

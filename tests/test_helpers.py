@@ -22,7 +22,7 @@ from raydmd.runtime.checkpoint.manager import Archive
 from raydmd.runtime.launch import distill
 
 LONG = ["iterations=[6, 100000]", "checkpoint.every=10"]
-HELPERS = {"prompt stream": "PromptStream", "checkpoint writer": "Archivist", "control caller": "Warden"}
+HELPERS = {"prompt stream": "PromptStream", "checkpoint writer": "CheckpointWriter", "control caller": "ControlCaller"}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_at_most_one_interval_is_lost_while_the_writer_is_away(
 
     def plot(story: Story) -> None:
         story.go_on(12)
-        writer = stop(story, "Archivist")
+        writer = stop(story, "CheckpointWriter")
         story.go_on(35)
         writer.kill()
         story.kill("fake")

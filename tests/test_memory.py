@@ -14,11 +14,11 @@ from rich.console import Console
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.config.recipe import Recipe
 from raydmd.runs.folders import read_lines
-from raydmd.runtime.actors import Cluster
-from raydmd.runtime.membership.role_workers import Crew, Member
+from raydmd.runtime.actors import RunActors
+from raydmd.runtime.membership.role_workers import RoleWorkers, WorkerHandle
 from raydmd.runtime.observability.recorder import Recorder
 from raydmd.runtime.recovery.faults import is_gone, own_fault
-from raydmd.runtime.recovery.manager import Elastic
+from raydmd.runtime.recovery.manager import RecoveryManager
 from raydmd.runtime.workers.base import WORKERS, Identity
 from raydmd.runtime.workers.process_group import Rendezvous
 from raydmd.runtime.workers.teacher_pool import ScorerPool
@@ -44,56 +44,58 @@ def short_of_memory() -> Iterator[None]:
 
 
 @pytest.fixture
-def killed(short_of_memory: None) -> Callable[[str, int], Member]:
+def killed(short_of_memory: None) -> Callable[[str, int], WorkerHandle]:
     class Victim:  # in here, so that it travels by value: the workers do not have this file
         def position(self) -> None:
             time.sleep(600)  # it is killed meanwhile
 
         def score(self, proposal: Any) -> None: ...
 
-    def make(role: str, number: int) -> Member:
-        member = Member(role, number, ray.remote(Victim).options(num_cpus=0).remote(), Identity("a node", 1))
+    def make(role: str, number: int) -> WorkerHandle:
+        worker = WorkerHandle(role, number, ray.remote(Victim).options(num_cpus=0).remote(), Identity("a node", 1))
         with pytest.raises(OutOfMemoryError) as caught:
-            ray.get(member.actor.position.remote())
+            ray.get(worker.actor.progress.remote())
         assert is_gone(caught.value) and own_fault(caught.value) is caught.value
-        return member
+        return worker
 
     return make
 
 
 def test_a_trainer_that_was_killed_for_memory_is_taken_out(
-    killed: Callable[[str, int], Member], quick: Callable[..., Recipe], tmp_path: Path
+    killed: Callable[[str, int], WorkerHandle], quick: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    async def mend() -> None:
+    async def recover() -> None:
         recipe = quick("ring")
-        crews = {role: Crew(role, recipe) for role in WORKERS}
+        role_workers = {role: RoleWorkers(role, recipe) for role in WORKERS}
         meeting = Rendezvous("127.0.0.1")
         groups = [TrainerGroup(role, [], meeting) for role in ("generator", "fake")]
         recorder = Recorder(tmp_path, recipe, 4, Console(quiet=True))
-        elastic = Elastic(recipe, Cluster(crews, *groups, ScorerPool(3), None, None, None), recorder, lambda: False)
-        crews["fake"].members.append(killed("fake", 0))
-        crews["fake"].close()
-        assert await elastic._positions() == {}
-        assert crews["fake"].members == []
+        recovery = RecoveryManager(
+            recipe, RunActors(role_workers, *groups, ScorerPool(3), None, None, None), recorder, lambda: False
+        )
+        role_workers["fake"].active.append(killed("fake", 0))
+        role_workers["fake"].close()
+        assert await recovery._ask_progress() == {}
+        assert role_workers["fake"].active == []
         recorder.close()
 
-    asyncio.run(mend())
+    asyncio.run(recover())
     (lost,) = read_lines(tmp_path / "events.jsonl")
     assert lost["event"] == "worker-lost" and "low on memory" in lost["why"]
 
 
 def test_scorers_that_are_killed_for_memory_are_taken_out_and_end_the_batch_that_they_die_of(
-    killed: Callable[[str, int], Member],
+    killed: Callable[[str, int], WorkerHandle],
 ) -> None:
     async def score() -> None:
-        losses: list[Member] = []
-        pool = ScorerPool(2, lambda member, error: losses.append(member))
-        members = [killed("teacher", number) for number in range(2)]
-        for member in members:
-            pool.add(member)
+        losses: list[WorkerHandle] = []
+        pool = ScorerPool(2, lambda worker, error: losses.append(worker))
+        workers = [killed("teacher", number) for number in range(2)]
+        for worker in workers:
+            pool.add(worker)
         with pytest.raises(OutOfMemoryError):
             await pool.map("score", [(0,)])
-        assert losses == members and pool.members == []
+        assert losses == workers and pool.workers == []
 
     asyncio.run(score())
 
@@ -106,10 +108,10 @@ def test_workers_that_are_killed_for_memory_as_they_start_are_asked_for_again_bu
 
     async def start() -> None:
         changed = asyncio.Event()
-        crew = Crew("teacher", quick("ring", "runtime.max_failures=2"), wait, changed.set)
-        crew.fill()
+        workers = RoleWorkers("teacher", quick("ring", "runtime.max_failures=2"), wait, changed.set)
+        workers.fill()
         await asyncio.wait_for(changed.wait(), 300)
-        assert isinstance(crew.failure, OutOfMemoryError) and crew.coming == []
-        crew.close()
+        assert isinstance(workers.failure, OutOfMemoryError) and workers.coming == []
+        workers.close()
 
     asyncio.run(start())

@@ -238,8 +238,10 @@ def test_one_exit_step_for_the_whole_batch_and_another_for_the_next(ring: Genera
         )  # fmt: skip
         parts = [ring.rollout(iteration, 0, start, 4, {}) for start in (0, 4, 8, 12)]
         assert torch.allclose(torch.cat([part.x_s for part in parts]), whole, atol=1e-6)
-        assert [part.stamp.start for part in parts] == [0, 4, 8, 12]
-        assert {(part.stamp.draw, part.stamp.generator_version, part.stamp.phase) for part in parts} == {(draw, 2, 1)}
+        assert [part.batch_id.start for part in parts] == [0, 4, 8, 12]
+        assert {(part.batch_id.draw, part.batch_id.generator_version, part.batch_id.phase) for part in parts} == {
+            (draw, 2, 1)
+        }
         again = ring.rollout(iteration, 0, 8, 4, {})
         assert torch.equal(again.x_s, parts[2].x_s)
         assert not torch.allclose(ring.rollout(iteration, 1, 8, 4, {}).x_s, parts[2].x_s, atol=1e-2)
@@ -268,9 +270,9 @@ def test_what_frozen_experts_contribute_can_be_made_ahead(quick, solver: str) ->
     for iteration in (2, 3):
         for start in (4, 0):
             a, b = (each.rollout(iteration, 1, start, 4, {}) for each in (plain, ahead))
-            assert torch.equal(a.x_s, b.x_s) and a.stamp == b.stamp
+            assert torch.equal(a.x_s, b.x_s) and a.batch_id == b.batch_id
             a, b = (each.propose(iteration, start, 4, {}) for each in (plain, ahead))
-            assert torch.equal(a.x_t, b.x_t) and a.stamp == b.stamp
+            assert torch.equal(a.x_t, b.x_t) and a.batch_id == b.batch_id
             assert torch.equal(*(gradient_of(each, each._kept[start][0]) for each in (plain, ahead)))
     a, b = (each.rollout(2, 1, 0, 4, {}) for each in (plain, ahead))  # once used, it is gone
     assert not torch.allclose(a.x_s, b.x_s, atol=1e-2)

@@ -17,9 +17,9 @@ from raydmd.errors import UserError
 from raydmd.runs.expert_index import index_file, read_index, write_index
 from raydmd.runs.folders import expert_file
 from raydmd.runs.run import Run
-from raydmd.runtime.checkpoint.writer import Archivist
+from raydmd.runtime.checkpoint.writer import CheckpointWriter
 from raydmd.serving.card import read_card, read_offer
-from raydmd.serving.contract import Ask
+from raydmd.serving.contract import GenerationRequest
 from raydmd.serving.pipeline import Pipeline, stages_of
 from raydmd.serving.reload import _revision
 from raydmd.serving.stage import Stage
@@ -42,19 +42,19 @@ def test_the_api_serves_newer_weights_once_all_stages_hold_them(folder: Path) ->
         settings = serving(folder, layout="pipelined")
         first, second = (Stage(settings, parts) for parts in stages_of(settings, 2).values())
         pipeline = Pipeline(settings, {"expert-1": first, "expert-2": second})
-        old = await pipeline.make(Ask("6", 1, 8))
+        old = await pipeline.make(GenerationRequest("6", 1, 8))
         newer(folder, 1.1)
         newest = await first.refresh()
         assert newest != old.revision
         assert await pipeline.refresh() == old.revision == pipeline.card().revision
-        assert (await pipeline.make(Ask("6", 1, 8))).pictures == old.pictures
+        assert (await pipeline.make(GenerationRequest("6", 1, 8))).pictures == old.pictures
         # weights that come meanwhile do not drive out those that are served
         newer(folder, 1.1)
         newest = await first.refresh()
         assert first.revisions == [old.revision, newest]
-        assert (await pipeline.make(Ask("6", 1, 8))).pictures == old.pictures
+        assert (await pipeline.make(GenerationRequest("6", 1, 8))).pictures == old.pictures
         assert await second.refresh() == newest == await pipeline.refresh() == pipeline.card().revision
-        made = await pipeline.make(Ask("6", 1, 8))
+        made = await pipeline.make(GenerationRequest("6", 1, 8))
         assert made.revision == newest and abs(pixels(made.pictures[0]) - expected(folder, 6, 8, 1)[0]).max() <= 1
 
     run(test)
@@ -108,7 +108,7 @@ def test_the_last_good_weights_stay(folder: Path, change: Callable[[Path], None]
         offer = read_offer(settings)
         stage = Stage(settings, stages_of(settings, 2)["experts"])
         pipeline = Pipeline(settings, {"experts": stage})
-        old = await pipeline.make(Ask("6", 1, 8))
+        old = await pipeline.make(GenerationRequest("6", 1, 8))
         change(folder)
         revision, reason = _revision(str(folder), old.revision)
         if revision is None or revision == old.revision:  # nothing is tried, or nothing seems new
@@ -122,7 +122,7 @@ def test_the_last_good_weights_stay(folder: Path, change: Callable[[Path], None]
         await again.refresh()
         assert again.card() == pipeline.card()
         for each in (pipeline, again):
-            made = await each.make(Ask("6", 1, 8))
+            made = await each.make(GenerationRequest("6", 1, 8))
             assert (made.revision, made.pictures) == (old.revision, old.pictures)
 
     run(test)
@@ -192,7 +192,7 @@ def test_a_run_writes_its_index_last(tmp_path: Path, monkeypatch: pytest.MonkeyP
     import numpy as np
 
     monkeypatch.setattr("os.nice", lambda increment: 0)  # this process and its children are not the writer's
-    writer = Archivist(str(tmp_path), str(tmp_path / "checkpoints"), 2)
+    writer = CheckpointWriter(str(tmp_path), str(tmp_path / "checkpoints"), 2)
     for index in (0, 1):
         writer.save_expert(index, {"w": np.full(3, index, dtype=np.float32)})
         entries = read_index(tmp_path)

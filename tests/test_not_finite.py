@@ -17,7 +17,7 @@ from raydmd.evaluation.pictures import generate
 from raydmd.runs.expert_index import write_index
 from raydmd.runs.folders import expert_file
 from raydmd.runs.run import Run
-from raydmd.serving.contract import Ask, NotFinite
+from raydmd.serving.contract import GenerationRequest, NotFinite
 from raydmd.serving.local import local_pipeline
 
 torch.set_num_threads(1)
@@ -41,7 +41,7 @@ def broken(served_runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 def test_a_request_fails_and_those_in_its_batch_do_not(broken: Path, served_runs: dict[str, Path], way: dict) -> None:
     async def test() -> None:
         pipeline, whole = local_pipeline(serving(broken, **way)), local_pipeline(serving(served_runs["full"], **way))
-        asks = [Ask(prompt, 2, seed) for seed, prompt in enumerate([GOOD, BAD, GOOD, BAD])]
+        asks = [GenerationRequest(prompt, 2, seed) for seed, prompt in enumerate([GOOD, BAD, GOOD, BAD])]
         made = await asyncio.gather(*map(pipeline.make, asks), return_exceptions=True)
         for number, (ask, result) in enumerate(zip(asks, made, strict=True)):
             if ask.prompt == BAD:
@@ -51,7 +51,7 @@ def test_a_request_fails_and_those_in_its_batch_do_not(broken: Path, served_runs
                 for one, two in zip(result.pictures, right.pictures, strict=True):
                     assert abs(pixels(one) - pixels(two)).max() <= 1
         with pytest.raises(NotFinite):
-            async for _ in pipeline.watch(Ask(BAD, 1, 0, previews=True)):
+            async for _ in pipeline.watch(GenerationRequest(BAD, 1, 0, previews=True)):
                 pass
         assert pipeline.queued() == 0
 

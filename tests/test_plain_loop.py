@@ -22,7 +22,7 @@ from raydmd.bench.load import Answer, Record, closed_loop
 from raydmd.bench.targets import HttpTarget
 from raydmd.errors import UserError
 from raydmd.sampling.noise import initial_noise
-from raydmd.serving.contract import Ask
+from raydmd.serving.contract import GenerationRequest
 from raydmd.serving.local import local_pipeline
 from raydmd.serving.settings import Serving
 
@@ -40,7 +40,7 @@ def test_the_plain_loop_makes_the_same_pictures_of_the_same_noise(folder):
     pipeline = plain_loop.Pipeline(folder)
     noise = initial_noise(pipeline.family, 5, 0, 3)
     theirs = np.stack([pixels(image) for image in pipeline("7", 3, latents=noise)])
-    made = asyncio.run(local_pipeline(Serving(run=str(folder))).make(Ask("7", n=3, seed=5)))
+    made = asyncio.run(local_pipeline(Serving(run=str(folder))).make(GenerationRequest("7", n=3, seed=5)))
     ours = np.stack([pixels(Image.open(io.BytesIO(file))) for file in made.pictures])
     assert np.abs(theirs - ours).max() <= 1
     other = np.stack([pixels(image) for image in pipeline("7", 3, torch.Generator().manual_seed(5))])

@@ -20,14 +20,14 @@ from ray.exceptions import ActorDiedError, OwnerDiedError, RayActorError
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.config.recipe import Recipe
 from raydmd.runs.run import recipe_family
-from raydmd.runtime.membership.role_workers import Member
+from raydmd.runtime.membership.role_workers import WorkerHandle
 from raydmd.runtime.workers.base import TeacherWorker, make_part
 from raydmd.runtime.workers.base import teacher_pool as pool_module
 from raydmd.runtime.workers.helpers import BESIDE
 from raydmd.runtime.workers.teacher_pool import DEPTH, ScorerPool
 from raydmd.runtime.workers.trainer_group import Call
 from raydmd.runtime.workers.wire import from_wire, to_wire
-from raydmd.training.messages import Noised, Score, Stamp
+from raydmd.training.messages import BatchId, Noised, Score
 from raydmd.training.teacher import Scorer
 
 SLOW, FAST = 1.0, 0.02  # seconds
@@ -44,7 +44,7 @@ class Directed:
         self.scorer, self.folder = scorer, Path(folder)
 
     def score(self, proposal: Noised) -> Score:
-        self._call(proposal.stamp.draw)
+        self._call(proposal.batch_id.draw)
         return self.scorer.score(proposal)
 
     def pairs(self, start: int, count: int, conditions: Any) -> torch.Tensor:
@@ -80,7 +80,7 @@ class Hand:
         self.folder.mkdir(parents=True)
         kind: Any = ray.remote(concurrency_groups={BESIDE: 1})(TeacherWorker)
         actor = kind.options(num_cpus=0.1).remote(recipe, number, 1, "cpu", partial(make_directed, str(self.folder)))
-        self.member = Member("teacher", number, actor, ray.get(actor.ready.remote()))
+        self.worker = WorkerHandle("teacher", number, actor, ray.get(actor.ready.remote()))
 
     @property
     def calls(self) -> list[int]:
@@ -95,14 +95,14 @@ class Hand:
     def hold(self) -> None:
         (self.folder / "hold").touch()
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         (self.folder / "hold").unlink()
 
     def forget(self) -> None:
         (self.folder / "calls").unlink(missing_ok=True)
 
     def kill(self) -> None:
-        os.kill(self.member.identity.pid, signal.SIGKILL)
+        os.kill(self.worker.identity.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def hands(shared: list[Hand]) -> Iterator[list[Hand]]:
         for path in [*hand.folder.iterdir(), *hand.folder.parent.glob("raise-*")]:
             path.unlink()
     for hand in shared:
-        ray.get(hand.member.actor.ready.remote())  # behind all that it still had
+        ray.get(hand.worker.actor.ready.remote())  # behind all that it still had
         hand.forget()
 
 
@@ -149,7 +149,7 @@ def nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def proposals(count: int) -> list[Noised]:
     return [
-        Noised(Stamp(0, draw, 0, 7), torch.full((4, 2), 0.1 * draw), torch.full((4,), 0.7, dtype=torch.float64), {})
+        Noised(BatchId(0, draw, 0, 7), torch.full((4, 2), 0.1 * draw), torch.full((4,), 0.7, dtype=torch.float64), {})
         for draw in range(count)
     ]
 
@@ -161,7 +161,7 @@ def inputs(count: int) -> list[tuple[Any, ...]]:
 def pool_of(*hands: Hand, tries: int = 3, **options: Any) -> ScorerPool:
     pool = ScorerPool(tries, **options)
     for hand in hands:
-        pool.add(hand.member)
+        pool.add(hand.worker)
     return pool
 
 
@@ -181,12 +181,12 @@ async def until(condition: Callable[[], Any], seconds: float = 180.0) -> None:
 
 async def settle(pool: ScorerPool) -> None:
     """Wait until nobody holds anything."""
-    await until(lambda: not any(pool.holds(member) for member in pool.members))
+    await until(lambda: not any(pool.holds(worker) for worker in pool.workers))
 
 
 async def taken(call: Call) -> Counter[int]:
     """Return how many micro-batches each worker's answers are of."""
-    return Counter(receipt.worker for receipt in await asyncio.gather(*call.receipts))
+    return Counter(stats.worker for stats in await asyncio.gather(*call.call_stats))
 
 
 async def assert_scores(recipe: Recipe, call: Call, count: int) -> None:
@@ -194,7 +194,7 @@ async def assert_scores(recipe: Recipe, call: Call, count: int) -> None:
     family = recipe_family(recipe)
     expected = Scorer(recipe, family, family.load_teacher())
     scores = [from_wire(score) for score in await asyncio.gather(*call.results)]
-    assert [score.stamp.draw for score in scores] == list(range(count))
+    assert [score.batch_id.draw for score in scores] == list(range(count))
     for item, score in zip(proposals(count), scores, strict=True):
         assert torch.equal(score.prediction, expected.score(item).prediction)
 
@@ -204,9 +204,9 @@ def test_results_are_in_order_whoever_makes_them(recipe: Recipe, hands: list[Han
         hands[0].takes(0.1)
         call = await pool_of(*hands).map("score", inputs(12))
         await assert_scores(recipe, call, 12)
-        assert len(call.receipts) == 12 and len(await taken(call)) == 3
-        for receipt in await asyncio.gather(*call.receipts):
-            assert receipt.role == "teacher" and receipt.versions == ((7, -1),) and receipt.busy_seconds > 0
+        assert len(call.call_stats) == 12 and len(await taken(call)) == 3
+        for stats in await asyncio.gather(*call.call_stats):
+            assert stats.role == "teacher" and stats.versions == ((7, -1),) and stats.busy_seconds > 0
         call.results.reverse()
         with pytest.raises(AssertionError):
             await assert_scores(recipe, call, 12)
@@ -223,9 +223,9 @@ def test_a_free_scorer_takes_what_a_busy_one_would_wait_for(
         busy.hold()
         pool = pool_of(busy, free)
         batch = asyncio.create_task(pool.map("score", inputs(12)))
-        await until(lambda: len(free.calls) == 12 - DEPTH and not pool.holds(free.member))
-        assert busy.calls == [0] and pool.holds(busy.member) and pool.depth == 0 and not batch.done()
-        busy.let_go()
+        await until(lambda: len(free.calls) == 12 - DEPTH and not pool.holds(free.worker))
+        assert busy.calls == [0] and pool.holds(busy.worker) and pool.depth == 0 and not batch.done()
+        busy.release()
         call = await batch
         assert await taken(call) == {0: DEPTH, 1: 12 - DEPTH}  # the busy one has what it held, and no more
         await assert_scores(recipe, call, 12)
@@ -240,9 +240,9 @@ def test_what_one_is_late_with_is_done_again(recipe: Recipe, hands: list[Hand]) 
         pool = pool_of(stuck, free)
         call = await pool.map("score", inputs(12))
         assert await taken(call) == {1: 12} and len(free.calls) == 12  # each of them once
-        assert stuck.calls == [0] and pool.holds(stuck.member) and pool.members == [stuck.member, free.member]
+        assert stuck.calls == [0] and pool.holds(stuck.worker) and pool.workers == [stuck.worker, free.worker]
         await assert_scores(recipe, call, 12)
-        stuck.let_go()
+        stuck.release()
         await settle(pool)
         assert len(stuck.calls) == DEPTH  # it answered late, and the answers were dropped
         await assert_scores(recipe, call, 12)
@@ -276,7 +276,7 @@ async def measured(pool: ScorerPool, *slow: Hand) -> ScorerPool:
     """Let a pool find out who is slow and who is fast."""
     for hand in slow:
         hand.takes(SLOW)
-    await pool.map("score", inputs(3 * len(pool.members)))
+    await pool.map("score", inputs(3 * len(pool.workers)))
     await settle(pool)
     for hand in slow:
         assert hand.calls
@@ -294,7 +294,7 @@ def test_a_fast_scorer_takes_more_and_a_slow_one_no_last_piece(recipe: Recipe, h
         await settle(unknown)
         assert slow.calls  # who is slow, it had to find out
         pool = await measured(unknown, slow)
-        speeds = [member.speed for member in pool.members]
+        speeds = [worker.speed for worker in pool.workers]
         assert None not in speeds and speeds[0] < speeds[1]  # type: ignore[operator]
         call = await pool.map("score", inputs(3))
         assert await taken(call) == {1: 3} and slow.calls == []
@@ -345,36 +345,36 @@ def test_a_killed_scorers_micro_batches_go_to_another(
     recipe: Recipe, hands: list[Hand], mortal: Hand, nothing_again: None
 ) -> None:
     async def test() -> None:
-        losses: list[tuple[Member, BaseException]] = []
+        losses: list[tuple[WorkerHandle, BaseException]] = []
         pool = pool_of(mortal, hands[0], lost=lambda *loss: losses.append(loss))
         mortal.hold()
         batch = asyncio.create_task(pool.map("score", inputs(8)))
-        await until(lambda: mortal.calls and not pool.holds(hands[0].member))
+        await until(lambda: mortal.calls and not pool.holds(hands[0].worker))
         assert losses == [] and not batch.done()
         mortal.kill()
         call = await batch
         assert await taken(call) == {0: 8}
         await assert_scores(recipe, call, 8)
-        assert [member for member, _ in losses] == [mortal.member] and isinstance(losses[0][1], RayActorError)
-        assert pool.members == [hands[0].member] and not pool.holds(mortal.member)
+        assert [worker for worker, _ in losses] == [mortal.worker] and isinstance(losses[0][1], RayActorError)
+        assert pool.workers == [hands[0].worker] and not pool.holds(mortal.worker)
 
     run(test)
 
 
 def test_without_scorers_it_waits_for_one(recipe: Recipe, hands: list[Hand], mortal: Hand) -> None:
     async def test() -> None:
-        losses: list[Member] = []
-        pool = pool_of(mortal, lost=lambda member, error: losses.append(member))
+        losses: list[WorkerHandle] = []
+        pool = pool_of(mortal, lost=lambda worker, error: losses.append(worker))
         mortal.hold()
         batch = asyncio.create_task(pool.map("score", inputs(4)))
         await until(lambda: mortal.calls)
         assert pool.depth == 4 - DEPTH
         mortal.kill()
         await until(lambda: losses and pool.depth == 4)
-        assert pool.members == [] and not batch.done()
-        pool.add(hands[0].member)
+        assert pool.workers == [] and not batch.done()
+        pool.add(hands[0].worker)
         await assert_scores(recipe, await batch, 4)
-        assert losses == [mortal.member] and pool.depth == 0
+        assert losses == [mortal.worker] and pool.depth == 0
 
     run(test)
 
@@ -382,20 +382,20 @@ def test_without_scorers_it_waits_for_one(recipe: Recipe, hands: list[Hand], mor
 def test_who_is_removed_finishes_what_it_holds(recipe: Recipe, hands: list[Hand], nothing_again: None) -> None:
     async def test() -> None:
         leaver, stayer = hands[:2]
-        losses: list[Member] = []
-        pool = pool_of(leaver, stayer, lost=lambda member, error: losses.append(member))
+        losses: list[WorkerHandle] = []
+        pool = pool_of(leaver, stayer, lost=lambda worker, error: losses.append(worker))
         leaver.hold()
         batch = asyncio.create_task(pool.map("score", inputs(6)))
-        await until(lambda: leaver.calls and not pool.holds(stayer.member))
-        pool.remove(leaver.member)
-        assert pool.members == [stayer.member] and pool.holds(leaver.member) and not batch.done()
-        leaver.let_go()
+        await until(lambda: leaver.calls and not pool.holds(stayer.worker))
+        pool.remove(leaver.worker)
+        assert pool.workers == [stayer.worker] and pool.holds(leaver.worker) and not batch.done()
+        leaver.release()
         call = await batch
         assert await taken(call) == {0: DEPTH, 1: 6 - DEPTH}
-        await until(lambda: not pool.holds(leaver.member))
+        await until(lambda: not pool.holds(leaver.worker))
         assert await taken(await pool.map("score", inputs(6))) == {1: 6}
         assert len(leaver.calls) == DEPTH and losses == []
-        pool.add(leaver.member)  # and it may come back
+        pool.add(leaver.worker)  # and it may come back
         await pool.map("score", inputs(6))
         assert len(leaver.calls) > DEPTH
 
@@ -404,17 +404,17 @@ def test_who_is_removed_finishes_what_it_holds(recipe: Recipe, hands: list[Hand]
 
 def test_who_dies_on_its_way_out_was_not_lost(recipe: Recipe, hands: list[Hand], mortal: Hand) -> None:
     async def test() -> None:
-        losses: list[Member] = []
-        pool = pool_of(mortal, lost=lambda member, error: losses.append(member))
+        losses: list[WorkerHandle] = []
+        pool = pool_of(mortal, lost=lambda worker, error: losses.append(worker))
         mortal.hold()
         batch = asyncio.create_task(pool.map("score", inputs(3)))
         await until(lambda: mortal.calls)
-        pool.remove(mortal.member)
+        pool.remove(mortal.worker)
         mortal.kill()
-        pool.add(hands[0].member)
+        pool.add(hands[0].worker)
         call = await batch
         assert await taken(call) == {0: 3} and losses == []
-        await until(lambda: not pool.holds(mortal.member))
+        await until(lambda: not pool.holds(mortal.worker))
         await assert_scores(recipe, call, 3)
 
     run(test)
@@ -424,8 +424,8 @@ def test_an_input_that_always_raises_ends_its_batch_only(
     recipe: Recipe, hands: list[Hand], nothing_again: None
 ) -> None:
     async def test() -> None:
-        losses: list[Member] = []
-        pool = pool_of(*hands, tries=2, lost=lambda member, error: losses.append(member))
+        losses: list[WorkerHandle] = []
+        pool = pool_of(*hands, tries=2, lost=lambda worker, error: losses.append(worker))
         faults = hands[0].folder.parent / "raise-3"
         faults.write_text("2")
         with pytest.raises(ValueError, match="no score for draw 3"):
@@ -434,7 +434,7 @@ def test_an_input_that_always_raises_ends_its_batch_only(
         assert sum(hand.calls.count(3) for hand in hands) == 2 and pool.depth == 0
         faults.write_text("1")  # once is not too often
         await assert_scores(recipe, await pool.map("score", inputs(6)), 6)
-        assert len(pool.members) == 3 and losses == []
+        assert len(pool.workers) == 3 and losses == []
 
     run(test)
 
@@ -463,8 +463,8 @@ class Origin:
 
 def test_a_lost_input_ends_its_batch_at_once_and_is_no_scorers_fault(recipe: Recipe, hands: list[Hand]) -> None:
     async def test() -> None:
-        losses: list[Member] = []
-        pool = pool_of(*hands, lost=lambda member, error: losses.append(member))
+        losses: list[WorkerHandle] = []
+        pool = pool_of(*hands, lost=lambda worker, error: losses.append(worker))
         origin, other = (ray.remote(Origin).options(num_cpus=0).remote() for _ in range(2))
         (used, owned), failed = await origin.own.remote(), other.fail.remote()
         await pool.map("score", [(used,)])  # while its owner lives, it is an input as any
@@ -475,7 +475,7 @@ def test_a_lost_input_ends_its_batch_at_once_and_is_no_scorers_fault(recipe: Rec
             with pytest.raises(kind):
                 await pool.map("score", [*inputs(3), (reference,)])
             await settle(pool)
-            assert len(pool.members) == 3 and losses == [] and pool.depth == 0
+            assert len(pool.workers) == 3 and losses == [] and pool.depth == 0
         ray.kill(other)
         with pytest.raises(TypeError):  # an argument that cannot be sent
             await pool.map("score", [(threading.Lock(),)])
@@ -496,12 +496,12 @@ def test_a_cancelled_batch_leaves_the_pool_usable(recipe: Recipe, hands: list[Ha
         batch.cancel()
         with pytest.raises(asyncio.CancelledError):
             await batch
-        assert pool.depth == 0 and all(pool.holds(member) for member in pool.members)
+        assert pool.depth == 0 and all(pool.holds(worker) for worker in pool.workers)
         after = asyncio.create_task(pool.map("score", inputs(6)))
         await asyncio.sleep(0)
         assert pool.depth == 6  # their hands are full of what nobody wants any more
         for hand in hands[:2]:
-            hand.let_go()
+            hand.release()
         await assert_scores(recipe, await after, 6)
         await settle(pool)
         assert sum(len(hand.calls) for hand in hands[:2]) >= 6 + 2 * DEPTH

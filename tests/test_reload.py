@@ -14,11 +14,11 @@ from raydmd.errors import UserError
 from raydmd.runs.folders import expert_file
 from raydmd.runs.run import Run
 from raydmd.serving import reload as reload_module
-from raydmd.serving.contract import Ask, Made
+from raydmd.serving.contract import GenerationRequest, GenerationResult
 from raydmd.serving.local import local_pipeline
 from raydmd.serving.pipeline import Pipeline, stages_of
 from raydmd.serving.reload import follow
-from raydmd.serving.stage import Engine, NoRevision, Parcel, Stage
+from raydmd.serving.stage import Engine, NoRevision, Stage, StageBatch
 
 
 @pytest.fixture
@@ -36,13 +36,19 @@ def test_what_a_lost_replica_had_is_made_anew_by_the_same_weights(folder: Path) 
         newer(folder, 1.1)
         newest = await stage.refresh()
         assert await pipeline.refresh() == newest and len(stage.revisions) == 2
-        *steps, right = [e async for e in Pipeline(settings, {"experts": stage}).watch(Ask("2", 2, 5, previews=True))]
-        made = await pipeline.make(Ask("2", 2, 5))
+        *steps, right = [
+            e async for e in Pipeline(settings, {"experts": stage}).watch(GenerationRequest("2", 2, 5, previews=True))
+        ]
+        made = await pipeline.make(GenerationRequest("2", 2, 5))
         assert flaky.calls == 2 and made.revision == newest
-        assert isinstance(right, Made) and made.pictures == right.pictures
+        assert isinstance(right, GenerationResult) and made.pictures == right.pictures
         flaky.calls = 0
-        *again, last = [e async for e in pipeline.watch(Ask("2", 2, 5, previews=True))]
-        assert flaky.calls == 2 and isinstance(last, Made) and (last.revision, last.pictures) == (newest, made.pictures)
+        *again, last = [e async for e in pipeline.watch(GenerationRequest("2", 2, 5, previews=True))]
+        assert (
+            flaky.calls == 2
+            and isinstance(last, GenerationResult)
+            and (last.revision, last.pictures) == (newest, made.pictures)
+        )
         assert shown(again) == shown(steps)
 
     run(test)
@@ -57,12 +63,12 @@ def test_a_stream_that_goes_over_to_other_weights_says_all_steps_anew(folder: Pa
         settings = serving(folder)
         stage, behind = (Stage(settings, stages_of(settings, 2)["experts"]) for _ in range(2))
         pipeline = Pipeline(settings, {"experts": behind})
-        *old, before = [event async for event in pipeline.watch(Ask("2", 2, 5, previews=True))]
+        *old, before = [event async for event in pipeline.watch(GenerationRequest("2", 2, 5, previews=True))]
         pipeline.links = {"experts": Flaky(stage, 1, behind)}
         newer(folder, 1.1)
         assert await stage.refresh() == await pipeline.refresh()
-        *steps, made = [event async for event in pipeline.watch(Ask("2", 2, 5, previews=True))]
-        assert isinstance(made, Made) and isinstance(before, Made)
+        *steps, made = [event async for event in pipeline.watch(GenerationRequest("2", 2, 5, previews=True))]
+        assert isinstance(made, GenerationResult) and isinstance(before, GenerationResult)
         assert (made.revision, made.pictures) == (before.revision, before.pictures)
         assert [number for number, _ in shown(steps)] == [1, 2, 3, 1, 2, 3, 4] and shown(steps)[3:] == shown(old)
 
@@ -74,13 +80,13 @@ def test_newer_weights_are_taken_over_while_requests_go_on(folder: Path) -> None
         settings = serving(folder, layout="pipelined", reload_seconds=0.05)
         pipeline = local_pipeline(settings)
         stages: list[Any] = [pipeline.links["expert-1"], pipeline.links["expert-2"]]
-        old = await pipeline.make(Ask("6", 2, 8))
+        old = await pipeline.make(GenerationRequest("6", 2, 8))
         followers = [asyncio.create_task(follow(settings, old.revision, each.refresh)) for each in (pipeline, *stages)]
         newer(folder, 1.1)
-        right = await local_pipeline(settings).make(Ask("6", 2, 8))
-        seen: list[Made] = []
+        right = await local_pipeline(settings).make(GenerationRequest("6", 2, 8))
+        seen: list[GenerationResult] = []
         while not seen or seen[-1].revision == old.revision:
-            seen.append(await pipeline.make(Ask("6", 2, 8)))
+            seen.append(await pipeline.make(GenerationRequest("6", 2, 8)))
         assert seen[-1].revision == right.revision != old.revision
         by_revision = {each.revision: each.pictures for each in seen}
         assert by_revision.get(old.revision, old.pictures) == old.pictures  # never a mixture of the two
@@ -96,15 +102,15 @@ def test_what_cannot_be_taken_over_leaves_the_present_weights(folder: Path, capl
         settings = serving(folder, reload_seconds=0.02)
         pipeline = local_pipeline(settings)
         stage: Any = pipeline.links["experts"]
-        old = await pipeline.make(Ask("6", 2, 8))
+        old = await pipeline.make(GenerationRequest("6", 2, 8))
         follower = asyncio.create_task(follow(settings, old.revision, stage.refresh))
         expert_file(folder, 1).write_bytes(b"not weights")
         while "not taken over" not in caplog.text:
             await asyncio.sleep(0.01)
         assert stage.revisions == [old.revision]
-        assert (await pipeline.make(Ask("6", 2, 8))).pictures == old.pictures
+        assert (await pipeline.make(GenerationRequest("6", 2, 8))).pictures == old.pictures
         with pytest.raises(NoRevision):
-            await stage.run(Parcel("another", "6", 0, 0, 1, (1, 8, 8), None, "png"))
+            await stage.run(StageBatch("another", "6", 0, 0, 1, (1, 8, 8), None, "png"))
         follower.cancel()
 
     run(test)
@@ -185,6 +191,6 @@ def test_a_link_may_be_pointed_at_another_run(served_runs: dict[str, Path], tmp_
         stage: Any = pipeline.links["experts"]
         assert await stage.refresh() == await pipeline.refresh() != old
         want = expected(served_runs["renoise"], 1, 2, 1)
-        assert abs(pixels((await pipeline.make(Ask("1", 1, 2))).pictures[0]) - want[0]).max() <= 1
+        assert abs(pixels((await pipeline.make(GenerationRequest("1", 1, 2))).pictures[0]) - want[0]).max() <= 1
 
     run(test)

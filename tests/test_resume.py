@@ -146,7 +146,7 @@ def story(teachers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         third = start("--resume", "auto")
         before = lines()
         third.until(lambda: lines() >= 1 and any(e.get("resumed") for e in read_lines(folder / "events.jsonl")))
-        family = sorted(third.family(), key=lambda process: "Archivist" not in title(process))
+        family = sorted(third.family(), key=lambda process: "CheckpointWriter" not in title(process))
         last = ITERATIONS // 2 - 3  # before the first phase's edge
         third.until(lambda: half_written(checkpoints) or lines() >= last, pause=0.0)
         told.seen["caught in the middle"] = half_written(checkpoints)

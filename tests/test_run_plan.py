@@ -14,7 +14,7 @@ from raydmd.runs.folders import expert_file
 from raydmd.runtime.checkpoint.manager import Archive, Found
 from raydmd.runtime.checkpoint.manifest import Manifest, read_sealed, sealed
 from raydmd.runtime.checkpoint.plan import RunPlan, run_plan
-from raydmd.runtime.checkpoint.writer import Archivist
+from raydmd.runtime.checkpoint.writer import CheckpointWriter
 from raydmd.runtime.launch import distill
 from raydmd.runtime.preparation import has_experts, prepare
 from raydmd.sampling.plan import plan_iterations, plan_phases
@@ -124,7 +124,7 @@ def test_a_manifest_of_another_version_is_refused_and_never_begun_anew(tmp_path:
 def finished(recipe: Any, folder: Path) -> None:
     """Leave what a finished run of one phase leaves."""
     prepare(recipe, folder, "auto")
-    writer = Archivist.__new__(Archivist)
+    writer = CheckpointWriter.__new__(CheckpointWriter)
     writer.folder, writer.archive = folder, Archive(str(folder / "checkpoints"), folder=folder)
     writer.save_expert(0, expert(7))
     last = manifest(4, phase=1, experts=1, fake_version=8, fake_cursor=8 * 16, seed=0)

@@ -268,20 +268,20 @@ def test_staleness_is_bounded_named_and_deterministic(nodes: dict[str, str], qui
 def test_saves_do_not_queue_behind_a_store_that_is_slower_than_the_run(
     nodes: dict[str, str], quick, prompts, tmp_path: Path
 ) -> None:
-    """The archivist is held from near the start until the run has stopped: only that edge waits behind the held one."""
+    """The checkpoint writer is held from near the start until the run has stopped: only that edge waits behind the held one."""
     recipe = quick("ring", "method.name=dmd", "iterations=60", "checkpoint.every=1", "checkpoint.keep=60")
     run, held = tmp_path / "run", []
     story = Story(recipe, run, lambda story: None)
 
     def hold() -> None:
         story.until(lambda: story.events("started"))
-        (archivist,) = story.processes("Archivist")
-        archivist.suspend()
+        (checkpoint_writer,) = story.processes("CheckpointWriter")
+        checkpoint_writer.suspend()
         try:
             held.append(len(story.lines()))
             story.until(lambda: len(story.lines()) == 40)
         finally:
-            archivist.resume()
+            checkpoint_writer.resume()
 
     thread = threading.Thread(target=hold, daemon=True)
     thread.start()
@@ -309,7 +309,7 @@ def test_a_role_that_cannot_be_placed(nodes: dict[str, str], quick, tmp_path: Pa
 
 def living() -> list[str]:
     """The classes of this package's actors that are there or waited for; Ray Data has some of its own."""
-    ours = {worker.__name__ for worker in WORKERS.values()} | {"PromptStream", "Archivist"}
+    ours = {worker.__name__ for worker in WORKERS.values()} | {"PromptStream", "CheckpointWriter"}
     alive = [a["ActorClassName"] for a in ray._private.state.actors().values() if a["State"] != "DEAD"]
     return [name for name in alive if name in ours]
 

@@ -33,7 +33,7 @@ from raydmd.config.recipe import Recipe
 from raydmd.runs.expert_index import write_index
 from raydmd.runs.folders import expert_file
 from raydmd.serving.app import build
-from raydmd.serving.contract import Ask
+from raydmd.serving.contract import GenerationRequest
 from raydmd.serving.local import local_pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -166,7 +166,10 @@ def pictures_of(run: Path) -> dict[int, list[np.ndarray]]:
     pipeline = local_pipeline(serving(run))
 
     async def make() -> dict[int, list[np.ndarray]]:
-        return {digit: [pixels((await pipeline.make(Ask(str(digit), 1, digit))).pictures[0])] for digit in range(10)}
+        return {
+            digit: [pixels((await pipeline.make(GenerationRequest(str(digit), 1, digit))).pictures[0])]
+            for digit in range(10)
+        }
 
     return asyncio.run(make())
 

@@ -23,7 +23,7 @@ from raydmd.models.experts import fuse_lora
 from raydmd.runs.run import Run
 from raydmd.serving import stage as stage_module
 from raydmd.serving.card import read_card
-from raydmd.serving.contract import Ask, BadAsk, Busy, Made, Step, Unavailable
+from raydmd.serving.contract import BadRequest, GenerationRequest, GenerationResult, Overloaded, Step, Unavailable
 from raydmd.serving.local import local_pipeline
 from raydmd.serving.pipeline import TRIES, Pipeline, stages_of
 from raydmd.serving.settings import load_serving
@@ -43,15 +43,15 @@ def test_a_seed_is_a_picture_alone_in_a_batch_and_in_any_layout(served_runs: dic
         want = expected(served_runs[name], 3, 11, 5)
         for way in WAYS:
             pipeline = local_pipeline(serving(served_runs[name], **way))
-            others = [pipeline.make(Ask(str(digit), 2, digit)) for digit in range(6)]
+            others = [pipeline.make(GenerationRequest(str(digit), 2, digit)) for digit in range(6)]
             made, alone, *_ = await asyncio.gather(
-                pipeline.make(Ask("3", 5, 11)), pipeline.make(Ask("3", 1, 11)), *others
+                pipeline.make(GenerationRequest("3", 5, 11)), pipeline.make(GenerationRequest("3", 1, 11)), *others
             )
             assert max(made.batches.values()) == (2 if "max_batch" in way else 16), way
             for got, right in zip(made.pictures, want, strict=True):
                 assert abs(pixels(got) - right).max() <= 1
             assert abs(pixels(alone.pictures[0]) - want[0]).max() <= 1
-            other = await pipeline.make(Ask("3", 1, 12))
+            other = await pipeline.make(GenerationRequest("3", 1, 12))
             assert abs(pixels(other.pictures[0]) - want[0]).max() > 20
 
     run(test)
@@ -76,8 +76,11 @@ def test_watching_says_each_step_and_ends_with_the_same(served_runs: dict[str, P
     async def test() -> None:
         for way in WAYS:
             pipeline = local_pipeline(serving(served_runs["full"], teacher=True, **way))
-            *steps, made = [event async for event in pipeline.watch(Ask("4", 3, 1, previews=True))]
-            assert isinstance(made, Made) and made.pictures == (await pipeline.make(Ask("4", 3, 1))).pictures
+            *steps, made = [event async for event in pipeline.watch(GenerationRequest("4", 3, 1, previews=True))]
+            assert (
+                isinstance(made, GenerationResult)
+                and made.pictures == (await pipeline.make(GenerationRequest("4", 3, 1))).pictures
+            )
             plan = pipeline.card().steps
             assert [(s.number, s.of, s.made_by, s.t, s.t_next) for s in steps if isinstance(s, Step)] == [
                 (i, 4, each.made_by, each.t, each.t_next) for i, each in enumerate(plan, start=1)
@@ -87,7 +90,9 @@ def test_watching_says_each_step_and_ends_with_the_same(served_runs: dict[str, P
             last = steps[-1]  # Euler's last step lands on the prediction itself
             assert isinstance(last, Step)
             assert all(np.array_equal(pixels(a), pixels(b)) for a, b in zip(last.pictures, made.pictures, strict=True))
-        *steps, made = [event async for event in pipeline.watch(Ask("4", 1, 1, "teacher", previews=False))]
+        *steps, made = [
+            event async for event in pipeline.watch(GenerationRequest("4", 1, 1, "teacher", previews=False))
+        ]
         assert [s.made_by for s in steps if isinstance(s, Step)] == ["teacher"] * pipeline.card().teacher_steps
         assert all(isinstance(s, Step) and s.pictures == () for s in steps)
 
@@ -97,11 +102,11 @@ def test_watching_says_each_step_and_ends_with_the_same(served_runs: dict[str, P
 def test_requests_gather_in_batches_while_the_network_works(served_runs: dict[str, Path]) -> None:
     async def test() -> None:
         pipeline = local_pipeline(serving(served_runs["full"], max_batch=8))
-        first = asyncio.create_task(pipeline.make(Ask("1")))
-        made = await asyncio.gather(first, *(pipeline.make(Ask("1", seed=seed)) for seed in range(1, 13)))
+        first = asyncio.create_task(pipeline.make(GenerationRequest("1")))
+        made = await asyncio.gather(first, *(pipeline.make(GenerationRequest("1", seed=seed)) for seed in range(1, 13)))
         sizes = [each.batches["expert-1"] for each in made]
         assert max(sizes) == 8 and set(sizes) <= {1, 4, 5, 8}
-        assert (await pipeline.make(Ask("1"))).batches["expert-1"] == 1
+        assert (await pipeline.make(GenerationRequest("1"))).batches["expert-1"] == 1
 
     run(test)
 
@@ -124,12 +129,12 @@ def test_who_leaves_is_left_out_and_neighbours_do_not_notice(
     async def test() -> None:
         pipeline = local_pipeline(serving(served_runs["full"]))
         stage: Any = pipeline.links["experts"]
-        right = (await pipeline.make(Ask("7", seed=3))).pictures
+        right = (await pipeline.make(GenerationRequest("7", seed=3))).pictures
         gate = held(stage, monkeypatch)
-        first = asyncio.create_task(pipeline.make(Ask("1")))
+        first = asyncio.create_task(pipeline.make(GenerationRequest("1")))
         while stage._working.done() or stage._queue:
             await asyncio.sleep(0)
-        leaver, stayer = (asyncio.create_task(pipeline.make(Ask("7", n, 3))) for n in (9, 1))
+        leaver, stayer = (asyncio.create_task(pipeline.make(GenerationRequest("7", n, 3))) for n in (9, 1))
         while len(stage._queue) < 2:
             await asyncio.sleep(0)
         assert pipeline.queued() == 11
@@ -148,7 +153,7 @@ def test_a_batch_that_nobody_waits_for_is_not_finished(served_runs: dict[str, Pa
     async def test() -> None:
         pipeline = local_pipeline(serving(served_runs["full"], teacher=True, teacher_steps=2000))
         seen = []
-        async for event in pipeline.watch(Ask("7", 1, 3, "teacher")):
+        async for event in pipeline.watch(GenerationRequest("7", 1, 3, "teacher")):
             seen.append(event)
             if len(seen) == 3:
                 break
@@ -156,7 +161,7 @@ def test_a_batch_that_nobody_waits_for_is_not_finished(served_runs: dict[str, Pa
         working = stage._working
         await asyncio.gather(working, return_exceptions=True)
         assert len(seen) == 3 and pipeline.queued() == 0
-        assert (await pipeline.make(Ask("7"))).pictures
+        assert (await pipeline.make(GenerationRequest("7"))).pictures
 
     run(test)
 
@@ -169,8 +174,8 @@ def test_an_error_in_a_batch_is_said_to_its_requests_and_to_no_later_one(
         with monkeypatch.context() as context:
             context.setattr(stage_module, "_do", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
-                await pipeline.make(Ask("1"))
-        assert (await pipeline.make(Ask("1"))).pictures and pipeline.queued() == 0
+                await pipeline.make(GenerationRequest("1"))
+        assert (await pipeline.make(GenerationRequest("1"))).pictures and pipeline.queued() == 0
 
     run(test)
 
@@ -178,15 +183,18 @@ def test_an_error_in_a_batch_is_said_to_its_requests_and_to_no_later_one(
 @pytest.mark.parametrize(
     ("ask", "param"),
     [
-        (Ask("eleven"), "prompt"), (Ask("11"), "prompt"), (Ask("9" * 5000), "prompt"), (Ask("\x00"), "prompt"),
-        (Ask("1", size=(9, 9)), "size"), (Ask("1", maker="teacher"), "model"),
-        (Ask("1", output_format="mp4"), "output_format"),
+        (GenerationRequest("eleven"), "prompt"), (GenerationRequest("11"), "prompt"),
+        (GenerationRequest("9" * 5000), "prompt"), (GenerationRequest("\x00"), "prompt"),
+        (GenerationRequest("1", size=(9, 9)), "size"), (GenerationRequest("1", maker="teacher"), "model"),
+        (GenerationRequest("1", output_format="mp4"), "output_format"),
     ],
 )  # fmt: skip
-def test_what_the_model_cannot_do_is_refused_by_name(served_runs: dict[str, Path], ask: Ask, param: str) -> None:
+def test_what_the_model_cannot_do_is_refused_by_name(
+    served_runs: dict[str, Path], ask: GenerationRequest, param: str
+) -> None:
     async def test() -> None:
         pipeline = local_pipeline(serving(served_runs["full"]))
-        with pytest.raises(BadAsk) as error:
+        with pytest.raises(BadRequest) as error:
             await pipeline.make(ask)
         assert error.value.param == param and pipeline.queued() == 0
         assert (await pipeline.make(replace(ask, prompt="1", size=None, maker="student", output_format="png"))).pictures
@@ -197,10 +205,12 @@ def test_what_the_model_cannot_do_is_refused_by_name(served_runs: dict[str, Path
 def test_larger_sizes_and_other_formats(served_runs: dict[str, Path]) -> None:
     async def test() -> None:
         pipeline = local_pipeline(serving(served_runs["full"], sizes=[[64, 64]]))
-        small, large = [(await pipeline.make(Ask("5", size=size))).pictures[0] for size in ((8, 8), (64, 64))]
+        small, large = [
+            (await pipeline.make(GenerationRequest("5", size=size))).pictures[0] for size in ((8, 8), (64, 64))
+        ]
         assert (pixels(large)[::8, ::8] == pixels(small)).all() and pixels(large).shape == (64, 64)
         for output_format in ("jpeg", "webp"):
-            file = (await pipeline.make(Ask("5", output_format=output_format))).pictures[0]  # type: ignore[arg-type]
+            file = (await pipeline.make(GenerationRequest("5", output_format=output_format))).pictures[0]  # type: ignore[arg-type]
             assert Image.open(io.BytesIO(file)).format == output_format.upper()
 
     run(test)
@@ -210,16 +220,20 @@ def test_what_a_lost_replica_had_is_made_anew(served_runs: dict[str, Path]) -> N
     async def test() -> None:
         settings = serving(served_runs["full"])
         stage = Stage(settings, stages_of(settings, 2)["experts"])
-        right = await Pipeline(settings, {"experts": stage}).make(Ask("2", 2, 5))
+        right = await Pipeline(settings, {"experts": stage}).make(GenerationRequest("2", 2, 5))
         flaky = Flaky(stage, 2)
-        assert (await Pipeline(settings, {"experts": flaky}).make(Ask("2", 2, 5))).pictures == right.pictures
+        assert (
+            await Pipeline(settings, {"experts": flaky}).make(GenerationRequest("2", 2, 5))
+        ).pictures == right.pictures
         assert flaky.calls == 3
         flaky = Flaky(stage, 1)
-        events = [e async for e in Pipeline(settings, {"experts": flaky}).watch(Ask("2", 2, 5, previews=True))]
+        events = [
+            e async for e in Pipeline(settings, {"experts": flaky}).watch(GenerationRequest("2", 2, 5, previews=True))
+        ]
         assert [e.number for e in events if isinstance(e, Step)] == [1, 2, 3, 4]  # each of them said once
-        assert flaky.calls == 2 and isinstance(events[-1], Made) and events[-1].pictures == right.pictures
+        assert flaky.calls == 2 and isinstance(events[-1], GenerationResult) and events[-1].pictures == right.pictures
         with pytest.raises(Unavailable):
-            await Pipeline(settings, {"experts": Flaky(stage, TRIES)}).make(Ask("2"))
+            await Pipeline(settings, {"experts": Flaky(stage, TRIES)}).make(GenerationRequest("2"))
 
     run(test)
 
@@ -231,9 +245,9 @@ def test_one_of_several_replicas_does_not_refuse_for_the_others(served_runs: dic
             pipeline = local_pipeline(settings)
             admission = pipeline.admissions["student"]
             with admission.admitted(1):  # somebody is always inside
-                await asyncio.gather(*(pipeline.make(Ask("1", seed=seed)) for seed in range(8)))
-                with admission.admitted(8), pytest.raises(Busy) as error:
-                    await pipeline.make(Ask("1"))
+                await asyncio.gather(*(pipeline.make(GenerationRequest("1", seed=seed)) for seed in range(8)))
+                with admission.admitted(8), pytest.raises(Overloaded) as error:
+                    await pipeline.make(GenerationRequest("1"))
             assert (error.value.full_seconds > 0) == (replicas == 1) and error.value.retry_after >= 1
 
     run(test)

@@ -34,7 +34,7 @@ from raydmd.jsonl import LineWriter, mend_lines
 from raydmd.runs.folders import expert_file, read_lines
 from raydmd.runtime.checkpoint.lock import Lock
 from raydmd.runtime.checkpoint.manager import Archive, Writer
-from raydmd.runtime.checkpoint.writer import Archivist, keep_experts
+from raydmd.runtime.checkpoint.writer import CheckpointWriter, keep_experts
 from raydmd.runtime.launch import distill
 from raydmd.runtime.preparation import prepare
 from raydmd.runtime.pretrain import salvage
@@ -206,8 +206,8 @@ def test_a_disk_that_is_gone_in_a_run(disk: SmallDisk) -> None:
     assert is_of(archive.newest(), 4)
 
 
-def archivist(folder: Path) -> Archivist:
-    made = Archivist.__new__(Archivist)  # not niced: this is the tests' own process
+def checkpoint_writer(folder: Path) -> CheckpointWriter:
+    made = CheckpointWriter.__new__(CheckpointWriter)  # not niced: this is the tests' own process
     made.folder, made.archive = folder, Archive(str(folder / "checkpoints"), 2, None, folder)
     return made
 
@@ -215,23 +215,23 @@ def archivist(folder: Path) -> Archivist:
 @pytest.mark.parametrize("restarted", [False, True])
 def test_checkpoints_removed_in_a_run_are_whole_again_with_the_next(restarted: bool, tmp_path: Path) -> None:
     """A finished expert is not written again by itself: it comes from the run's own copy."""
-    writer = archivist(tmp_path)
+    writer = checkpoint_writer(tmp_path)
     writer.save_expert(0, expert(7))
     Save(4, (7,))(writer.archive)
     for path in sorted((tmp_path / "checkpoints").rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     (tmp_path / "checkpoints").rmdir()
-    writer = archivist(tmp_path) if restarted else writer
+    writer = checkpoint_writer(tmp_path) if restarted else writer
     Save(6, (7,))(writer.archive)
     assert is_of(Archive(str(tmp_path / "checkpoints")).newest(), 6, (7,))
     expert_file(tmp_path, 0).unlink()  # and without that copy it is said, not written around
     (tmp_path / "checkpoints/experts").rename(tmp_path / "away")
     with pytest.raises(RunError, match="lost the expert of phase 1, and the run's folder lacks it"):
-        Save(8, (7,))(archivist(tmp_path).archive)
+        Save(8, (7,))(checkpoint_writer(tmp_path).archive)
 
 
 def test_an_expert_that_the_archive_lost_is_restored_from_the_run_and_the_other_way_round(tmp_path: Path) -> None:
-    writer, here = archivist(tmp_path), expert_file(tmp_path, 0)
+    writer, here = checkpoint_writer(tmp_path), expert_file(tmp_path, 0)
     writer.save_expert(0, expert(7))
     Save(4, (7,), edge=True)(writer.archive)
     (there,) = (tmp_path / "checkpoints/experts").glob("*.safetensors")
@@ -240,7 +240,7 @@ def test_an_expert_that_the_archive_lost_is_restored_from_the_run_and_the_other_
         content[-1] ^= 1
         broken.write_bytes(content)
         assert Archive(str(tmp_path / "checkpoints")).newest().manifest is None or broken is here
-        found = archivist(tmp_path).archive.newest()
+        found = checkpoint_writer(tmp_path).archive.newest()
         assert is_of(found, 4, (7,), edge=True) and not found.skipped
         assert found.manifest is not None
         keep_experts(tmp_path, found.manifest, found.shards)

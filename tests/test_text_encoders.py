@@ -19,7 +19,7 @@ from raydmd.data.prompts import PromptTable
 from raydmd.errors import UserError
 from raydmd.models.registry import build_family
 from raydmd.runs.run import Run, recipe_family
-from raydmd.serving.contract import Ask, BadAsk, Format, Made
+from raydmd.serving.contract import BadRequest, Format, GenerationRequest, GenerationResult
 from raydmd.serving.local import local_pipeline
 from raydmd.serving.stage import Engine
 
@@ -86,7 +86,7 @@ def test_any_text_is_served_the_same_in_any_layout(name: str, runs: dict[str, Pa
     run, is_video = runs[name], name == "wan"
     output_format: Format = "mp4" if is_video else "png"
 
-    def shown(made: Made) -> tuple[bytes, ...]:
+    def shown(made: GenerationResult) -> tuple[bytes, ...]:
         """Return what is to be seen, without what a PNG says of itself."""
         return made.pictures if is_video else tuple(pixels(file).tobytes() for file in made.pictures)
 
@@ -95,7 +95,9 @@ def test_any_text_is_served_the_same_in_any_layout(name: str, runs: dict[str, Pa
         ways = ({"layout": "colocated", "teacher": True}, {"layout": "pipelined", "encoder": "own", "decoder": "own"})
         for way in ways:
             pipeline = local_pipeline(serving(run, **way))
-            asks = [Ask(text, 2, 5, output_format=output_format) for text in (TEXT, TEXT + " at night", "7")]
+            asks = [
+                GenerationRequest(text, 2, 5, output_format=output_format) for text in (TEXT, TEXT + " at night", "7")
+            ]
             made = await asyncio.gather(*(pipeline.make(ask) for ask in asks))
             assert all(each.seconds["encode"] > 0 for each in made)
             assert len({shown(each) for each in made}) == 3  # a figure is a text here, not a row of the table
@@ -104,7 +106,7 @@ def test_any_text_is_served_the_same_in_any_layout(name: str, runs: dict[str, Pa
             assert again.pictures == made[0].pictures and again.seconds["encode"] < made[0].seconds["encode"]
             files.append(made[0].pictures)
             if "teacher" in way:
-                by_teacher = Ask(TEXT, 1, 5, "teacher", output_format=output_format)
+                by_teacher = GenerationRequest(TEXT, 1, 5, "teacher", output_format=output_format)
                 teacher = await pipeline.make(by_teacher)
                 assert shown(teacher) != shown(await pipeline.make(replace(by_teacher, maker="student")))
                 null = Run(run).family.options["negative_prompt"]
@@ -130,9 +132,9 @@ def test_without_a_text_encoder_prompts_are_the_tables(runs: dict[str, Path], tm
     with pytest.raises(UserError, match="has no text_encoder/config.json"):
         family.encode_prompts([TEXT])
     pipeline = local_pipeline(serving(run))
-    with pytest.raises(BadAsk, match="no column of texts"):
-        asyncio.run(pipeline.make(Ask(TEXT, output_format="mp4")))
-    assert asyncio.run(pipeline.make(Ask("2", output_format="mp4"))).pictures
+    with pytest.raises(BadRequest, match="no column of texts"):
+        asyncio.run(pipeline.make(GenerationRequest(TEXT, output_format="mp4")))
+    assert asyncio.run(pipeline.make(GenerationRequest("2", output_format="mp4"))).pictures
 
 
 def test_a_broken_text_encoder_is_said_in_a_line(runs: dict[str, Path], tmp_path: Path) -> None:

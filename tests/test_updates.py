@@ -39,7 +39,7 @@ def proposed(quick, *overrides: str, phase: int = 0) -> tuple[Generator, list, l
     proposals = [generator.propose(0, start, micro, {}) for start in range(0, recipe.batch.size, micro)]
     scorer = Scorer(recipe, family, family.load_teacher())
     real = [scorer.score(proposal) for proposal in proposals]
-    fake = [Score(s.stamp, s.prediction + 0.3 * torch.sin(7 * p.x_t)) for s, p in zip(real, proposals, strict=True)]
+    fake = [Score(s.batch_id, s.prediction + 0.3 * torch.sin(7 * p.x_t)) for s, p in zip(real, proposals, strict=True)]
     return generator, proposals, real, fake
 
 
@@ -53,11 +53,11 @@ def test_the_gradient_is_that_of_the_formula(quick, phase: int, weight: str) -> 
     x_s = generator._kept[0][0]
     t, x_t, x = proposal.t[:, None], proposal.x_t.double(), x_s.detach().double()
     assert s == (0.5 if phase == 0 else 0.0) and float(t.min()) > s + 0.02 - 1e-12
-    assert proposal.stamp.draw == generator.draws - 1  # after the fake's draws of the iteration
+    assert proposal.batch_id.draw == generator.draws - 1  # after the fake's draws of the iteration
     assert not torch.allclose(generator.rollout(0, 0, 0, 16, {}).x_s, x_s, atol=1e-2)
 
     bridge_alpha = (1 - t) / (1 - s)
-    noise = normal(Key(0, phase, "score-noise", proposal.stamp.draw), 0, 16, (2,)).double()
+    noise = normal(Key(0, phase, "score-noise", proposal.batch_id.draw), 0, 16, (2,)).double()
     assert torch.allclose(x_t, bridge_alpha * x + (t**2 - bridge_alpha**2 * s**2).sqrt() * noise, atol=1e-5)
     if weight == "raw":  # Phased DMD Eq. 11: w (T - F)
         w = bridge_alpha / (t + t**2 / (1 - t).clamp(min=1e-300))
@@ -91,9 +91,9 @@ def test_a_step_goes_toward_the_teachers_mean(quick) -> None:
         generator, (proposal,), (real,), _ = proposed(quick, "batch.micro=null", phase=1)
         x_s, t = generator._kept[0][0].detach(), proposal.t[:, None].float()
         target = proposal.x_t - t * real.prediction
-        honest = Score(real.stamp, (proposal.x_t - x_s) / t)
+        honest = Score(real.batch_id, (proposal.x_t - x_s) / t)
         generator.update([honest], [real]) if exchanged else generator.update([real], [honest])
-        draw = proposal.stamp.draw
+        draw = proposal.batch_id.draw
         again = rollout(
             generator.family, generator.experts, generator.phases, Key(0, 1, "rollout", draw), 0, {}, 16,
             leave=exit_step(generator.phase, Key(0, 1, "exit", draw)),
@@ -112,14 +112,14 @@ def test_one_samples_distance_does_not_set_anothers_step(quick) -> None:
         a[0] += far
         b[0] = a[0]
         capture = Capture()
-        generator.update([Score(real.stamp, a)], [Score(fake.stamp, b)], capture)
+        generator.update([Score(real.batch_id, a)], [Score(fake.batch_id, b)], capture)
         totals.append(capture.total)
     assert torch.equal(totals[0], totals[1]) and totals[0].abs().max() > 0
     generator, _, (real,), (fake,) = proposed(quick, "batch.micro=null")
     b = fake.prediction.clone()
     b[0] += 50.0
     capture = Capture()
-    generator.update([real], [Score(fake.stamp, b)], capture)
+    generator.update([real], [Score(fake.batch_id, b)], capture)
     assert not torch.allclose(capture.total, totals[0], rtol=1e-2, atol=1e-4)
 
 
@@ -137,12 +137,12 @@ def test_micro_batches_make_the_gradient_of_the_batch(quick) -> None:
 def test_scores_of_another_iteration_are_refused(quick) -> None:
     generator, proposals, real, fake = proposed(quick)
     weight = generator.flat.weight.data.clone()
-    later = [generator.propose(1, p.stamp.start, 4, {}) for p in proposals]
-    assert later[0].stamp.draw != proposals[0].stamp.draw
+    later = [generator.propose(1, p.batch_id.start, 4, {}) for p in proposals]
+    assert later[0].batch_id.draw != proposals[0].batch_id.draw
     with pytest.raises(AssertionError, match="another iteration"):
         generator.update(real, fake)
-    later = [generator.propose(1, p.stamp.start, 4, {}) for p in proposals]
-    mixed = [Score(p.stamp, s.prediction) for p, s in zip(later, real, strict=True)]
+    later = [generator.propose(1, p.batch_id.start, 4, {}) for p in proposals]
+    mixed = [Score(p.batch_id, s.prediction) for p, s in zip(later, real, strict=True)]
     with pytest.raises(AssertionError, match="another iteration"):
         generator.update(mixed, fake)
     assert torch.equal(generator.flat.weight.data, weight)
@@ -160,7 +160,7 @@ def test_an_iteration_has_its_own_regression_pairs(quick) -> None:
     generator.start_phase(0, 0)
     for iteration, spoilt in ((1, False), (0, True), (1, False), (2, True)):  # 2 begins a new epoch
         proposals = [generator.propose(iteration, start, 4, {}) for start in (0, 4, 8, 12)]
-        scores = [Score(p.stamp, torch.zeros_like(p.x_t)) for p in proposals]
+        scores = [Score(p.batch_id, torch.zeros_like(p.x_t)) for p in proposals]
         if spoilt:
             with pytest.raises(FloatingPointError):
                 generator.update(scores, scores)
@@ -242,7 +242,7 @@ def test_the_fake_is_remade_from_the_teacher_each_phase(quick) -> None:
 
     for u in range(2):
         fake.update([generator.rollout(0, u, start, 4, conditions) for start in (0, 4, 8, 12)])
-    assert fake.score(proposal).stamp.fake_version == 2 and guided.stamp.fake_version == -1
+    assert fake.score(proposal).batch_id.fake_version == 2 and guided.batch_id.fake_version == -1
     assert not torch.equal(fake.score(proposal).prediction, conditional)
     fake.start_phase(1, 1)
     assert torch.equal(fake.flat.weight.data, weights) and fake.updates == 2 and fake.flat.version == 0

@@ -19,7 +19,7 @@ from raydmd.models.experts import Experts
 from raydmd.runs.folders import expert_file
 from raydmd.runs.run import Run
 from raydmd.serving import pipeline as pipeline_module
-from raydmd.serving.contract import Ask
+from raydmd.serving.contract import GenerationRequest
 from raydmd.serving.local import local_pipeline
 from raydmd.serving.settings import Serving
 from raydmd.serving.stage import NoRevision
@@ -325,15 +325,15 @@ class Between:
         self.pipeline, self.link, self.other = pipeline, link, run
         self.stage, self.asked = pipeline.links["experts"], []
 
-    async def run(self, parcel):
-        self.asked.append(parcel.revision)
+    async def run(self, stage_batch):
+        self.asked.append(stage_batch.revision)
         if len(self.asked) == 1:
             self.link.unlink()
             self.link.symlink_to(self.other)
-            assert await self.pipeline.refresh() == parcel.revision  # until the stage holds the other
-            assert await self.stage.refresh() == await self.pipeline.refresh() != parcel.revision
-            raise NoRevision(parcel.revision)
-        return await self.stage.run(parcel)
+            assert await self.pipeline.refresh() == stage_batch.revision  # until the stage holds the other
+            assert await self.stage.refresh() == await self.pipeline.refresh() != stage_batch.revision
+            raise NoRevision(stage_batch.revision)
+        return await self.stage.run(stage_batch)
 
     async def offers(self, served):
         return await self.stage.offers(served)
@@ -349,10 +349,10 @@ def test_weights_of_another_kind_do_not_stand_in(run, unlike, tmp_path, monkeypa
     pipeline.links = {"experts": stage}
 
     async def test():
-        right = await stage.stage.run(pipeline._parcels(Ask("0", output_format="mp4"))[0])
-        made = await pipeline.make(Ask("0", output_format="mp4"))
+        right = await stage.stage.run(pipeline._parcels(GenerationRequest("0", output_format="mp4"))[0])
+        made = await pipeline.make(GenerationRequest("0", output_format="mp4"))
         assert stage.asked == [before] * 2 and made.pictures == right.files
-        newer = Ask("4" if unlike.parent.name.startswith("prompts") else "0", output_format="mp4")
+        newer = GenerationRequest("4" if unlike.parent.name.startswith("prompts") else "0", output_format="mp4")
         assert (await pipeline.make(newer)).revision == pipeline.card().revision != before
         assert before not in stage.asked[2:]
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from raydmd.errors import RunError
 from raydmd.runs.run import recipe_family
 from raydmd.runtime.observability.recorder import Recorder
-from raydmd.runtime.workers.base import Receipt
+from raydmd.runtime.workers.base import CallStats
 from raydmd.training.fake_score import Fake
 from raydmd.training.generator import Generator, GeneratorStats
 from raydmd.training.local import train
@@ -54,9 +54,9 @@ def test_the_generators_update_counts_them_and_the_others_train(quick: Any) -> N
     assert stats.norm > 0 and generator.flat.weight.isfinite().all() and not torch.equal(before, generator.flat.weight)
 
 
-def receipts(*zeroed: dict[str, int]) -> list[Receipt]:
+def call_stats(*zeroed: dict[str, int]) -> list[CallStats]:
     micro = [(0, 0.1, NAN, 1.0), (4, 0.3, 0.5, 1.0)]
-    return [Receipt("generator", n, 0.1, GeneratorStats(1.0, micro, 1, counts)) for n, counts in enumerate(zeroed)]
+    return [CallStats("generator", n, 0.1, GeneratorStats(1.0, micro, 1, counts)) for n, counts in enumerate(zeroed)]
 
 
 def test_they_are_in_the_metrics_and_events_and_many_are_warned_of(quick: Any, tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_they_are_in_the_metrics_and_events_and_many_are_warned_of(quick: Any, t
     recorder.rewind(0)
     try:
         for n in range(60):
-            made = receipts({"teacher": 2}, {"teacher": 1, "fake": 1} if n >= 3 else {}) if n >= 2 else receipts({})
+            made = call_stats({"teacher": 2}, {"teacher": 1, "fake": 1} if n >= 3 else {}) if n >= 2 else call_stats({})
             recorder.iteration(0, n, made, {"generator": 2})
     finally:
         recorder.close()

@@ -15,7 +15,7 @@ import aiohttp
 from raydmd.bench.arrivals import Request
 from raydmd.bench.load import Answer
 from raydmd.errors import UserError, nearest
-from raydmd.serving.contract import Ask, Backend, BadAsk, Busy, Maker, NotFinite, Unavailable
+from raydmd.serving.contract import Backend, BadRequest, GenerationRequest, Maker, NotFinite, Overloaded, Unavailable
 
 REJECTIONS = frozenset({429, 503})
 STARTS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")  # of PNG, JPEG and WebP files
@@ -180,17 +180,17 @@ class LocalTarget:
     async def ask(self, request: Request) -> Answer:
         """Make pictures; see `load.Target.ask`."""
         began = time.perf_counter()
-        ask = Ask(request.prompt, request.n, request.seed, self.maker, request.size)
+        generation_request = GenerationRequest(request.prompt, request.n, request.seed, self.maker, request.size)
         try:
             async with asyncio.timeout(self.timeout):  # `wait_for` would lose a cancellation that meets the answer
-                made = await self.backend.make(ask)
-        except Busy:
-            return Answer("rejected", "Busy")
+                result = await self.backend.make(generation_request)
+        except Overloaded:
+            return Answer("rejected", "Overloaded")
         except TimeoutError:
             return Answer("failed", "timeout")
-        except (BadAsk, NotFinite, Unavailable) as error:
+        except (BadRequest, NotFinite, Unavailable) as error:
             return Answer("failed", type(error).__name__, why=str(error))
-        if problem := _problem(made.pictures, request.n):
+        if problem := _problem(result.pictures, request.n):
             return Answer("failed", problem)
-        seconds = {"total": time.perf_counter() - began, **made.seconds}
-        return Answer("ok", pictures=len(made.pictures), seconds=seconds, batches=dict(made.batches))
+        seconds = {"total": time.perf_counter() - began, **result.seconds}
+        return Answer("ok", pictures=len(result.pictures), seconds=seconds, batches=dict(result.batches))

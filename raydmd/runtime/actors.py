@@ -5,7 +5,7 @@ from typing import Any
 
 import ray
 
-from raydmd.runtime.membership.role_workers import Crew
+from raydmd.runtime.membership.role_workers import RoleWorkers
 from raydmd.runtime.workers.teacher_pool import ScorerPool
 from raydmd.runtime.workers.trainer_group import TrainerGroup
 
@@ -13,16 +13,16 @@ TRAINERS = ("generator", "fake")  # the roles that have a state
 
 
 @dataclass
-class Cluster:
-    """Every actor of a run: the roles' crews, how they are called, and the run's helpers."""
+class RunActors:
+    """Every actor of a run: the roles' workers, how they are called, and the run's helpers."""
 
-    crews: dict[str, Crew]
+    role_workers: dict[str, RoleWorkers]
     generators: TrainerGroup
     fakes: TrainerGroup
     scorers: ScorerPool
     prompts: Any
-    archivist: Any
-    warden: Any
+    checkpoint_writer: Any
+    control_caller: Any
 
     @property
     def groups(self) -> dict[str, TrainerGroup]:
@@ -32,13 +32,13 @@ class Cluster:
     @property
     def sizes(self) -> dict[str, int]:
         """Workers at work, by role."""
-        return {role: len(self.crews[role].members) for role in ("teacher", "fake", "generator")}
+        return {role: len(self.role_workers[role].active) for role in ("teacher", "fake", "generator")}
 
     def close(self) -> None:
         """End every actor, so that the run holds nothing of a cluster that others use; nothing where Ray is gone."""
         if not ray.is_initialized():
             return
-        for crew in self.crews.values():
-            crew.close()
-        for actor in (self.prompts, self.archivist, self.warden):
+        for workers in self.role_workers.values():
+            workers.close()
+        for actor in (self.prompts, self.checkpoint_writer, self.control_caller):
             ray.kill(actor)

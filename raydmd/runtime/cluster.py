@@ -19,14 +19,14 @@ from raydmd.data.prompts import PromptTable
 from raydmd.errors import RunError, UserError
 from raydmd.runs.run import recipe_family
 from raydmd.runtime import cluster_address
-from raydmd.runtime.actors import Cluster
+from raydmd.runtime.actors import RunActors
 from raydmd.runtime.address import check_reachable
 from raydmd.runtime.checkpoint.manager import Archive, Writer
 from raydmd.runtime.checkpoint.plan import run_plan
-from raydmd.runtime.checkpoint.writer import Archivist
+from raydmd.runtime.checkpoint.writer import CheckpointWriter
 from raydmd.runtime.controller import micro_batches
 from raydmd.runtime.membership.placement import wait_for_helpers, wait_for_workers
-from raydmd.runtime.membership.role_workers import Crew
+from raydmd.runtime.membership.role_workers import RoleWorkers
 from raydmd.runtime.observability.recorder import Recorder
 from raydmd.runtime.own_ray import in_a_group_of_its_own, make_room_for_sockets
 from raydmd.runtime.prompts import PromptStream
@@ -36,8 +36,8 @@ from raydmd.runtime.ray_compat import (
     own_signals,
     quiet_dead_workers,
 )
-from raydmd.runtime.recovery.ray_health import HealthMonitor
-from raydmd.runtime.recovery.warden import Warden
+from raydmd.runtime.recovery.control_caller import ControlCaller
+from raydmd.runtime.recovery.ray_health import RayHealthMonitor
 from raydmd.runtime.workers.base import PARTS, WORKERS, Factory
 from raydmd.runtime.workers.helpers import start_helper
 from raydmd.runtime.workers.process_group import Rendezvous
@@ -47,7 +47,7 @@ from raydmd.runtime.workers.wire import to_wire
 from raydmd.sampling.plan import plan_iterations, plan_phases
 
 
-def connect(recipe: Recipe, folder: Path) -> AbstractContextManager[HealthMonitor]:
+def connect(recipe: Recipe, folder: Path) -> AbstractContextManager[RayHealthMonitor]:
     """Join or start a Ray as `joined` does, large enough for a recipe; what Ray says goes to ``folder``/run.log."""
     roles = (recipe.runtime.teacher, recipe.runtime.fake, recipe.runtime.generator)
     claimed = sum(role.cpus * role.max_workers for role in roles) + 2  # two more for Ray Data's tasks
@@ -55,11 +55,11 @@ def connect(recipe: Recipe, folder: Path) -> AbstractContextManager[HealthMonito
 
 
 @contextmanager
-def joined(claimed: float, object_store_mb: int, log: Path) -> Iterator[HealthMonitor]:
+def joined(claimed: float, object_store_mb: int, log: Path) -> Iterator[RayHealthMonitor]:
     """Join the cluster that RAY_ADDRESS names (a job's own, inside a job), else start one here, on loopback.
 
     One that was started is ended at the end; while inside, a Ray that is lost ends what the main thread does (see
-    `HealthMonitor`). Within another of these it is the outer one's.
+    `RayHealthMonitor`). Within another of these it is the outer one's.
 
     Args:
         claimed: CPUs that are asked for in all; one that is started here has as many, whatever the machine has.
@@ -73,7 +73,7 @@ def joined(claimed: float, object_store_mb: int, log: Path) -> Iterator[HealthMo
     inner = ray.is_initialized()
     with nullcontext() if inner else notices_to(log):
         owned = join_or_start(claimed, object_store_mb)
-        monitor = HealthMonitor()
+        monitor = RayHealthMonitor()
         if not inner:
             monitor.start()
         try:
@@ -125,7 +125,7 @@ async def launch(
     recorder: Recorder,
     parts: dict[str, Factory] | None = None,
     owner: str = "",
-) -> Cluster:
+) -> RunActors:
     """Start every role's workers and wait until those are up that a run needs to begin.
 
     Args:
@@ -149,28 +149,28 @@ async def launch(
     rows = prompts if "://" in prompts else str(Path(prompts).resolve())
     family = recipe_family(recipe)
     row = to_wire(family.conditions(PromptTable(prompts, family.condition_columns).rows(0, 1)))
-    crews = {role: Crew(role, recipe, (parts or PARTS)[role], row=row) for role in WORKERS}
+    role_workers = {role: RoleWorkers(role, recipe, (parts or PARTS)[role], row=row) for role in WORKERS}
     rendezvous = Rendezvous(ray.util.get_node_ip_address())
-    cluster = Cluster(
-        crews=crews,
+    actors = RunActors(
+        role_workers=role_workers,
         generators=TrainerGroup("generator", micro_batches(recipe), rendezvous),
         fakes=TrainerGroup("fake", micro_batches(recipe), rendezvous),
         scorers=ScorerPool(recipe.runtime.max_failures),
         prompts=helper(PromptStream, recipe, rows),
-        archivist=helper(Archivist, str(folder.resolve()), place, recipe.checkpoint.keep, writer, plan),
-        warden=helper(Warden),
+        checkpoint_writer=helper(CheckpointWriter, str(folder.resolve()), place, recipe.checkpoint.keep, writer, plan),
+        control_caller=helper(ControlCaller),
     )
     try:
-        for crew in crews.values():
-            crew.fill()
-        await wait_for_workers(crews, recipe.runtime.placement_timeout, recorder.say)
-        helpers = {f"the rows of {prompts}": cluster.prompts, "the place of checkpoints": cluster.archivist}
-        helpers["the control caller"] = cluster.warden
+        for workers in role_workers.values():
+            workers.fill()
+        await wait_for_workers(role_workers, recipe.runtime.placement_timeout, recorder.say)
+        helpers = {f"the rows of {prompts}": actors.prompts, "the place of checkpoints": actors.checkpoint_writer}
+        helpers["the control caller"] = actors.control_caller
         await wait_for_helpers(helpers, recipe.runtime.placement_timeout, recorder.say)
     except BaseException:
-        cluster.close()
+        actors.close()
         raise
-    return cluster
+    return actors
 
 
 def checkpoints(recipe: Recipe, folder: Path) -> str:

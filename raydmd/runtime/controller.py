@@ -13,13 +13,13 @@ from ray.exceptions import RayError
 from raydmd.config.recipe import Recipe
 from raydmd.errors import RunError, StorageError
 from raydmd.locations import KEY
-from raydmd.runtime.actors import Cluster
+from raydmd.runtime.actors import RunActors
 from raydmd.runtime.checkpoint.manager import Manifest
 from raydmd.runtime.observability.recorder import Recorder
 from raydmd.runtime.recovery.faults import Stopped
-from raydmd.runtime.recovery.health import Watch
-from raydmd.runtime.recovery.manager import Elastic
-from raydmd.runtime.workers.base import Micro, Position, Receipt
+from raydmd.runtime.recovery.health import HealthMonitor
+from raydmd.runtime.recovery.manager import RecoveryManager
+from raydmd.runtime.workers.base import CallStats, MicroBatch, TrainerProgress
 from raydmd.runtime.workers.process_group import StepDropped
 from raydmd.runtime.workers.trainer_group import Call
 from raydmd.sampling.phase import Phase
@@ -43,7 +43,7 @@ class Controller:
         recipe: the run's recipe.
         phases: its phases.
         lengths: iterations of each phase.
-        cluster: the actors.
+        actors: the run's actors.
         recorder: where figures go.
         until: stop once this many iterations are committed.
         began: time.perf_counter() when the run began.
@@ -53,7 +53,7 @@ class Controller:
     recipe: Recipe
     phases: list[Phase]
     lengths: list[int]
-    cluster: Cluster
+    actors: RunActors
     recorder: Recorder
     until: int | None = None
     began: float = field(default_factory=time.perf_counter)
@@ -63,11 +63,11 @@ class Controller:
         self.ends = list(accumulate(self.lengths))
         self.next = self.committed = self.experts = self._fake_updates = 0
         self._announced = -1  # the phase of the last event
-        self._stood = False
+        self._started = False
         self.finished = self.stopping = self._paired = self._previewed = False
-        self.elastic = Elastic(self.recipe, self.cluster, self.recorder, lambda: self.stopping)
+        self.recovery = RecoveryManager(self.recipe, self.actors, self.recorder, lambda: self.stopping)
         self._background: set[asyncio.Task[None]] = set()
-        self.checkpoints = self.elastic.checkpoints
+        self.checkpoints = self.recovery.checkpoints
         self._receipts: dict[int, list[ObjectRef]] = {}
         self._forget_the_dropped()
 
@@ -80,7 +80,7 @@ class Controller:
                 cannot be written.
             StorageError: a disk is full or gone.
         """
-        watch = asyncio.create_task(Watch(self.elastic).run())
+        watch = asyncio.create_task(HealthMonitor(self.recovery).run())
         main = asyncio.create_task(self._run())
         try:
             await asyncio.wait((watch, main), return_when=asyncio.FIRST_COMPLETED)
@@ -114,13 +114,13 @@ class Controller:
         self.checkpoints.check()
 
     async def _run(self) -> None:
-        """Train; after a loss mend the cluster and train on."""
-        mended = False
+        """Train; after a loss recover and train on."""
+        recovered = False
         while True:
             try:
-                if not mended:
-                    await self._mend()
-                    mended = True
+                if not recovered:
+                    await self._recover()
+                    recovered = True
                 async with asyncio.TaskGroup() as self._attempt:
                     self._commits: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()
                     self._attempt.create_task(self._commit_in_order())
@@ -133,28 +133,28 @@ class Controller:
                 errors = _flat(group)
             except (RayError, StepDropped) as error:
                 errors = [error]
-            mended = False
-            self.elastic.judge(errors)
+            recovered = False
+            self.recovery.check_errors(errors)
 
-    async def _mend(self) -> None:
+    async def _recover(self) -> None:
         """Bring all workers to one state, and take up the loop there."""
-        standing = await self.elastic.mend()
+        resume_point = await self.recovery.recover()
         self._forget_the_dropped()
-        await self._write_down_committed(standing.iteration)
-        if standing.experts is not None:  # a manifest's state, and not the workers' own
-            self.experts, self._paired = standing.experts, False
+        await self._write_down_committed(resume_point.iteration)
+        if resume_point.experts is not None:  # a manifest's state, and not the workers' own
+            self.experts, self._paired = resume_point.experts, False
             self._receipts.clear()
             self.checkpoints.forget()
             self._announced = -1
-            self.recorder.rewind(standing.iteration)
-        self.next = self.committed = standing.iteration
-        self._fake_updates = standing.fake_updates
-        if not self._stood:
-            self._stood = True
+            self.recorder.rewind(resume_point.iteration)
+        self.next = self.committed = resume_point.iteration
+        self._fake_updates = resume_point.fake_updates
+        if not self._started:
+            self._started = True
             facts = {"resumed": self.next} if self.next else {}
             seconds = round(time.perf_counter() - self.began, 3)
             told = {"seconds": seconds, "teacher": self.teacher, **facts}
-            self.recorder.event("started", workers=self.cluster.sizes, **told)
+            self.recorder.event("started", workers=self.actors.sizes, **told)
             self.recorder.begin()
 
     async def _train(self) -> None:
@@ -171,7 +171,7 @@ class Controller:
                 await self._iterate(phase, self.next)
                 self.checkpoints.check()
                 if self.next < end and (
-                    self.next % self.recipe.checkpoint.every == 0 or self.elastic.progress.owes_checkpoint
+                    self.next % self.recipe.checkpoint.every == 0 or self.recovery.progress.owes_checkpoint
                 ):
                     self._checkpoint(phase.index)
             if self.next < end:  # stopped
@@ -189,7 +189,7 @@ class Controller:
 
     async def _iterate(self, phase: Phase, n: int) -> None:
         """One iteration, or what is left of it: the algorithm."""
-        generators, fakes, scorers = self.cluster.generators, self.cluster.fakes, self.cluster.scorers
+        generators, fakes, scorers = self.actors.generators, self.actors.fakes, self.actors.scorers
         first, last = n * self.recipe.method.fake_updates, (n + 1) * self.recipe.method.fake_updates
         scored_at = max(last, self._fake_updates)  # ahead only where stale rollouts were trained on before a loss
         self._roll_out_up_to(min(n + self.recipe.runtime.max_staleness, self._edge(n) - 1))
@@ -198,9 +198,9 @@ class Controller:
         proposal = self._note(n, generators.produce("propose", n, inputs=self._draw(n, last - first)))
         generated = self._note(n, fakes.produce("score", scored_at, inputs=proposal.results))
         self._prepare(phase, n + 1)
-        await asyncio.gather(*proposal.receipts)
+        await asyncio.gather(*proposal.call_stats)
         real = self._note(n, await scorers.map("score", [(result,) for result in proposal.results]))
-        self.elastic.progress.scored = n + 1
+        self.recovery.progress.scored = n + 1
         self._note(n, generators.consume("update", n, inputs=[real.results, generated.results]))
         self._commits.put_nowait((phase.index, n))
         self.next, self._fake_updates = n + 1, scored_at
@@ -210,9 +210,9 @@ class Controller:
         self._preview(phase, n)
 
     def _note(self, n: int, call: Call) -> Call:
-        """Keep a call's receipts for the iteration's record; an error of the call ends the attempt."""
-        self._receipts.setdefault(n, []).extend(call.receipts)
-        self._answers.setdefault(n, []).append(self._expect(call.receipts))
+        """Keep a call's statistics for the iteration's record; an error of the call ends the attempt."""
+        self._receipts.setdefault(n, []).extend(call.call_stats)
+        self._answers.setdefault(n, []).append(self._expect(call.call_stats))
         return call
 
     def _roll_out_up_to(self, last: int) -> None:
@@ -221,7 +221,7 @@ class Controller:
         for n in range(self.next, last + 1):
             if n not in self._rollouts:
                 made = max(0, self._fake_updates - n * updates)
-                rollout = self.cluster.generators.produce
+                rollout = self.actors.generators.produce
                 self._rollouts[n] = {
                     u: self._note(n, rollout("rollout", n, u, inputs=self._draw(n, u))) for u in range(made, updates)
                 }
@@ -230,7 +230,7 @@ class Controller:
         """Have the frozen experts' part of the next rollouts made while the generator waits for its scores."""
         if phase.index and n < self.ends[phase.index] and n not in self._rollouts:
             draws = [self._draw(n, u) for u in range(self.recipe.method.fake_updates + 1)]
-            self._note(n, self.cluster.generators.consume("prepare", n, inputs=draws))
+            self._note(n, self.actors.generators.consume("prepare", n, inputs=draws))
 
     def _edge(self, n: int) -> int:
         """Return the next iteration after ``n`` at which rollouts start afresh, so that a resumed run is the same."""
@@ -242,14 +242,14 @@ class Controller:
         micros = self.recipe.batch.micros
         if n not in self._prompts:
             count = micros * (self.recipe.method.fake_updates + 1)
-            taken = self.cluster.prompts.take.options(num_returns=count).remote(n)
+            taken = self.actors.prompts.take.options(num_returns=count).remote(n)
             self._prompts[n] = taken if isinstance(taken, list) else [taken]
         return self._prompts[n][draw * micros : (draw + 1) * micros]
 
     def _begin(self, phase: Phase, end: int) -> None:
         """Start a phase in every trainer that is not in it."""
         start = end - self.lengths[phase.index]
-        for group in self.cluster.groups.values():
+        for group in self.actors.groups.values():
             self._expect(group.all("start_phase", phase.index, start))
         if phase.index != self._announced:
             self.recorder.event("phase", phase=phase.index + 1, iteration=self.next, end=phase.end)
@@ -257,7 +257,7 @@ class Controller:
 
     async def _end(self, phase: Phase) -> None:
         """Fix the expert, keep it, and record that the phase is done."""
-        generators = self.cluster.generators
+        generators = self.actors.generators
         await asyncio.gather(*generators.all("end_phase", phase.index, self.next))
         written = self.checkpoints.put_expert(phase.index, generators.one("expert", phase.index))
         if not await self.checkpoints.wait_for(written) and not self.stopping:
@@ -268,13 +268,13 @@ class Controller:
         self._checkpoint(self.experts)
 
     async def _change_workers(self, phase: Phase) -> None:
-        """At an iteration's edge let newcomers in and leavers out."""
+        """At an iteration's edge admit newcomers and release workers that leave."""
         at = {
-            "generator": Position(phase.index, self.next),
-            "fake": Position(phase.index, self._fake_updates),
+            "generator": TrainerProgress(phase.index, self.next),
+            "fake": TrainerProgress(phase.index, self._fake_updates),
         }
-        self._expect(self.elastic.resizing.edge(at))
-        if self.elastic.resizing.must_pause():
+        self._expect(self.recovery.membership.edge(at))
+        if self.recovery.membership.must_pause():
             await self.checkpoints.wait_for(self._checkpoint(phase.index))
             raise StepDropped("the last worker of a role has to leave its node")
 
@@ -294,10 +294,10 @@ class Controller:
             experts=self.experts,
             teacher=self.teacher,
         )
-        groups = {} if n in self.ends else self.cluster.groups
+        groups = {} if n in self.ends else self.actors.groups
         at = {"generator": n, "fake": fakes}
         states = [group.one("state", at[role]) for role, group in groups.items()]
-        self.elastic.progress.owes_checkpoint = False
+        self.recovery.progress.owes_checkpoint = False
         return self.checkpoints.put_manifest(manifest, list(groups), states)
 
     def _preview(self, phase: Phase, n: int) -> None:
@@ -305,15 +305,15 @@ class Controller:
         every = self.recipe.monitor.samples_every
         if every and ((n + 1) % every == 0 or n + 1 in self.ends):
             count = self.recipe.monitor.samples
-            conditions = self.cluster.prompts.rows.remote(0, count)
-            drawn = self.cluster.generators.one("preview", count, conditions, n + 1)
+            conditions = self.actors.prompts.rows.remote(0, count)
+            drawn = self.actors.generators.one("preview", count, conditions, n + 1)
             self._behind(self._show(f"student-{n + 1:06d}", drawn))
 
     async def _preview_teacher(self) -> None:
         """Have the teacher draw the pictures that the student's will be held against."""
         if self.recipe.monitor.samples_every and not self.next and not self._previewed:
             count = self.recipe.monitor.samples
-            drawn = await self.cluster.scorers.map("preview", [(count, self.cluster.prompts.rows.remote(0, count))])
+            drawn = await self.actors.scorers.map("preview", [(count, self.actors.prompts.rows.remote(0, count))])
             self._previewed = True
             self._behind(self._show("teacher", drawn.results[0]))
 
@@ -331,9 +331,9 @@ class Controller:
         if not self.recipe.method.regression.weight or self._paired or self.next >= self.ends[-1]:
             return
         work = [(start, min(chunk, total - start)) for start in range(0, total, chunk)]
-        inputs = [(start, count, self.cluster.prompts.pairs.remote(start, count)) for start, count in work]
-        pairs = await self.cluster.scorers.map("pairs", inputs)
-        await asyncio.gather(*self.cluster.generators.all("load_pairs", *pairs.results))
+        inputs = [(start, count, self.actors.prompts.pairs.remote(start, count)) for start, count in work]
+        pairs = await self.actors.scorers.map("pairs", inputs)
+        await asyncio.gather(*self.actors.generators.all("load_pairs", *pairs.results))
         self._paired = True
 
     async def _commit_in_order(self) -> None:
@@ -341,30 +341,30 @@ class Controller:
         while (entry := await self._commits.get()) is not None:
             phase, n = entry
             answers = await asyncio.gather(*self._answers.pop(n))
-            line = self._write_down(phase, n, [receipt for answer in answers for receipt in answer])
-            self.elastic.step_committed(n, line["seconds"])
+            line = self._write_down(phase, n, [stats for answer in answers for stats in answer])
+            self.recovery.step_committed(n, line["seconds"])
 
-    def _write_down(self, phase: int, n: int, receipts: list[Receipt]) -> dict[str, Any]:
+    def _write_down(self, phase: int, n: int, call_stats: list[CallStats]) -> dict[str, Any]:
         del self._receipts[n]
         self.committed = n + 1
-        self.elastic.measure(receipts)
-        line = self.recorder.iteration(phase, n, receipts, self.cluster.sizes, self.cluster.scorers.depth)
+        self.recovery.measure(call_stats)
+        line = self.recorder.iteration(phase, n, call_stats, self.actors.sizes, self.actors.scorers.depth)
         refuse_too_many(self.recipe, n, line["zeroed_samples"])
         return line
 
     async def _write_down_committed(self, iteration: int) -> None:
-        """Write down iterations that are committed, though some of their receipts may be lost."""
+        """Write down iterations that are committed, though statistics of some of their calls may be lost."""
         for n in sorted(self._receipts):
-            receipts = await asyncio.gather(*self._receipts[n], return_exceptions=True)
+            call_stats = await asyncio.gather(*self._receipts[n], return_exceptions=True)
             if n < iteration:
                 phase = next(index for index, end in enumerate(self.ends) if n < end)
-                self._write_down(phase, n, [receipt for receipt in receipts if isinstance(receipt, Receipt)])
+                self._write_down(phase, n, [stats for stats in call_stats if isinstance(stats, CallStats)])
 
     def _forget_the_dropped(self) -> None:
         """Have nothing under way."""
         self._prompts: dict[int, list[ObjectRef]] = {}
         self._rollouts: dict[int, dict[int, Call]] = {}
-        self._answers: dict[int, list[asyncio.Task[list[Receipt]]]] = {}
+        self._answers: dict[int, list[asyncio.Task[list[CallStats]]]] = {}
 
     def _expect(self, references: list[ObjectRef]) -> asyncio.Task[list[Any]]:
         """Wait for calls beside the loop, so that an error of theirs ends the attempt at once."""
@@ -385,7 +385,7 @@ def _flat(group: BaseExceptionGroup[Any]) -> list[BaseException]:
     return [e for part in group.exceptions for e in (_flat(part) if isinstance(part, BaseExceptionGroup) else [part])]
 
 
-def micro_batches(recipe: Recipe) -> list[Micro]:
+def micro_batches(recipe: Recipe) -> list[MicroBatch]:
     """Cut the global batch as the recipe says."""
     size = recipe.batch.micro or recipe.batch.size
-    return [Micro(index, index * size, size) for index in range(recipe.batch.micros)]
+    return [MicroBatch(index, index * size, size) for index in range(recipe.batch.micros)]

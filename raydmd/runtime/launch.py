@@ -130,10 +130,10 @@ def _distill(
 
     async def main() -> Controller:
         since = time.perf_counter()
-        cluster = await launch(recipe, folder, prompts, recorder, parts, claim.owner)
+        actors = await launch(recipe, folder, prompts, recorder, parts, claim.owner)
         loop = asyncio.get_running_loop()
         try:
-            controller = Controller(recipe, phases, lengths, cluster, recorder, until, since, fingerprint)
+            controller = Controller(recipe, phases, lengths, actors, recorder, until, since, fingerprint)
 
             def stop() -> None:
                 recorder.say("stopping at the iteration's end; its checkpoint lets you go on (Ctrl-C again: at once)")
@@ -142,7 +142,7 @@ def _distill(
             with graceful(lambda: loop.call_soon_threadsafe(stop)):
                 await controller.run()
         finally:
-            cluster.close()
+            actors.close()
         seconds = round(time.perf_counter() - since, 3)
         kind = "finished" if controller.finished else "stopped"
         recorder.event(kind, iteration=controller.committed, seconds=seconds)

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from raydmd.serving.contract import Busy, Maker
+from raydmd.serving.contract import Maker, Overloaded
 
 REMEMBERED = 256  # completions from which the rate is measured
 ENOUGH = 8  # completions, before which it is not known
@@ -35,14 +35,14 @@ class Admission:
         """Let ``count`` samples in for the time of the block.
 
         Raises:
-            Busy: they would wait too long. A request that finds nobody inside is always let in.
+            Overloaded: they would wait too long. A request that finds nobody inside is always let in.
         """
         wait = self.inside / self._rate if self._rate else 0.0
         full = wait > self.seconds or self.inside >= self.samples
         if self.inside and (full or self.inside + count > self.samples):
             # a tenth of the queue makes no difference to who waits in it, and it does not run dry meanwhile
             hold = min(MOST_FULL, wait / 10) if full and self.alone else 0.0
-            raise Busy(max(1.0, math.ceil(wait - self.seconds / 2)), hold, self.maker)
+            raise Overloaded(max(1.0, math.ceil(wait - self.seconds / 2)), hold, self.maker)
         if not self.inside:
             self._done.clear()
             self._done.append((time.monotonic(), 0))

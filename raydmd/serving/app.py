@@ -22,7 +22,7 @@ from raydmd.serving.loopback import keep_replica_at_home
 from raydmd.serving.pipeline import TEACHER_PARTS, Link, Lost, Pipeline, stages_of
 from raydmd.serving.reload import ask_stages, follow
 from raydmd.serving.settings import Replicas, Serving, parse_serving, read_keys
-from raydmd.serving.stage import Glimpse, Parcel, Piece, Stage
+from raydmd.serving.stage import Piece, Stage, StageBatch, StepPreview
 
 GONE = (RayActorError, ObjectLostError, OwnerDiedError)
 INLINE = 64 * 1024  # bytes of latents up to which they travel in the message; more go through the object store
@@ -38,23 +38,23 @@ class StageReplica:
         self.stage = Stage(serving, parts, threads)
         self._follower: asyncio.Task[None] | None = None
 
-    async def run(self, parcel: Parcel) -> Piece:
-        """Do the stage's parts for a parcel; see `Stage.run`."""
+    async def run(self, stage_batch: StageBatch) -> Piece:
+        """Do the stage's parts for a stage batch; see `Stage.run`."""
         self._follow()
         with _sent_errors():
-            return _packed(await self.stage.run(await _unpacked(parcel)), parcel)
+            return _packed(await self.stage.run(await _unpacked(stage_batch)), stage_batch)
 
-    async def watch(self, parcel: Parcel) -> AsyncGenerator[Glimpse | Piece, None]:
+    async def watch(self, stage_batch: StageBatch) -> AsyncGenerator[StepPreview | Piece, None]:
         """Do as `run`, and yield each step before the piece."""
         self._follow()
         with _sent_errors():
-            async for event in self.stage.watch(await _unpacked(parcel)):
-                yield _packed(event, parcel) if isinstance(event, Piece) else event
+            async for event in self.stage.watch(await _unpacked(stage_batch)):
+                yield _packed(event, stage_batch) if isinstance(event, Piece) else event
 
-    async def preview(self, parcel: Parcel) -> tuple[bytes, ...]:
-        """Return a picture of each of a parcel's latents."""
+    async def preview(self, stage_batch: StageBatch) -> tuple[bytes, ...]:
+        """Return a picture of each of a stage batch's latents."""
         with _sent_errors():
-            return await self.stage.preview(parcel)
+            return await self.stage.preview(stage_batch)
 
     async def offers(self, served: str) -> list[Offer]:
         """Return what the weights that are here offer; see `Stage.offers`."""
@@ -84,12 +84,14 @@ def _sent_errors() -> Iterator[None]:
         raise sent from error
 
 
-def _packed(piece: Piece, came: Parcel) -> Piece:
+def _packed(piece: Piece, came: StageBatch) -> Piece:
     """Put what is large and goes on into the object store; conditions stay as they came."""
     if piece.files:
         return piece
-    conditions = came.conditions or _kept(piece.parcel.conditions)
-    return replace(piece, parcel=replace(piece.parcel, conditions=conditions, latents=_kept(piece.parcel.latents)))
+    conditions = came.conditions or _kept(piece.stage_batch.conditions)
+    return replace(
+        piece, stage_batch=replace(piece.stage_batch, conditions=conditions, latents=_kept(piece.stage_batch.latents))
+    )
 
 
 def _kept(arrays: Any) -> Any:
@@ -97,12 +99,12 @@ def _kept(arrays: Any) -> Any:
     return ray.put(arrays) if sum(array.nbytes for array in each) > INLINE else arrays
 
 
-async def _unpacked(parcel: Parcel) -> Parcel:
+async def _unpacked(stage_batch: StageBatch) -> StageBatch:
     changes: dict[str, Any] = {}
     for name in ("conditions", "latents"):
-        if isinstance(value := getattr(parcel, name), ray.ObjectRef):
+        if isinstance(value := getattr(stage_batch, name), ray.ObjectRef):
             changes[name] = await value
-    return replace(parcel, **changes) if changes else parcel
+    return replace(stage_batch, **changes) if changes else stage_batch
 
 
 class ServeLink:
@@ -111,13 +113,13 @@ class ServeLink:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle, self._stream = handle, handle.options(stream=True)
 
-    async def run(self, parcel: Parcel) -> Piece:
+    async def run(self, stage_batch: StageBatch) -> Piece:
         """Do as `Stage.run`; cancelled, the replica hears of it."""
-        return await self._call("run", parcel)
+        return await self._call("run", stage_batch)
 
-    async def preview(self, parcel: Parcel) -> tuple[bytes, ...]:
+    async def preview(self, stage_batch: StageBatch) -> tuple[bytes, ...]:
         """Do as `Stage.preview`."""
-        return await self._call("preview", parcel)
+        return await self._call("preview", stage_batch)
 
     async def offers(self, served: str) -> list[Offer]:
         """Do as `Stage.offers`, for one of its replicas."""
@@ -128,9 +130,9 @@ class ServeLink:
         """Return once a replica answers."""
         await self._call("ready")
 
-    async def watch(self, parcel: Parcel) -> AsyncGenerator[Glimpse | Piece, None]:
+    async def watch(self, stage_batch: StageBatch) -> AsyncGenerator[StepPreview | Piece, None]:
         """Do as `Stage.watch`."""
-        events: Any = self._stream.watch.remote(parcel)
+        events: Any = self._stream.watch.remote(stage_batch)
         try:
             async for event in events:
                 yield event

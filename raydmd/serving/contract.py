@@ -13,7 +13,7 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Ask:
+class GenerationRequest:
     """A request for pictures. Picture i of a seed is the same whatever ``n``, the batch or the layout is.
 
     Attributes:
@@ -89,7 +89,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Made:
+class GenerationResult:
     """What was asked for.
 
     Attributes:
@@ -166,7 +166,7 @@ def no_negative_prompt(card: Card) -> str:
     return f"negative_prompt: '{card.name}' has no text encoder here, and its null prompt is its own; leave it out"
 
 
-class Busy(PortableError):
+class Overloaded(PortableError):
     """More is asked for than can be made soon; nothing was begun.
 
     Attributes:
@@ -184,7 +184,7 @@ class Unavailable(PortableError):
     """There is nobody to do it: replicas start, or died again and again."""
 
 
-class BadAsk(PortableError):
+class BadRequest(PortableError):
     """A request that this model cannot do.
 
     Attributes:
@@ -209,17 +209,17 @@ class Backend(Protocol):
     def card(self) -> Card:
         """Say what is served now."""
 
-    async def make(self, ask: Ask) -> Made:
+    async def make(self, request: GenerationRequest) -> GenerationResult:
         """Make pictures.
 
         Raises:
-            BadAsk: a prompt or size that the model does not know, a teacher that is not loaded.
-            Busy: the queue is full.
+            BadRequest: a prompt or size that the model does not know, a teacher that is not loaded.
+            Overloaded: the queue is full.
             NotFinite: what was made is no picture.
             Unavailable: there is no replica.
         """
 
-    def watch(self, ask: Ask) -> AsyncGenerator[Step | Made, None]:
+    def watch(self, request: GenerationRequest) -> AsyncGenerator[Step | GenerationResult, None]:
         """Make pictures and say each step; the last is what `make` returns. It raises as `make` does."""
 
     async def ready(self) -> None:

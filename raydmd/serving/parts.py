@@ -25,7 +25,7 @@ from raydmd.runs.run import Run
 from raydmd.sampling.noise import sample_key
 from raydmd.sampling.phase import Phase
 from raydmd.sampling.student import renoise_key
-from raydmd.serving.contract import BadAsk, Format, Size
+from raydmd.serving.contract import BadRequest, Format, Size
 from raydmd.serving.settings import Weights
 from raydmd.training.teacher import Scorer
 
@@ -93,7 +93,7 @@ class Encoder:
             negative: stands in the null prompt's place, where texts are encoded as they come.
 
         Raises:
-            BadAsk: the model does not know it.
+            BadRequest: the model does not know it.
         """
         if negative is not None:
             return _against(self.encode(prompt), self.encode(negative))
@@ -103,7 +103,7 @@ class Encoder:
             rows = from_text(self.recipe, self.family, prompt, 1, "prompt", self.device)
         except UserError as error:
             words, place = str(error), self.recipe.prompts.path
-            raise BadAsk(words.replace(place, Path(place).name) if place else words, "prompt") from None
+            raise BadRequest(words.replace(place, Path(place).name) if place else words, "prompt") from None
         made = {name: row.cpu().numpy() for name, row in rows.items()}
         self._kept[prompt] = made
         self._bytes += _bytes(made)

@@ -1,4 +1,4 @@
-"""A request's way through the stages: in parcels, again from the start when a replica is lost on the way."""
+"""A request's way through the stages: in batches, again from the start when a replica is lost on the way."""
 
 import asyncio
 import math
@@ -13,10 +13,10 @@ from raydmd.errors import PortableError
 from raydmd.serving.admission import Admission
 from raydmd.serving.card import Offer, experts_of, read_offer
 from raydmd.serving.contract import (
-    Ask,
-    BadAsk,
+    BadRequest,
     Card,
-    Made,
+    GenerationRequest,
+    GenerationResult,
     Maker,
     Size,
     Step,
@@ -24,7 +24,7 @@ from raydmd.serving.contract import (
     no_negative_prompt,
 )
 from raydmd.serving.settings import Serving
-from raydmd.serving.stage import KEPT, Glimpse, NoRevision, Parcel, Piece
+from raydmd.serving.stage import KEPT, NoRevision, Piece, StageBatch, StepPreview
 
 T = TypeVar("T")
 
@@ -39,13 +39,13 @@ class Lost(PortableError):
 class Link(Protocol):
     """A stage, wherever it is. A call raises `Lost` where another replica might answer."""
 
-    async def run(self, parcel: Parcel) -> Piece:
+    async def run(self, stage_batch: StageBatch) -> Piece:
         """Do as `Stage.run`."""
 
-    def watch(self, parcel: Parcel) -> AsyncGenerator[Glimpse | Piece, None]:
+    def watch(self, stage_batch: StageBatch) -> AsyncGenerator[StepPreview | Piece, None]:
         """Do as `Stage.watch`."""
 
-    async def preview(self, parcel: Parcel) -> tuple[bytes, ...]:
+    async def preview(self, stage_batch: StageBatch) -> tuple[bytes, ...]:
         """Do as `Stage.preview`."""
 
     async def offers(self, served: str) -> list[Offer]:
@@ -140,35 +140,39 @@ class Pipeline:
         except Lost:
             raise Unavailable("a replica that makes pictures was lost") from None
 
-    async def make(self, ask: Ask) -> Made:
+    async def make(self, request: GenerationRequest) -> GenerationResult:
         """Make pictures; see `contract.Backend.make`."""
-        parcels = self._parcels(ask)
-        with self.admissions[ask.maker].admitted(ask.samples):
-            return _joined(await _all([self._travel(self._names(ask), parcel) for parcel in parcels]))
+        stage_batches = self._parcels(request)
+        with self.admissions[request.maker].admitted(request.samples):
+            return _joined(
+                await _all([self._travel(self._names(request), stage_batch) for stage_batch in stage_batches])
+            )
 
-    async def watch(self, ask: Ask) -> AsyncGenerator[Step | Made, None]:
+    async def watch(self, request: GenerationRequest) -> AsyncGenerator[Step | GenerationResult, None]:
         """Make pictures and say each step; see `contract.Backend.watch`."""
-        parcels = self._parcels(ask)
+        stage_batches = self._parcels(request)
         gathered: dict[int, dict[int, Step]] = {}
         seen: asyncio.Queue[Step | None] = asyncio.Queue()
 
         def say(number: int, step: Step) -> None:
-            """Say a step once all parcels have made it."""
+            """Say a step once all stage batches have made it."""
             rows = gathered.setdefault(step.number, {})
             rows[number] = step
-            if len(rows) == len(parcels):
+            if len(rows) == len(stage_batches):
                 pictures = tuple(picture for i in sorted(rows) for picture in rows[i].pictures)
                 seen.put_nowait(replace(step, pictures=pictures, seconds=max(s.seconds for s in rows.values())))
 
-        async def all_of_them() -> Made:
+        async def all_of_them() -> GenerationResult:
             try:
                 return _joined(
-                    await _all([self._travel(self._names(ask), p, partial(say, i)) for i, p in enumerate(parcels)])
+                    await _all(
+                        [self._travel(self._names(request), p, partial(say, i)) for i, p in enumerate(stage_batches)]
+                    )
                 )
             finally:
                 seen.put_nowait(None)
 
-        with self.admissions[ask.maker].admitted(ask.samples):
+        with self.admissions[request.maker].admitted(request.samples):
             whole = asyncio.create_task(all_of_them())
             try:
                 while (step := await seen.get()) is not None:
@@ -177,49 +181,49 @@ class Pipeline:
             finally:
                 whole.cancel()
 
-    def _names(self, ask: Ask) -> list[str]:
-        return ["teacher"] if ask.maker == "teacher" else self._chain
+    def _names(self, request: GenerationRequest) -> list[str]:
+        return ["teacher"] if request.maker == "teacher" else self._chain
 
-    def _parcels(self, ask: Ask) -> list[Parcel]:
-        """Cut a request into parcels that fit in a batch.
+    def _parcels(self, request: GenerationRequest) -> list[StageBatch]:
+        """Cut a request into batches that a network takes at once.
 
         Raises:
-            BadAsk: a size that is not served, a teacher that is not loaded.
+            BadRequest: a size that is not served, a teacher that is not loaded.
         """
         card = self._card
-        if ask.maker == "teacher" and card.teacher_steps is None:
-            raise BadAsk("the teacher is not served here (start the server with --teacher)", "model")
-        size: Size = ask.size or card.sizes[0]
+        if request.maker == "teacher" and card.teacher_steps is None:
+            raise BadRequest("the teacher is not served here (start the server with --teacher)", "model")
+        size: Size = request.size or card.sizes[0]
         if size not in card.sizes:
             allowed = ", ".join(f"{width}x{height}" for width, height in card.sizes)
-            raise BadAsk(f"size {size[0]}x{size[1]} is not served here (one of: {allowed})", "size")
-        if (ask.output_format == "mp4") != (card.kind == "video"):
-            raise BadAsk(f"'{card.name}' makes {card.kind}s: {ask.output_format} is no format of theirs",
+            raise BadRequest(f"size {size[0]}x{size[1]} is not served here (one of: {allowed})", "size")
+        if (request.output_format == "mp4") != (card.kind == "video"):
+            raise BadRequest(f"'{card.name}' makes {card.kind}s: {request.output_format} is no format of theirs",
                          "output_format")  # fmt: skip
-        if ask.negative_prompt is not None and not card.negative_prompts:
-            raise BadAsk(no_negative_prompt(card), "negative_prompt")
+        if request.negative_prompt is not None and not card.negative_prompts:
+            raise BadRequest(no_negative_prompt(card), "negative_prompt")
         shape, most = self._offer.shapes[card.sizes.index(size)], self.serving.max_batch
         return [
-            Parcel(
-                self._revisions[0], prompt, ask.seed, start, min(most, ask.n - start), shape, size, ask.output_format,
-                ask.previews, partial_images=ask.partial_images, compression=ask.compression,
-                negative_prompt=ask.negative_prompt, steps=ask.steps, guidance_scale=ask.guidance_scale,
-                model=card.names(ask.maker)[0],
+            StageBatch(
+                self._revisions[0], prompt, request.seed, start, min(most, request.n - start), shape, size,
+                request.output_format, request.previews, partial_images=request.partial_images,
+                compression=request.compression, negative_prompt=request.negative_prompt, steps=request.steps,
+                guidance_scale=request.guidance_scale, model=card.names(request.maker)[0],
             )
-            for prompt in ask.prompts
-            for start in range(0, ask.n, most)
+            for prompt in request.prompts
+            for start in range(0, request.n, most)
         ]  # fmt: skip
 
     async def _travel(
-        self, names: list[str], parcel: Parcel, say: Callable[[Step], None] | None = None
+        self, names: list[str], stage_batch: StageBatch, say: Callable[[Step], None] | None = None
     ) -> tuple[Piece, float]:
-        """Take a parcel through the stages; return the last one's piece, with all seconds, and the seconds in all.
+        """Take a stage batch through the stages; return the last one's piece, with all seconds, and the seconds in all.
 
         Raises:
             Unavailable: replicas were lost again and again, or do not load the weights.
         """
         began, said, misses = time.perf_counter(), 0, 0
-        alike = self._revisions if parcel.revision in self._revisions else [parcel.revision]
+        alike = self._revisions if stage_batch.revision in self._revisions else [stage_batch.revision]
         revisions = list(alike)
         revision = revisions[0]
 
@@ -234,7 +238,7 @@ class Pipeline:
             if attempt:
                 await asyncio.sleep(min(1.0, PAUSE * 2 ** (attempt - 1)))
             try:
-                piece = await self._pass(names, replace(parcel, revision=revision), once if say else None)
+                piece = await self._pass(names, replace(stage_batch, revision=revision), once if say else None)
                 return piece, time.perf_counter() - began
             except NoRevision:
                 misses += 1
@@ -248,29 +252,29 @@ class Pipeline:
         why = "have not loaded the weights yet" if misses else "were lost again and again"
         raise Unavailable(f"the replicas that make pictures {why}; try again later")
 
-    async def _pass(self, names: list[str], parcel: Parcel, say: Callable[[Step], None] | None) -> Piece:
+    async def _pass(self, names: list[str], stage_batch: StageBatch, say: Callable[[Step], None] | None) -> Piece:
         """Go through the stages once."""
         seconds: dict[str, float] = {}
         batches: dict[str, int] = {}
-        piece = Piece(parcel)
+        piece = Piece(stage_batch)
         for name in names:
             if say is None or name in ("encoder", "decoder"):
-                piece = await self.links[name].run(piece.parcel)
+                piece = await self.links[name].run(piece.stage_batch)
             else:
-                piece = await self._watched(name, names[-1], piece.parcel, say)
+                piece = await self._watched(name, names[-1], piece.stage_batch, say)
             for part, took in piece.seconds.items():
                 seconds[part] = seconds.get(part, 0.0) + took
             batches |= piece.batches
         return replace(piece, seconds=seconds, batches=batches)
 
-    async def _watched(self, name: str, last: str, parcel: Parcel, say: Callable[[Step], None]) -> Piece:
-        async with aclosing(self.links[name].watch(parcel)) as events:
+    async def _watched(self, name: str, last: str, stage_batch: StageBatch, say: Callable[[Step], None]) -> Piece:
+        async with aclosing(self.links[name].watch(stage_batch)) as events:
             async for event in events:
                 if isinstance(event, Piece):
                     return event
                 step = event.step
                 if event.latents is not None:
-                    shown = replace(parcel, conditions=None, latents=event.latents)
+                    shown = replace(stage_batch, conditions=None, latents=event.latents)
                     pictures = await self.links[last].preview(shown)
                     step = replace(step, pictures=pictures)
                 say(step)
@@ -289,12 +293,14 @@ async def _all(ways: list[Coroutine[Any, Any, T]]) -> list[T]:
     return [task.result() for task in tasks]
 
 
-def _joined(results: list[tuple[Piece, float]]) -> Made:
-    """Put the parcels' pieces together: seconds of the slowest, the largest batch."""
+def _joined(results: list[tuple[Piece, float]]) -> GenerationResult:
+    """Put the stage batches' pieces together: seconds of the slowest, the largest batch."""
     files = tuple(file for piece, _ in results for file in piece.files)
     seconds = {part: max(piece.seconds[part] for piece, _ in results) for part in results[0][0].seconds}
     seconds["total"] = max(took for _, took in results)
     batches = {part: max(piece.batches[part] for piece, _ in results) for part in results[0][0].batches}
-    parcels = [piece.parcel for piece, _ in results]
-    tokens = tuple(parcel.text_tokens for parcel in parcels if parcel.start == 0)  # once a prompt
-    return Made(files, seconds, batches, parcels[0].revision, tokens, math.prod(parcels[0].shape[1:]))
+    stage_batches = [piece.stage_batch for piece, _ in results]
+    tokens = tuple(stage_batch.text_tokens for stage_batch in stage_batches if stage_batch.start == 0)  # once a prompt
+    return GenerationResult(
+        files, seconds, batches, stage_batches[0].revision, tokens, math.prod(stage_batches[0].shape[1:])
+    )

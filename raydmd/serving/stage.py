@@ -39,14 +39,14 @@ class NoRevision(PortableError):
 
 
 @dataclass(frozen=True)
-class Parcel:
+class StageBatch:
     """What goes from stage to stage: some samples of one request.
 
     Attributes:
         previews: make a picture of each step.
         conditions: of its prompt, [1, ...] each; encoded by the first stage, the same from there on.
         latents: [count, ...].
-        partial_images, compression, negative_prompt, steps, guidance_scale: as `contract.Ask` has them.
+        partial_images, compression, negative_prompt, steps, guidance_scale: as `contract.GenerationRequest` has them.
         model: the model's id, for the files.
         text_tokens: of its prompt, once it is encoded.
     """
@@ -75,22 +75,22 @@ class Parcel:
         return self.previews or step.number in partial_steps(self.partial_images, step.of)
 
     def about(self, sample: int) -> dict[str, str]:
-        """Return what a picture's file says of itself; ``sample`` is its number in the parcel."""
+        """Return what a picture's file says of itself; ``sample`` is its number in the stage batch."""
         return {"prompt": self.prompt, "seed": str(self.seed), "sample": str(self.start + sample), "model": self.model}
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What a stage made: the parcel for the next stage, or files; seconds and batch sizes by part."""
+    """What a stage made: the stage batch for the next stage, or files; seconds and batch sizes by part."""
 
-    parcel: Parcel
+    stage_batch: StageBatch
     files: tuple[bytes, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     batches: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Glimpse:
+class StepPreview:
     """A step and what it promises: as pictures where the stage can decode, else as latents [count, ...]."""
 
     step: Step
@@ -156,17 +156,23 @@ class Engine:
 
 @dataclass(eq=False)
 class _Job:
-    parcel: Parcel
+    stage_batch: StageBatch
     answer: asyncio.Future[Piece]
-    glimpse: Callable[[Glimpse], None] | None
+    preview: Callable[[StepPreview], None] | None
     since: float
     spent: dict[str, float]
 
     @property
     def bucket(self) -> tuple[object, ...]:
         """Jobs of one bucket can share a batch: same weights, and tensors of the same shapes."""
-        shapes = tuple((name, rows.shape[1:]) for name, rows in sorted((self.parcel.conditions or {}).items()))
-        return self.parcel.revision, self.parcel.shape, shapes, self.parcel.steps, self.parcel.guidance_scale
+        shapes = tuple((name, rows.shape[1:]) for name, rows in sorted((self.stage_batch.conditions or {}).items()))
+        return (
+            self.stage_batch.revision,
+            self.stage_batch.shape,
+            shapes,
+            self.stage_batch.steps,
+            self.stage_batch.guidance_scale,
+        )
 
     @property
     def gone(self) -> bool:
@@ -174,10 +180,10 @@ class _Job:
 
 
 class Stage:
-    """Takes parcels, works on them in batches, and gives them back.
+    """Takes stage batches, works on several at once, and gives them back.
 
-    Batching needs no waiting: while the network works, parcels gather, and the next batch takes of the oldest's bucket
-    what fits. A parcel alone is worked on at once.
+    Batching needs no waiting: while the network works, stage batches gather, and the next pass takes of the oldest's
+    bucket what fits. A stage batch alone is worked on at once.
 
     Args:
         serving: the settings.
@@ -229,52 +235,54 @@ class Stage:
         self._engines[engine.revision] = engine
         return engine.revision
 
-    async def run(self, parcel: Parcel, glimpse: Callable[[Glimpse], None] | None = None) -> Piece:
-        """Do the stage's parts for a parcel; cancelled, its samples are left out.
+    async def run(self, stage_batch: StageBatch, preview: Callable[[StepPreview], None] | None = None) -> Piece:
+        """Do the stage's parts for a stage batch; cancelled, its samples are left out.
 
         Args:
-            parcel: the samples.
-            glimpse: called with each step.
+            stage_batch: the samples.
+            preview: called with each step.
 
         Raises:
             NoRevision: it is for weights that are not here.
-            BadAsk: a prompt that the model does not know.
+            BadRequest: a prompt that the model does not know.
         """
-        engine, loop = self._engine(parcel.revision), asyncio.get_running_loop()
+        engine, loop = self._engine(stage_batch.revision), asyncio.get_running_loop()
         spent: dict[str, float] = {}
-        if parcel.conditions is None and engine.encoder is not None:
+        if stage_batch.conditions is None and engine.encoder is not None:
             began = time.perf_counter()
-            texts = (parcel.prompt, parcel.negative_prompt)
+            texts = (stage_batch.prompt, stage_batch.negative_prompt)
             rows = engine.encoder.known(*texts)
             if rows is None:
                 rows = await loop.run_in_executor(self._worker, engine.encoder.encode, *texts)
-            parcel = replace(parcel, conditions=rows, text_tokens=text_tokens(rows))
+            stage_batch = replace(stage_batch, conditions=rows, text_tokens=text_tokens(rows))
             spent["encode"] = time.perf_counter() - began
             if self.parts == ("encode",):
-                return Piece(parcel, seconds=spent, batches={"encode": 1})
-        job = _Job(parcel, loop.create_future(), glimpse, time.perf_counter(), spent)
+                return Piece(stage_batch, seconds=spent, batches={"encode": 1})
+        job = _Job(stage_batch, loop.create_future(), preview, time.perf_counter(), spent)
         self._queue.append(job)
         if self._working is None or self._working.done():
             self._working = asyncio.create_task(self._work())
         return await job.answer
 
-    async def watch(self, parcel: Parcel) -> AsyncGenerator[Glimpse | Piece, None]:
+    async def watch(self, stage_batch: StageBatch) -> AsyncGenerator[StepPreview | Piece, None]:
         """Do as `run`, and yield each step before the piece."""
-        seen: asyncio.Queue[Glimpse | None] = asyncio.Queue()
-        task = asyncio.create_task(self.run(parcel, seen.put_nowait))
+        seen: asyncio.Queue[StepPreview | None] = asyncio.Queue()
+        task = asyncio.create_task(self.run(stage_batch, seen.put_nowait))
         task.add_done_callback(lambda _: seen.put_nowait(None))
         try:
-            while (glimpse := await seen.get()) is not None:
-                yield glimpse
+            while (preview := await seen.get()) is not None:
+                yield preview
             yield await task
         finally:
             task.cancel()
 
-    async def preview(self, parcel: Parcel) -> tuple[bytes, ...]:
-        """Return a picture of each of a parcel's latents, as they are on their way."""
-        engine, loop = self._engine(parcel.revision), asyncio.get_running_loop()
-        assert parcel.latents is not None
-        return await loop.run_in_executor(self._worker, _preview, engine, parcel, torch.from_numpy(parcel.latents))
+    async def preview(self, stage_batch: StageBatch) -> tuple[bytes, ...]:
+        """Return a picture of each of a stage batch's latents, as they are on their way."""
+        engine, loop = self._engine(stage_batch.revision), asyncio.get_running_loop()
+        assert stage_batch.latents is not None
+        return await loop.run_in_executor(
+            self._worker, _preview, engine, stage_batch, torch.from_numpy(stage_batch.latents)
+        )
 
     async def ready(self) -> None:
         """Return: weights are loaded when it is made."""
@@ -287,15 +295,15 @@ class Stage:
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         while jobs := self._next():
-            engine = self._engines.get(jobs[0].parcel.revision)
+            engine = self._engines.get(jobs[0].stage_batch.revision)
 
-            def say(job: _Job, glimpse: Glimpse) -> None:
-                if job.glimpse is not None:
-                    loop.call_soon_threadsafe(job.glimpse, glimpse)
+            def say(job: _Job, preview: StepPreview) -> None:
+                if job.preview is not None:
+                    loop.call_soon_threadsafe(job.preview, preview)
 
             try:
                 if engine is None:  # it was replaced twice while they waited
-                    raise NoRevision(jobs[0].parcel.revision)
+                    raise NoRevision(jobs[0].stage_batch.revision)
                 pieces = await loop.run_in_executor(self._worker, _do, engine, self.parts, jobs, say)
             except Exception as error:
                 for job in jobs:
@@ -316,30 +324,30 @@ class Stage:
         batch: list[_Job] = []
         room = self.serving.max_batch
         for job in waiting:
-            if batch and (job.bucket != batch[0].bucket or job.parcel.count > room):
+            if batch and (job.bucket != batch[0].bucket or job.stage_batch.count > room):
                 continue
             batch.append(job)
-            room -= job.parcel.count
+            room -= job.stage_batch.count
         self._queue = deque(job for job in waiting if job not in batch)
         return batch
 
 
 @torch.inference_mode()
 def _do(
-    engine: Engine, parts: tuple[str, ...], jobs: list[_Job], say: Callable[[_Job, Glimpse], None]
+    engine: Engine, parts: tuple[str, ...], jobs: list[_Job], say: Callable[[_Job, StepPreview], None]
 ) -> list[Piece | NotFinite]:
     """Work on a batch, in the stage's thread; a job whose pictures are not finite gets an error, the others theirs."""
     began = time.perf_counter()
-    parcels = [job.parcel for job in jobs]
-    noises = [Noise(p.seed, p.start + i) for p in parcels for i in range(p.count)]
+    stage_batches = [job.stage_batch for job in jobs]
+    noises = [Noise(p.seed, p.start + i) for p in stage_batches for i in range(p.count)]
     conditions: dict[str, Tensor] = {}
-    for name in parcels[0].conditions or {}:
-        repeated = [np.repeat(p.conditions[name], p.count, axis=0) for p in parcels if p.conditions]
+    for name in stage_batches[0].conditions or {}:
+        repeated = [np.repeat(p.conditions[name], p.count, axis=0) for p in stage_batches if p.conditions]
         conditions[name] = torch.from_numpy(np.concatenate(repeated))
-    if parcels[0].latents is None:
-        x = initial(engine.family, noises, parcels[0].shape)
+    if stage_batches[0].latents is None:
+        x = initial(engine.family, noises, stage_batches[0].shape)
     else:
-        x = torch.from_numpy(np.concatenate([p.latents for p in parcels if p.latents is not None]))
+        x = torch.from_numpy(np.concatenate([p.latents for p in stage_batches if p.latents is not None]))
     seconds: dict[str, float] = {}
     batches: dict[str, int] = {}
     files: list[tuple[bytes, ...]] | None = None
@@ -349,13 +357,13 @@ def _do(
         if part in engine.walks:
             step_began, walk = since, engine.walks[part]
             if isinstance(walk, TeacherSteps):
-                walk = walk.changed(parcels[0].steps, parcels[0].guidance_scale)
+                walk = walk.changed(stage_batches[0].steps, stage_batches[0].guidance_scale)
             total = walk.steps if isinstance(walk, TeacherSteps) else engine.steps
             for move in walk.walk(x, conditions, noises):
                 if all(job.gone for job in jobs):
-                    return [Piece(parcel) for parcel in parcels]  # nobody waits for them
+                    return [Piece(stage_batch) for stage_batch in stage_batches]  # nobody waits for them
                 x, took = move.latents, time.perf_counter() - step_began
-                if any(job.glimpse for job in jobs):
+                if any(job.preview for job in jobs):
                     step = Step(move.number, total, part, move.t, move.t_next, took, ())
                     _show(engine, step, move.clean(), jobs, say)
                 step_began = time.perf_counter()
@@ -368,49 +376,55 @@ def _do(
                 tuple(
                     decoder.file(next(each), p.size, p.output_format, p.compression, p.about(i)) for i in range(p.count)
                 )
-                for p in parcels
+                for p in stage_batches
             ]
         else:
             continue  # texts are encoded before they wait
         seconds[part], batches[part] = time.perf_counter() - since, len(x)
     pieces: list[Piece | NotFinite] = []
     at = 0
-    for number, (job, parcel) in enumerate(zip(jobs, parcels, strict=True)):
+    for number, (job, stage_batch) in enumerate(zip(jobs, stage_batches, strict=True)):
         spent = {**job.spent, "queue": began - job.since, **seconds}
-        if files is not None and not finite[at : at + parcel.count].all():
-            pieces.append(_not_finite(parcel, finite[at : at + parcel.count]))
+        if files is not None and not finite[at : at + stage_batch.count].all():
+            pieces.append(_not_finite(stage_batch, finite[at : at + stage_batch.count]))
         elif files is not None:
-            pieces.append(Piece(replace(parcel, conditions=None, latents=None), files[number], spent, batches))
+            pieces.append(Piece(replace(stage_batch, conditions=None, latents=None), files[number], spent, batches))
         else:
-            latents = x[at : at + parcel.count].cpu().numpy()
-            pieces.append(Piece(replace(parcel, latents=latents), (), spent, batches))
-        at += parcel.count
+            latents = x[at : at + stage_batch.count].cpu().numpy()
+            pieces.append(Piece(replace(stage_batch, latents=latents), (), spent, batches))
+        at += stage_batch.count
     return pieces
 
 
-def _not_finite(parcel: Parcel, finite: np.ndarray) -> NotFinite:
-    first = parcel.start + int(np.flatnonzero(~finite)[0])
-    return NotFinite(f"picture {first} of seed {parcel.seed} is not finite: the model's weights have diverged, or its "
-                     f"precision is too small")  # fmt: skip
+def _not_finite(stage_batch: StageBatch, finite: np.ndarray) -> NotFinite:
+    first = stage_batch.start + int(np.flatnonzero(~finite)[0])
+    return NotFinite(
+        f"picture {first} of seed {stage_batch.seed} is not finite: the model's weights have diverged, or its "
+        "precision is too small"
+    )
 
 
-def _show(engine: Engine, step: Step, clean: Tensor, jobs: list[_Job], say: Callable[[_Job, Glimpse], None]) -> None:
+def _show(
+    engine: Engine, step: Step, clean: Tensor, jobs: list[_Job], say: Callable[[_Job, StepPreview], None]
+) -> None:
     """Tell those who watch of a step."""
     at = 0
     for job in jobs:
-        rows, at = clean[at : at + job.parcel.count], at + job.parcel.count
-        if job.glimpse is None or job.gone:
+        rows, at = clean[at : at + job.stage_batch.count], at + job.stage_batch.count
+        if job.preview is None or job.gone:
             continue
-        if not job.parcel.shows(step):
-            say(job, Glimpse(step))
+        if not job.stage_batch.shows(step):
+            say(job, StepPreview(step))
         elif engine.decoder is None:
-            say(job, Glimpse(step, rows.cpu().numpy()))
+            say(job, StepPreview(step, rows.cpu().numpy()))
         else:
-            say(job, Glimpse(replace(step, pictures=_preview(engine, job.parcel, rows))))
+            say(job, StepPreview(replace(step, pictures=_preview(engine, job.stage_batch, rows))))
 
 
 @torch.inference_mode()
-def _preview(engine: Engine, parcel: Parcel, latents: Tensor) -> tuple[bytes, ...]:
+def _preview(engine: Engine, stage_batch: StageBatch, latents: Tensor) -> tuple[bytes, ...]:
     assert engine.decoder is not None
-    decoder, kind = engine.decoder, "png" if parcel.output_format == "mp4" else parcel.output_format
-    return tuple(decoder.file(frames, parcel.size, kind, parcel.compression) for frames in decoder.preview(latents))
+    decoder, kind = engine.decoder, "png" if stage_batch.output_format == "mp4" else stage_batch.output_format
+    return tuple(
+        decoder.file(frames, stage_batch.size, kind, stage_batch.compression) for frames in decoder.preview(latents)
+    )

@@ -49,10 +49,10 @@ class Fake:
         method, schedule, gradients, losses = self.recipe.method, self.family.schedule, [], []
         with self.flat.attempt():
             for number, samples in enumerate(batches, start=1):
-                stamp, x_s = samples.stamp, samples.x_s.to(self.device)
+                batch_id, x_s = samples.batch_id, samples.x_s.to(self.device)
                 count = x_s.shape[0]
-                t = self.phase.score_times(method, uniform(self._key("fake-t", stamp.draw), stamp.start, count))
-                noise = normal(self._key("fake-noise", stamp.draw), stamp.start, count, self.family.latent_shape)
+                t = self.phase.score_times(method, uniform(self._key("fake-t", batch_id.draw), batch_id.start, count))
+                noise = normal(self._key("fake-noise", batch_id.draw), batch_id.start, count, self.family.latent_shape)
                 noise = noise.to(self.device)
                 x_t = schedule.diffuse(x_s, noise, t, self.phase.end)
                 conditions = {name: value.to(self.device) for name, value in samples.conditions.items()}
@@ -70,7 +70,7 @@ class Fake:
                 )
                 (loss.sum() / self.recipe.batch.size).backward()
                 gradients.append(self.flat.take_gradient(last=number == len(batches)))
-                losses.append((stamp.start, float(loss.detach().mean())))
+                losses.append((batch_id.start, float(loss.detach().mean())))
             try:
                 norm = self.flat.step(gradients, self.recipe.batch.micros, collective or Alone())
             except FloatingPointError as error:
@@ -90,10 +90,10 @@ class Fake:
     @torch.no_grad()
     def score(self, proposal: Noised) -> Score:
         """Predict on the generator's proposal, without guidance."""
-        stamp = proposal.stamp
+        batch_id = proposal.batch_id
         conditions = {name: value.to(self.device) for name, value in proposal.conditions.items()}
         prediction = self.network(proposal.x_t.to(self.device), proposal.t.to(self.device), conditions)
-        return Score(replace(stamp, fake_version=self.updates), prediction)
+        return Score(replace(batch_id, fake_version=self.updates), prediction)
 
     def _key(self, stream: str, draw: int) -> Key:
         return Key(self.recipe.seed, self.phase.index, stream, draw)

@@ -17,7 +17,7 @@ from raydmd.objectives.regression import regression_loss
 from raydmd.sampling.plan import plan_phases
 from raydmd.sampling.student import exit_step, rollout
 from raydmd.training.collective import Alone, Collective
-from raydmd.training.messages import Noised, Samples, Score, Stamp
+from raydmd.training.messages import BatchId, Noised, Samples, Score
 from raydmd.training.trainable_state import FlatParameters
 from raydmd.training.zeroed import by_role
 
@@ -111,11 +111,11 @@ class Generator:
         """Make the generator's own samples, keep their graph, and noise them for scoring (Phased DMD Eq. 11)."""
         samples = self._samples(iteration, self.draws - 1, start, count, conditions, grad=True)
         method, schedule = self.recipe.method, self.family.schedule
-        u = uniform(self._key("score-t", samples.stamp.draw), start, count)
+        u = uniform(self._key("score-t", samples.batch_id.draw), start, count)
         t = self.phase.score_times(method, u)
-        noise = normal(self._key("score-noise", samples.stamp.draw), start, count, self.family.latent_shape)
+        noise = normal(self._key("score-noise", samples.batch_id.draw), start, count, self.family.latent_shape)
         x_t = schedule.diffuse(samples.x_s.detach(), noise.to(self.device), t, self.phase.end)
-        proposal = Noised(samples.stamp, x_t, t, samples.conditions)
+        proposal = Noised(samples.batch_id, x_t, t, samples.conditions)
         self._kept[start] = samples.x_s, proposal
         return proposal
 
@@ -124,8 +124,10 @@ class Generator:
         method, gradients, figures, zeroed = self.recipe.method, [], [], Counter[str]()
         with self.flat.attempt():
             for number, (real, generated) in enumerate(zip(teacher, fake, strict=True), start=1):
-                x_s, proposal = self._kept.pop(real.stamp.start)
-                assert proposal.stamp.draw == real.stamp.draw == generated.stamp.draw, "scores of another iteration"
+                x_s, proposal = self._kept.pop(real.batch_id.start)
+                assert proposal.batch_id.draw == real.batch_id.draw == generated.batch_id.draw, (
+                    "scores of another iteration"
+                )
                 predictions = real.prediction.to(self.device), generated.prediction.to(self.device)
                 gradient, left_out = distribution_matching_gradient(
                     self.family.schedule,
@@ -141,11 +143,11 @@ class Generator:
                 share = x_s.shape[0] / self.recipe.batch.size
                 loss = surrogate_loss(x_s, gradient) * share
                 if self.pairs is not None:
-                    loss = loss + method.regression.weight * share * self._regression(proposal.stamp, x_s.shape[0])
+                    loss = loss + method.regression.weight * share * self._regression(proposal.batch_id, x_s.shape[0])
                 loss.backward()
                 gradients.append(self.flat.take_gradient(last=number == len(teacher)))
                 mean, spread = float(x_s.detach().mean()), float(x_s.detach().std())
-                figures.append((proposal.stamp.start, float(gradient.abs().mean()), mean, spread))
+                figures.append((proposal.batch_id.start, float(gradient.abs().mean()), mean, spread))
             try:
                 norm = self.flat.step(gradients, self.recipe.batch.micros, collective or Alone())
             except FloatingPointError as error:
@@ -164,7 +166,7 @@ class Generator:
         entry = self._entries.pop((draw, start), None)
         x_s = self._roll(self.phase.index + 1, draw, start, count, conditions, entry, grad)
         conditions = {name: value.to(self.device) for name, value in conditions.items()}
-        return Samples(Stamp(self.phase.index, draw, start, self.updates), x_s, conditions)
+        return Samples(BatchId(self.phase.index, draw, start, self.updates), x_s, conditions)
 
     def _roll(
         self,
@@ -193,13 +195,13 @@ class Generator:
             device=self.device,
         )
 
-    def _regression(self, stamp: Stamp, count: int) -> torch.Tensor:
+    def _regression(self, batch_id: BatchId, count: int) -> torch.Tensor:
         """L2 between the student's and the teacher's result from the same noise (DMD Sec. 3.3).
 
         The batches walk all pairs, in a new order each time round.
         """
         assert self.pairs is not None
-        first = stamp.draw // self.draws * self.recipe.batch.size + stamp.start
+        first = batch_id.draw // self.draws * self.recipe.batch.size + batch_id.start
         noise, target, conditions = self.pairs.take(self._pair_order.rows(first, count))
         t = torch.full((count,), self.phase.times[0], dtype=torch.float64, device=self.device)
         prediction = self.experts.expert(self.phase.index)(noise, t, conditions)

@@ -8,7 +8,7 @@ from raydmd.models.base import Conditions
 
 
 @dataclass(frozen=True)
-class Stamp:
+class BatchId:
     """Names a micro-batch and says which weights made it.
 
     Attributes:
@@ -30,7 +30,7 @@ class Stamp:
 class Samples:
     """Rollouts that end at the phase's s: ``x_s`` [B, ...] and what they were prompted with."""
 
-    stamp: Stamp
+    batch_id: BatchId
     x_s: torch.Tensor
     conditions: Conditions
 
@@ -39,7 +39,7 @@ class Samples:
 class Noised:
     """A proposal for scoring: ``x_t`` [B, ...] at ``t`` [B] (float64)."""
 
-    stamp: Stamp
+    batch_id: BatchId
     x_t: torch.Tensor
     t: torch.Tensor
     conditions: Conditions
@@ -49,5 +49,5 @@ class Noised:
 class Score:
     """A network's prediction on a proposal, [B, ...]."""
 
-    stamp: Stamp
+    batch_id: BatchId
     prediction: torch.Tensor

@@ -36,7 +36,7 @@ class Scorer:
 
     def score(self, proposal: Noised) -> Score:
         """Predict on the generator's proposal."""
-        return Score(proposal.stamp, self.predict(proposal.x_t, proposal.t, proposal.conditions))
+        return Score(proposal.batch_id, self.predict(proposal.x_t, proposal.t, proposal.conditions))
 
     def times(self, steps: int, shape: tuple[int, ...] | None = None) -> list[float]:
         """Return the ``steps`` + 1 falling times of the teacher's own sampler for latents of ``shape``.

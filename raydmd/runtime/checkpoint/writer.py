@@ -20,7 +20,7 @@ from raydmd.runtime.workers.helpers import Helper, tracked
 NICE = 10  # trainers on the same cores come first
 
 
-class Archivist(Helper):
+class CheckpointWriter(Helper):
     """Writes one thing at a time, on the node that has the run's folder. It may be restarted at any moment.
 
     Args:

@@ -1,4 +1,4 @@
-"""Who comes and who leaves: groups and the pool grow and shrink between their roles' min and max."""
+"""Which workers join and leave: groups and the pool grow and shrink between their roles' min and max."""
 
 import asyncio
 import time
@@ -8,10 +8,10 @@ from typing import Any
 import ray
 from ray import ObjectRef
 
-from raydmd.runtime.actors import TRAINERS, Cluster
-from raydmd.runtime.membership.role_workers import Crew, Member
+from raydmd.runtime.actors import TRAINERS, RunActors
+from raydmd.runtime.membership.role_workers import RoleWorkers, WorkerHandle
 from raydmd.runtime.observability.recorder import Recorder
-from raydmd.runtime.workers.base import Position
+from raydmd.runtime.workers.base import TrainerProgress
 
 PAUSE = 5.0  # seconds before its node goes away at which a role's last worker stops at the latest
 
@@ -24,111 +24,115 @@ class Progress:
         committed: iterations that are committed.
         scored: iterations that the teacher has scored.
         iteration_seconds: how long the last one took.
-        standing: whether all workers were of one state once: the run has begun.
+        started: whether all workers were of one state once: the run has begun.
         owes_checkpoint: whether a manifest is due at the next edge.
     """
 
     committed: int = 0
     scored: int = 0
     iteration_seconds: float = 0.0
-    standing: bool = False
+    started: bool = False
     owes_checkpoint: bool = False
 
 
 @dataclass
-class Resizing:
-    """Lets newcomers in and leavers out.
+class MembershipManager:
+    """Admits workers that have arrived and releases those that leave.
 
     Args:
-        cluster: the actors.
+        actors: the run's actors.
         recorder: told what happens.
         progress: of the run.
     """
 
-    cluster: Cluster
+    actors: RunActors
     recorder: Recorder
     progress: Progress
     _leaving: set[str] = field(default_factory=set)
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
-    def edge(self, at: dict[str, Position]) -> list[ObjectRef]:
-        """Between two iterations, let newcomers in and leavers out; return references to what that takes.
+    def edge(self, at: dict[str, TrainerProgress]) -> list[ObjectRef]:
+        """Between two iterations, admit workers and release those that leave; return references to what that takes.
 
         Args:
             at: where each trained role stands once all calls made so far have run.
         """
         waits: list[ObjectRef] = []
         for role in TRAINERS:
-            crew, group = self.cluster.crews[role], self.cluster.groups[role]
-            leavers = [member for member in group.members if member.leaving is not None]
-            stay = [member for member in group.members if member.leaving is None]
-            enough = len(stay) + len(crew.arrived) >= crew.settings.min_workers
-            if not enough and not (stay and any(self.must_go(member) for member in leavers)):
-                leavers = []
-            if not crew.arrived and not leavers:
+            workers, group = self.actors.role_workers[role], self.actors.groups[role]
+            leaving = [worker for worker in group.replicas if worker.leaving is not None]
+            stay = [worker for worker in group.replicas if worker.leaving is None]
+            enough = len(stay) + len(workers.arrived) >= workers.settings.min_workers
+            if not enough and not (stay and any(self.must_go(worker) for worker in leaving)):
+                leaving = []
+            if not workers.arrived and not leaving:
                 group.share_out()
                 continue
-            donor = (stay or group.members)[0]
-            newcomers = crew.enlist()
+            donor = (stay or group.replicas)[0]
+            newcomers = workers.admit()
             waits += hand_over(donor, newcomers, at[role])
-            waits += group.form([member for member in crew.members if member not in leavers])
-            for member in leavers:
-                self._retire(crew, member, list(waits))
-            self._task(self._tell(crew, newcomers, leavers, list(waits)))
+            waits += group.form([worker for worker in workers.active if worker not in leaving])
+            for worker in leaving:
+                self._retire(workers, worker, list(waits))
+            self._task(self._tell(workers, newcomers, leaving, list(waits)))
         return waits
 
     def must_pause(self) -> bool:
         """Whether a trained role's last worker has to go and nobody is there to take over."""
         for role in TRAINERS:
-            crew = self.cluster.crews[role]
-            if not crew.staying and any(self.must_go(member) for member in crew.members):
+            workers = self.actors.role_workers[role]
+            if not workers.staying and any(self.must_go(worker) for worker in workers.active):
                 return True
         return False
 
-    def must_go(self, member: Member) -> bool:
+    def must_go(self, worker: WorkerHandle) -> bool:
         """Whether the time of a worker's node is nearly over."""
-        left = float("inf") if member.leaving is None else member.leaving - time.time()
+        left = float("inf") if worker.leaving is None else worker.leaving - time.time()
         return left < PAUSE + 3 * self.progress.iteration_seconds
 
-    def let_scorers_in(self) -> None:
+    def admit_teachers(self) -> None:
         """Let scorers that have arrived take part at once: they have no state."""
-        crew = self.cluster.crews["teacher"]
-        if self.progress.standing and crew.arrived:
-            self.resized(crew, joined=self.let_in(crew))
+        workers = self.actors.role_workers["teacher"]
+        if self.progress.started and workers.arrived:
+            self.resized(workers, joined=self.admit(workers))
 
-    def let_in(self, crew: Crew) -> list[Member]:
-        """Let those who have arrived be members; return them."""
-        newcomers = crew.enlist()
-        if crew.role == "teacher":
-            for member in newcomers:
-                self.cluster.scorers.add(member)
+    def admit(self, workers: RoleWorkers) -> list[WorkerHandle]:
+        """Give those that have arrived work; return them."""
+        newcomers = workers.admit()
+        if workers.role == "teacher":
+            for worker in newcomers:
+                self.actors.scorers.add(worker)
         return newcomers
 
-    async def _tell(self, crew: Crew, joined: list[Member], left: list[Member], after: list[ObjectRef]) -> None:
+    async def _tell(
+        self, workers: RoleWorkers, joined: list[WorkerHandle], left: list[WorkerHandle], after: list[ObjectRef]
+    ) -> None:
         """Write a change down once newcomers have their state."""
         try:
             await asyncio.gather(*after)
         except ray.exceptions.RayError:
-            joined = [member for member in joined if member in crew.members]
-        self.resized(crew, joined, left)
+            joined = [worker for worker in joined if worker in workers.active]
+        self.resized(workers, joined, left)
 
-    def resized(self, crew: Crew, joined: list[Member] | None = None, left: list[Member] | None = None) -> None:
+    def resized(
+        self, workers: RoleWorkers, joined: list[WorkerHandle] | None = None, left: list[WorkerHandle] | None = None
+    ) -> None:
         """Write down that a role has other workers than before."""
-        facts = {"joined": [member.number for member in joined or []], "left": [member.number for member in left or []]}
+        facts = {"joined": [worker.number for worker in joined or []], "left": [worker.number for worker in left or []]}
         self.recorder.event(
-            "resized", role=crew.role, workers=len(crew.members), **facts, iteration=self.progress.committed
+            "resized", role=workers.role, workers=len(workers.active), **facts, iteration=self.progress.committed
         )
 
-    def _retire(self, crew: Crew, member: Member, after: list[ObjectRef]) -> None:
+    def _retire(self, workers: RoleWorkers, worker: WorkerHandle, after: list[ObjectRef]) -> None:
         """Let a worker go: it ends once it has answered all its calls and others stand where it does.
 
         Args:
-            crew: its role's.
-            member: the worker.
+            workers: its role's.
+            worker: the one that leaves.
             after: calls by which the others come to stand there. If one fails, the worker's state may be the last of
-                its kind: it stays among the leavers until the cluster is mended.
+                its kind: it stays among those that leave until the run has recovered.
         """
-        crew.let_go(member)
+        workers.release(worker)
 
         async def end() -> None:
             try:
@@ -136,14 +140,14 @@ class Resizing:
             except ray.exceptions.RayError:
                 return
             try:
-                if member.role == "teacher":
-                    while self.cluster.scorers.holds(member):
+                if worker.role == "teacher":
+                    while self.actors.scorers.holds(worker):
                         await asyncio.sleep(0.05)
                 else:
-                    await member.actor.position.remote()
+                    await worker.actor.progress.remote()
             except ray.exceptions.RayError:
                 pass  # it is gone already
-            crew.strike(member)
+            workers.remove(worker)
 
         self._task(end())
 
@@ -164,36 +168,36 @@ class Resizing:
             self.progress.owes_checkpoint = True
             self.recorder.say("the driver's own node goes away: a checkpoint is written, and the same command goes on")
             self.recorder.event("notice", role="driver", node=here, iteration=self.progress.committed)
-        for role, crew in self.cluster.crews.items():
-            for member in [*crew.members, *crew.arrived]:
-                end = draining.get(member.identity.node)
-                if end is None or member.leaving is not None:
+        for role, workers in self.actors.role_workers.items():
+            for worker in [*workers.active, *workers.arrived]:
+                end = draining.get(worker.identity.node)
+                if end is None or worker.leaving is not None:
                     continue
-                member.leaving = end
+                worker.leaving = end
                 seconds = None if end == float("inf") else round(end - time.time(), 3)
                 self.recorder.event(
-                    "notice", role=role, worker=member.number, node=member.identity.node, seconds_left=seconds,
+                    "notice", role=role, worker=worker.number, node=worker.identity.node, seconds_left=seconds,
                     iteration=self.progress.committed,
                 )  # fmt: skip
-                if member in crew.arrived:
-                    crew.strike(member)
-                crew.fill()
+                if worker in workers.arrived:
+                    workers.remove(worker)
+                workers.fill()
             if role == "teacher":
-                self._leave_pool(crew)
+                self._leave_pool(workers)
 
-    def _leave_pool(self, crew: Crew) -> None:
+    def _leave_pool(self, workers: RoleWorkers) -> None:
         """Let scorers on leaving nodes go, but the last one only when another is there: it has nothing to lose."""
-        leavers = [member for member in crew.members if member.leaving is not None]
-        stay = len(crew.members) - len(leavers)
-        for member in leavers:
+        leaving = [worker for worker in workers.active if worker.leaving is not None]
+        stay = len(workers.active) - len(leaving)
+        for worker in leaving:
             if stay:
-                self.cluster.scorers.remove(member)
-                self._retire(crew, member, [])
-                self.resized(crew, left=[member])
+                self.actors.scorers.remove(worker)
+                self._retire(workers, worker, [])
+                self.resized(workers, left=[worker])
 
 
-def hand_over(donor: Member, to: list[Member], at: Position) -> list[ObjectRef]:
-    """Have members stand where the donor does; in order with all its calls."""
+def hand_over(donor: WorkerHandle, to: list[WorkerHandle], at: TrainerProgress) -> list[ObjectRef]:
+    """Have workers take the donor's state; in order with all its calls."""
     if not to:
         return []
     more = []
@@ -201,4 +205,4 @@ def hand_over(donor: Member, to: list[Member], at: Position) -> list[ObjectRef]:
         experts = [donor.actor.expert.remote(index) for index in range(at.phase)]
         more = [donor.actor.pairs.remote(), *experts]
     state = donor.actor.state.remote(at.updates)
-    return [member.actor.take_over.remote(at.phase, at.updates, state, *more) for member in to]
+    return [worker.actor.take_over.remote(at.phase, at.updates, state, *more) for worker in to]

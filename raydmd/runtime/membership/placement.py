@@ -13,7 +13,7 @@ from raydmd.errors import RunError, UserError
 from raydmd.runtime.membership.unplaced import find_unplaced
 
 if TYPE_CHECKING:
-    from raydmd.runtime.membership.role_workers import Crew
+    from raydmd.runtime.membership.role_workers import RoleWorkers
 
 SAY_EVERY = 15.0
 PATIENCE = 5.0
@@ -54,14 +54,16 @@ def describe(role: Role) -> str:
     return ", ".join(parts)
 
 
-async def wait_for_workers(crews: "Mapping[str, Crew]", timeout: float, say: Callable[[str], None]) -> None:
+async def wait_for_workers(
+    role_workers: "Mapping[str, RoleWorkers]", timeout: float, say: Callable[[str], None]
+) -> None:
     """Wait until every role has its minimum of workers up; now and then say which role waits for what.
 
     Those that are starting by then get as long again and `START_PATIENCE_S`, and those that Ray has no room for
     `PATIENCE` seconds: they may join later.
 
     Args:
-        crews: the roles' workers.
+        role_workers: the workers by role.
         timeout: seconds to wait for the minimum.
         say: told what is waited for.
 
@@ -73,19 +75,19 @@ async def wait_for_workers(crews: "Mapping[str, Crew]", timeout: float, say: Cal
     begin = said = looked = time.monotonic()
     met: float | None = None
     while True:
-        if time.monotonic() - looked > SEE_EVERY_S and any(crew.coming for crew in crews.values()):
-            unplaced, looked = await asyncio.to_thread(find_unplaced, list(crews.values())), time.monotonic()
-            for role, crew in crews.items():
-                crew.see_placed(unplaced[role])
-        for crew in crews.values():
-            if crew.failure is not None:
-                raise crew.failure
+        if time.monotonic() - looked > SEE_EVERY_S and any(workers.coming for workers in role_workers.values()):
+            unplaced, looked = await asyncio.to_thread(find_unplaced, list(role_workers.values())), time.monotonic()
+            for role, workers in role_workers.items():
+                workers.see_placed(unplaced[role])
+        for workers in role_workers.values():
+            if workers.failure is not None:
+                raise workers.failure
         now = time.monotonic()
-        words = "; ".join(crew.words() for crew in crews.values() if crew.coming)
-        waiting = any(crew.unplaced for crew in crews.values())
-        if all(len(crew.arrived) >= crew.settings.min_workers for crew in crews.values()):
+        words = "; ".join(workers.words() for workers in role_workers.values() if workers.coming)
+        waiting = any(workers.unplaced for workers in role_workers.values())
+        if all(len(workers.arrived) >= workers.settings.min_workers for workers in role_workers.values()):
             met = now if met is None else met
-            starting = any(len(crew.coming) > len(crew.unplaced) for crew in crews.values())
+            starting = any(len(workers.coming) > len(workers.unplaced) for workers in role_workers.values())
             patience = max(PATIENCE, met - begin + START_PATIENCE_S if starting else 0.0)
             if not words or now - (met if starting else begin) > patience:
                 if words:

@@ -23,7 +23,7 @@ LEAST_START_S = 30.0  # ...and at least this many seconds
 
 
 @dataclass(eq=False)
-class Member:
+class WorkerHandle:
     """A worker that is up.
 
     Attributes:
@@ -49,12 +49,12 @@ class Member:
 
 
 @dataclass(eq=False)
-class Crew:
+class RoleWorkers:
     """The workers of one role.
 
     Whenever fewer than the role's max are at work or on their way, more are asked for: Ray's autoscaler sees the
-    actors that wait. Those that come up are found in ``arrived`` until someone takes them in with `enlist`; those that
-    are to go are found in ``leavers`` until they have done their last work.
+    actors that wait. Those that come up are found in ``arrived`` until someone takes them in with `admit`; those that
+    are to go are found in ``leaving`` until they have done their last work.
 
     Args:
         role: its name.
@@ -70,9 +70,9 @@ class Crew:
     recipe: Recipe
     part: Factory | None = None
     changed: Callable[[], None] = lambda: None
-    members: list[Member] = field(default_factory=list)
-    arrived: list[Member] = field(default_factory=list)
-    leavers: list[Member] = field(default_factory=list)
+    active: list[WorkerHandle] = field(default_factory=list)
+    arrived: list[WorkerHandle] = field(default_factory=list)
+    leaving: list[WorkerHandle] = field(default_factory=list)
     failure: BaseException | None = None
     trouble: BaseException | None = None
     row: Any = None
@@ -92,14 +92,14 @@ class Crew:
         self._begun = self._closed = False  # whether one has ever been up
 
     @property
-    def staying(self) -> list[Member]:
-        """Members, and those that will be, whose node does not go away."""
-        return [member for member in (*self.members, *self.arrived) if member.leaving is None]
+    def staying(self) -> list[WorkerHandle]:
+        """Those at work, and those that will be, whose node does not go away."""
+        return [worker for worker in (*self.active, *self.arrived) if worker.leaving is None]
 
     @property
-    def everyone(self) -> list[Member]:
+    def everyone(self) -> list[WorkerHandle]:
         """All that are up."""
-        return [*self.members, *self.arrived, *self.leavers]
+        return [*self.active, *self.arrived, *self.leaving]
 
     @property
     def coming(self) -> list[Any]:
@@ -143,27 +143,27 @@ class Crew:
                     self.fill()
 
     def fill(self) -> None:
-        """Ask for workers until the role has its max of those that stay."""
+        """Request workers until the role has its max of those that stay."""
         while not self._closed and len(self.staying) + len(self._coming) < self.settings.max_workers:
             self._ask()
 
-    def enlist(self) -> list[Member]:
-        """Let those that have arrived be members; return them."""
+    def admit(self) -> list[WorkerHandle]:
+        """Give those that have arrived work; return them."""
         newcomers, self.arrived = self.arrived, []
-        self.members += newcomers
+        self.active += newcomers
         return newcomers
 
-    def let_go(self, member: Member) -> None:
-        """Give a member no more work; what it has, it may finish."""
-        self.members.remove(member)
-        self.leavers.append(member)
+    def release(self, worker: WorkerHandle) -> None:
+        """Give a worker no more work; what it has, it may finish."""
+        self.active.remove(worker)
+        self.leaving.append(worker)
 
-    def strike(self, member: Member) -> None:
+    def remove(self, worker: WorkerHandle) -> None:
         """Take out a worker that is dead or has left, make sure that it is, and ask for another."""
-        for group in (self.members, self.arrived, self.leavers):
-            if member in group:
-                group.remove(member)
-        ray.kill(member.actor)
+        for group in (self.active, self.arrived, self.leaving):
+            if worker in group:
+                group.remove(worker)
+        ray.kill(worker.actor)
         self.fill()
 
     def close(self) -> None:
@@ -171,7 +171,7 @@ class Crew:
         self._closed = True
         for task in self._coming.values():
             task.cancel()
-        for actor in (*self._coming, *(member.actor for member in self.everyone)):
+        for actor in (*self._coming, *(worker.actor for worker in self.everyone)):
             ray.kill(actor)
 
     def _ask(self) -> None:
@@ -222,11 +222,11 @@ class Crew:
         self._forget(actor)
         self._begun = True
         self._failed_starts, self._pause = 0, AGAIN
-        self.arrived.append(Member(self.role, number, actor, identity))
+        self.arrived.append(WorkerHandle(self.role, number, actor, identity))
         self.changed()
 
     def _is_short(self) -> bool:
-        return len(self.members) + len(self.arrived) < self.settings.min_workers
+        return len(self.active) + len(self.arrived) < self.settings.min_workers
 
     def _forget(self, actor: Any) -> None:
         del self._coming[actor], self._since[actor]

@@ -10,12 +10,12 @@ from ray.autoscaler.v2.sdk import get_cluster_resource_state
 from raydmd.config.recipe import Role
 
 if TYPE_CHECKING:
-    from raydmd.runtime.membership.role_workers import Crew
+    from raydmd.runtime.membership.role_workers import RoleWorkers
 
 Shape = tuple[frozenset[tuple[str, float]], frozenset[str]]  # resources and their amounts, keys of labels
 
 
-def find_unplaced(crews: "Iterable[Crew]") -> dict[str, set[Any]]:
+def find_unplaced(role_workers: "Iterable[RoleWorkers]") -> dict[str, set[Any]]:
     """Return, by role, the workers on their way for which no node has room; the others are starting.
 
     Ray's nodes report what they lack room for about once a second, and the autoscaler goes by it. They tell shapes of
@@ -23,15 +23,15 @@ def find_unplaced(crews: "Iterable[Crew]") -> dict[str, set[Any]]:
     """
     lacking: dict[Shape, int] | None = None
     found: dict[str, set[Any]] = {}
-    for crew in crews:
-        homeless = [actor for actor in crew.coming if not _has_process(actor)]
+    for workers in role_workers:
+        homeless = [actor for actor in workers.coming if not _has_process(actor)]
         if homeless and lacking is None:
             lacking = _lacking()
-        shape, count = _shape(crew.settings), 0
+        shape, count = _shape(workers.settings), 0
         if lacking is not None:
             count = min(len(homeless), lacking.get(shape, 0))
             lacking[shape] = lacking.get(shape, 0) - count
-        found[crew.role] = set(homeless[len(homeless) - count :])
+        found[workers.role] = set(homeless[len(homeless) - count :])
     return found
 
 

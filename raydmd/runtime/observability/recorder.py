@@ -19,7 +19,7 @@ from raydmd.jsonl import LineWriter, mend_lines
 from raydmd.progress import time_left
 from raydmd.runtime.checkpoint.lock import Claim
 from raydmd.runtime.observability.metrics import Metrics, run_label
-from raydmd.runtime.workers.base import Receipt
+from raydmd.runtime.workers.base import CallStats
 from raydmd.training.zeroed import in_words
 
 RECENT = 100  # iterations by which the time that is left is told
@@ -42,7 +42,7 @@ class Recorder:
 
     def __init__(self, folder: Path, recipe: Recipe, total: int, console: Console, claim: Claim | None = None) -> None:
         self.folder, self.recipe, self.total, self.console, self.claim = folder, recipe, total, console, claim
-        self._mend("events.jsonl", lambda record: True if isinstance(record.get("event"), str) else None)
+        self._recover("events.jsonl", lambda record: True if isinstance(record.get("event"), str) else None)
         self._events = LineWriter(folder / "events.jsonl")
         self._metrics: LineWriter | None = None
         self._board: SummaryWriter | None = None
@@ -82,7 +82,7 @@ class Recorder:
             n = line.get("iteration")
             return n < done if type(n) is int else None
 
-        self._mend("metrics.jsonl", stays, "iteration")
+        self._recover("metrics.jsonl", stays, "iteration")
         self._metrics = LineWriter(self.folder / "metrics.jsonl")
         if self.recipe.monitor.tensorboard:
             with writing(self.folder / "tensorboard"):
@@ -105,9 +105,9 @@ class Recorder:
         self.console.print(words, highlight=False, markup=False, soft_wrap=True)
 
     def iteration(
-        self, phase: int, iteration: int, receipts: list[Receipt], workers: dict[str, int], queue: int = 0
+        self, phase: int, iteration: int, call_stats: list[CallStats], workers: dict[str, int], queue: int = 0
     ) -> dict[str, Any]:
-        """Write the metrics of a committed iteration, from its calls' receipts; null where these were lost.
+        """Write the metrics of a committed iteration, from its calls' statistics; null where these were lost.
 
         Raises:
             StorageError: the disk is full or gone, the folder was removed, or another driver has taken it over.
@@ -117,13 +117,13 @@ class Recorder:
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         busy = dict.fromkeys(workers, 0.0)
-        for receipt in receipts:
-            busy[receipt.role] += receipt.busy_seconds
-        fake = [r.figures for r in receipts if r.role == "fake" and r.figures is not None]
-        generator = [r.figures for r in receipts if r.role == "generator" and r.figures is not None]
+        for stats in call_stats:
+            busy[stats.role] += stats.busy_seconds
+        fake = [r.figures for r in call_stats if r.role == "fake" and r.figures is not None]
+        generator = [r.figures for r in call_stats if r.role == "generator" and r.figures is not None]
         micro = sorted(row for figures in generator for row in figures.micro)
         losses = sorted(row for figures in fake for row in figures.losses)
-        rollouts = [made for r in receipts if r.role == "fake" and r.figures is not None for made, _ in r.versions]
+        rollouts = [made for r in call_stats if r.role == "fake" and r.figures is not None for made, _ in r.versions]
         zeroed: Counter[str] = Counter()
         for figures in generator:
             zeroed.update(figures.zeroed)
@@ -190,7 +190,7 @@ class Recorder:
         if not boards or storage_error(self.folder, error.exc_value) is None:
             self._excepthook(error)
 
-    def _mend(self, name: str, wanted: Callable[[dict[str, Any]], bool | None], key: str | None = None) -> None:
+    def _recover(self, name: str, wanted: Callable[[dict[str, Any]], bool | None], key: str | None = None) -> None:
         if broken := mend_lines(self.folder / name, wanted, key):
             self.say(f"{self.folder / name}: {broken} broken line(s) were removed")
 

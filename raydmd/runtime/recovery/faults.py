@@ -1,4 +1,4 @@
-"""Whose fault an error is: the cluster's, which a run mends, or a worker's own, which comes again."""
+"""Whose fault an error is: the cluster's, from which a run recovers, or a worker's own, which comes again."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What goes on beside the loop: workers' pulses, nodes that are to go away, arrivals in the pool, who is awaited."""
+"""What goes on beside the loop: heartbeats, nodes that go away, arrivals in the pool, what is waited for."""
 
 import asyncio
 import time
@@ -11,23 +11,23 @@ from ray.exceptions import ActorUnavailableError
 
 from raydmd.errors import RunError
 from raydmd.runtime.checkpoint.queue import STOP_PATIENCE_S
-from raydmd.runtime.membership.role_workers import Crew, Member
+from raydmd.runtime.membership.role_workers import RoleWorkers, WorkerHandle
 from raydmd.runtime.membership.unplaced import find_unplaced
 from raydmd.runtime.recovery.faults import Stopped, in_words, is_gone
 from raydmd.runtime.recovery.helper_health import CALLER, PROMPTS, WRITER
-from raydmd.runtime.recovery.manager import Elastic
-from raydmd.runtime.workers.base import Pulse
+from raydmd.runtime.recovery.manager import RecoveryManager
+from raydmd.runtime.workers.base import Heartbeat
 
 EVERY = 1.0
 SAY_AFTER = 15.0
 
 
 @dataclass
-class Watch:
+class HealthMonitor:
     """Looks after a run's workers once a second."""
 
-    elastic: Elastic
-    _heard: dict[Member, float] = field(default_factory=dict)
+    recovery: RecoveryManager
+    _heard: dict[WorkerHandle, float] = field(default_factory=dict)
     _said: dict[str, int] = field(default_factory=dict)
     _without: float = field(default_factory=time.monotonic)
 
@@ -42,73 +42,77 @@ class Watch:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._every_second())
-                tasks.create_task(self._feel_pulses())
+                tasks.create_task(self._check_heartbeats())
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
 
     async def _every_second(self) -> None:
         while True:
             await asyncio.sleep(EVERY)
-            crews = list(self.elastic.cluster.crews.values())
-            unplaced = await asyncio.to_thread(find_unplaced, crews) if any(crew.coming for crew in crews) else {}
-            for crew in crews:
-                crew.see_placed(unplaced.get(crew.role, set()))
-                if crew.failure is not None:
-                    raise crew.failure
-                self._say_who_waits(crew)
-                self._say_who_fails(crew)
-            self.elastic.resizing.leave_nodes(await asyncio.to_thread(draining_nodes))
-            self.elastic.resizing.let_scorers_in()
+            role_workers = list(self.recovery.actors.role_workers.values())
+            unplaced = (
+                await asyncio.to_thread(find_unplaced, role_workers)
+                if any(workers.coming for workers in role_workers)
+                else {}
+            )
+            for workers in role_workers:
+                workers.see_placed(unplaced.get(workers.role, set()))
+                if workers.failure is not None:
+                    raise workers.failure
+                self._say_who_waits(workers)
+                self._say_who_fails(workers)
+            self.recovery.membership.leave_nodes(await asyncio.to_thread(draining_nodes))
+            self.recovery.membership.admit_teachers()
             self._give_up_waiting()
             self._leave_silent_helpers()
 
     def _leave_silent_helpers(self) -> None:
         """Stop a run that is to stop without the helper that its iteration would wait for."""
-        silent = max(self.elastic.monitor.silent_s(name) for name in (PROMPTS, CALLER))
-        if self.elastic.stopping() and silent > STOP_PATIENCE_S:
+        silent = max(self.recovery.monitor.silent_s(name) for name in (PROMPTS, CALLER))
+        if self.recovery.stopping() and silent > STOP_PATIENCE_S:
             raise Stopped
 
     def _give_up_waiting(self) -> None:
         """End a run that has waited for a scorer for too long, or is to stop meanwhile."""
-        teachers, runtime = self.elastic.cluster.crews["teacher"], self.elastic.recipe.runtime
-        if teachers.members or not self.elastic.progress.standing:
+        teachers, runtime = self.recovery.actors.role_workers["teacher"], self.recovery.recipe.runtime
+        if teachers.active or not self.recovery.progress.started:
             self._without = time.monotonic()
-        elif self.elastic.stopping():
+        elif self.recovery.stopping():
             raise Stopped
         elif time.monotonic() - self._without > runtime.placement_timeout:
             raise RunError(f"no teacher came within {runtime.placement_timeout:g} s: {teachers.words()}")
 
-    async def _feel_pulses(self) -> None:
+    async def _check_heartbeats(self) -> None:
         """Treat as dead who has not answered, or been in one call, for too long."""
-        limit = self.elastic.recipe.runtime.dead_after
+        limit = self.recovery.recipe.runtime.dead_after
         while True:
-            crews = self.elastic.cluster.crews.values()
-            members = [member for crew in crews for member in crew.everyone]
-            if (pulses := await self._ask([member.actor for member in members])) is None:
+            role_workers = self.recovery.actors.role_workers.values()
+            workers = [worker for workers in role_workers for worker in workers.everyone]
+            if (heartbeats := await self._ask([worker.actor for worker in workers])) is None:
                 self._heard.clear()  # nobody was asked
             else:
-                for member, pulse in zip(members, pulses, strict=True):
-                    self._judge(member, pulse, limit)
-                self._heard = {member: when for member, when in self._heard.items() if member in members}
+                for worker, heartbeat in zip(workers, heartbeats, strict=True):
+                    self._check(worker, heartbeat, limit)
+                self._heard = {worker: when for worker, when in self._heard.items() if worker in workers}
             await asyncio.sleep(EVERY)
 
     async def _ask(self, actors: list[Any]) -> list[Any] | None:
-        """Return workers' pulses, and take note of helpers' heartbeats; None: the control caller was lost.
+        """Return workers' heartbeats, and take note of helpers' heartbeats; None: the control caller was lost.
 
         It asks for both, for a call of the driver's own to a helper waits behind those whose arguments are to come.
         """
-        cluster, monitor = self.elastic.cluster, self.elastic.monitor
-        helpers = {WRITER: cluster.archivist, PROMPTS: cluster.prompts}
+        run, monitor = self.recovery.actors, self.recovery.monitor
+        helpers = {WRITER: run.checkpoint_writer, PROMPTS: run.prompts}
         answers = asyncio.gather(
-            cluster.warden.heartbeat.remote(),
-            cluster.warden.ask.remote(list(helpers.values()), "heartbeat", (), EVERY),
-            cluster.warden.ask.remote(actors, "pulse", (), EVERY),
+            run.control_caller.heartbeat.remote(),
+            run.control_caller.ask.remote(list(helpers.values()), "heartbeat", (), EVERY),
+            run.control_caller.ask.remote(actors, "heartbeat", (), EVERY),
         )
         answers.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be there to look
         while not (await asyncio.wait((answers,), timeout=2 * EVERY))[0]:
             monitor.heard(CALLER, TimeoutError())
         try:
-            own, beats, pulses = answers.result()
+            own, beats, heartbeats = answers.result()
         except ray.exceptions.RayError as error:
             monitor.heard(CALLER, error)
             return None
@@ -118,39 +122,39 @@ class Watch:
             return None
         for name, beat in zip(helpers, beats, strict=True):
             monitor.heard(name, beat)
-        return list(pulses)
+        return list(heartbeats)
 
-    def _judge(self, member: Member, pulse: Any, limit: float) -> None:
+    def _check(self, worker: WorkerHandle, heartbeat: Any, limit: float) -> None:
         now = time.monotonic()
-        if isinstance(pulse, Pulse):
-            self._heard[member] = now
-            if pulse.seconds > limit and not pulse.waiting:
-                self.elastic.lost(member, f"in one call ({pulse.method}) for over {limit:g} s")
-        elif is_gone(pulse) and not isinstance(pulse, ActorUnavailableError):
-            self.elastic.lost(member, pulse)
-        elif now - self._heard.setdefault(member, now) > limit:
-            self.elastic.lost(member, f"did not answer for over {limit:g} s")
+        if isinstance(heartbeat, Heartbeat):
+            self._heard[worker] = now
+            if heartbeat.seconds > limit and not heartbeat.waiting:
+                self.recovery.lost(worker, f"in one call ({heartbeat.method}) for over {limit:g} s")
+        elif is_gone(heartbeat) and not isinstance(heartbeat, ActorUnavailableError):
+            self.recovery.lost(worker, heartbeat)
+        elif now - self._heard.setdefault(worker, now) > limit:
+            self.recovery.lost(worker, f"did not answer for over {limit:g} s")
 
-    def _say_who_waits(self, crew: Crew) -> None:
+    def _say_who_waits(self, workers: RoleWorkers) -> None:
         """Tell which role waits for what, once for each number of workers."""
-        since, count = crew.waiting_since(), len(crew.unplaced)
-        self.elastic.recorder.exported.waiting(crew.role, count)
-        if since is None or not count or time.monotonic() - since < SAY_AFTER or not crew.members:
-            self._said.pop(crew.role, None) if since is None else None
+        since, count = workers.waiting_since(), len(workers.unplaced)
+        self.recovery.recorder.exported.waiting(workers.role, count)
+        if since is None or not count or time.monotonic() - since < SAY_AFTER or not workers.active:
+            self._said.pop(workers.role, None) if since is None else None
             return
-        if self._said.get(crew.role) != count:
-            self._said[crew.role] = count
-            recorder = self.elastic.recorder
-            recorder.say(f"going on without: {crew.words()}")
-            recorder.event("waiting", role=crew.role, workers=count, asks=crew.asks)
+        if self._said.get(workers.role) != count:
+            self._said[workers.role] = count
+            recorder = self.recovery.recorder
+            recorder.say(f"going on without: {workers.words()}")
+            recorder.event("waiting", role=workers.role, workers=count, asks=workers.asks)
 
-    def _say_who_fails(self, crew: Crew) -> None:
+    def _say_who_fails(self, workers: RoleWorkers) -> None:
         """Tell of workers that a role can do without and that fail whenever they are started."""
-        error, crew.trouble = crew.trouble, None
+        error, workers.trouble = workers.trouble, None
         if error is not None:
-            why, recorder = in_words(error), self.elastic.recorder
-            recorder.say(f"going on without: a {crew.role} worker does not start: {why}")
-            recorder.event("start-failed", role=crew.role, why=why)
+            why, recorder = in_words(error), self.recovery.recorder
+            recorder.say(f"going on without: a {workers.role} worker does not start: {why}")
+            recorder.event("start-failed", role=workers.role, why=why)
 
 
 def draining_nodes() -> dict[str, float]:

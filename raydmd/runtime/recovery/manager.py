@@ -10,14 +10,14 @@ from ray import ObjectRef
 
 from raydmd.config.recipe import Recipe
 from raydmd.errors import RunError, StorageError, UserError
-from raydmd.runtime.actors import TRAINERS, Cluster
+from raydmd.runtime.actors import TRAINERS, RunActors
 from raydmd.runtime.checkpoint.queue import CheckpointQueue
-from raydmd.runtime.membership.manager import Progress, Resizing, hand_over
-from raydmd.runtime.membership.role_workers import Crew, Member
+from raydmd.runtime.membership.manager import MembershipManager, Progress, hand_over
+from raydmd.runtime.membership.role_workers import RoleWorkers, WorkerHandle
 from raydmd.runtime.observability.recorder import Recorder
 from raydmd.runtime.recovery.faults import LOSSES_PER_FAILURE, Stopped, cause_of, first_own_fault, in_words, is_gone
 from raydmd.runtime.recovery.helper_health import CALLER, PROMPTS, WRITER, HelperMonitor
-from raydmd.runtime.workers.base import Position, Receipt
+from raydmd.runtime.workers.base import CallStats, TrainerProgress
 from raydmd.runtime.workers.process_group import StepDropped
 from raydmd.sampling.plan import plan_phases
 
@@ -25,7 +25,7 @@ ANSWER = 2.0  # seconds within which a living worker answers beside its work
 
 
 @dataclass
-class Standing:
+class ResumePoint:
     """From where a run goes on.
 
     Attributes:
@@ -41,33 +41,33 @@ class Standing:
 
 @dataclass(eq=False)
 class _Loss:
-    """A lost worker, since when, what is done without it, and the iteration whose commit shows that it is mended."""
+    """A lost worker, since when, what is done without it, and the iteration whose commit shows the recovery."""
 
-    member: Member
+    worker: WorkerHandle
     since: float
     how: str = ""
     first: int = 0
 
 
 @dataclass
-class Elastic:
-    """Mends a cluster after losses; knows nothing of the algorithm but where a step's edge is.
+class RecoveryManager:
+    """Recovers a run after losses; knows nothing of the algorithm but where a step's edge is.
 
     Args:
         recipe: the run's recipe.
-        cluster: the actors.
+        actors: the run's actors.
         recorder: told what happens.
         stopping: says whether the run is to stop, so that waiting ends.
     """
 
     recipe: Recipe
-    cluster: Cluster
+    actors: RunActors
     recorder: Recorder
     stopping: Callable[[], bool]
     failures: int = 0
     rounds: int = 0
     _losses: list[_Loss] = field(default_factory=list)
-    _since: float = 0.0  # when mending began
+    _since: float = 0.0  # when recovery began
     _steps_lost: int = 0
     _how: str = ""
     _last: str = ""
@@ -75,62 +75,66 @@ class Elastic:
 
     def __post_init__(self) -> None:
         self.progress = Progress()
-        self.resizing = Resizing(self.cluster, self.recorder, self.progress)
+        self.membership = MembershipManager(self.actors, self.recorder, self.progress)
         self.changed = asyncio.Event()
-        helpers = {WRITER: self.cluster.archivist, PROMPTS: self.cluster.prompts, CALLER: self.cluster.warden}
+        helpers = {
+            WRITER: self.actors.checkpoint_writer,
+            PROMPTS: self.actors.prompts,
+            CALLER: self.actors.control_caller,
+        }
         self.monitor = HelperMonitor(helpers, self.recorder, self.recipe.runtime.dead_after)
         self.checkpoints = CheckpointQueue(
-            self.cluster.archivist, self.monitor, self.recorder, self._checkpoint_lost, self.stopping
+            self.actors.checkpoint_writer, self.monitor, self.recorder, self._checkpoint_lost, self.stopping
         )
-        for crew in self.cluster.crews.values():
-            crew.changed = self.changed.set
-        self.cluster.scorers.lost = self.lost
+        for workers in self.actors.role_workers.values():
+            workers.changed = self.changed.set
+        self.actors.scorers.lost = self.lost
 
     # what is lost
 
-    def lost(self, member: Member, error: BaseException | str) -> None:
+    def lost(self, worker: WorkerHandle, error: BaseException | str) -> None:
         """Write down that a worker is gone, and ask for another."""
-        crew = self.cluster.crews[member.role]
-        if member not in crew.everyone:
+        workers = self.actors.role_workers[worker.role]
+        if worker not in workers.everyone:
             return
         why = error if isinstance(error, str) else in_words(error)
-        loss = _Loss(member, time.monotonic(), "it was leaving" if member in crew.leavers else "")
+        loss = _Loss(worker, time.monotonic(), "it was leaving" if worker in workers.leaving else "")
         self._losses.append(loss)
-        crew.strike(member)
-        if member.role == "teacher":
-            self.cluster.scorers.remove(member)
-            loss.how = f"{'others' if crew.members else 'a new one'} took its micro-batches"
+        workers.remove(worker)
+        if worker.role == "teacher":
+            self.actors.scorers.remove(worker)
+            loss.how = f"{'others' if workers.active else 'a new one'} took its micro-batches"
             loss.first = self.progress.scored  # what is scored already needs no scorer
-        self._last = f"{member.name}: {why}"
+        self._last = f"{worker.name}: {why}"
         self.recorder.say(f"lost {self._last}")
         self.recorder.event(
-            "worker-lost", role=member.role, worker=member.number, node=member.identity.node,
-            pid=member.identity.pid, why=why,
-            left=len(crew.members), iteration=self.progress.committed,
+            "worker-lost", role=worker.role, worker=worker.number, node=worker.identity.node,
+            pid=worker.identity.pid, why=why,
+            left=len(workers.active), iteration=self.progress.committed,
         )  # fmt: skip
 
     def _checkpoint_lost(self) -> None:
         self.progress.owes_checkpoint = True
 
     def step_committed(self, iteration: int, seconds: float) -> None:
-        """Write down that what was lost is mended: a step was made since."""
+        """Write down that the run has recovered: a step was made since."""
         self.progress.committed, self.failures, self.rounds = iteration + 1, 0, 0
         self.progress.iteration_seconds = seconds
-        mended = [loss for loss in self._losses if iteration >= loss.first]
-        if mended or self._how:
-            self._losses = [loss for loss in self._losses if loss not in mended]
-            roles = sorted({loss.member.role for loss in mended})
-            since = min([loss.since for loss in mended] + ([self._since] if self._how else []))
-            taken, lost, how = round(time.monotonic() - since, 3), self._steps_lost, self._how or mended[-1].how
+        recovered = [loss for loss in self._losses if iteration >= loss.first]
+        if recovered or self._how:
+            self._losses = [loss for loss in self._losses if loss not in recovered]
+            roles = sorted({loss.worker.role for loss in recovered})
+            since = min([loss.since for loss in recovered] + ([self._since] if self._how else []))
+            taken, lost, how = round(time.monotonic() - since, 3), self._steps_lost, self._how or recovered[-1].how
             self.recorder.event(
-                "recovered", roles=roles, workers=[loss.member.number for loss in mended], seconds=taken,
+                "recovered", roles=roles, workers=[loss.worker.number for loss in recovered], seconds=taken,
                 steps_lost=lost, how=how, iteration=iteration,
             )  # fmt: skip
             self.recorder.recovered(roles, how, taken, lost)
             self.recorder.say(f"recovered after {taken:.2f} s, {lost} steps lost: {how}")
             self._steps_lost, self._how = 0, ""
 
-    def judge(self, errors: list[BaseException]) -> None:
+    def check_errors(self, errors: list[BaseException]) -> None:
         """Raise an error that would only come again: the user's, or one that came too often without a step between."""
         for error in errors:
             if isinstance(cause_of(error), UserError | StorageError):
@@ -152,21 +156,21 @@ class Elastic:
         if self.rounds >= LOSSES_PER_FAILURE * most:
             raise RunError(f"workers were lost {self.rounds} times without a step between, the last time {last}")
 
-    def measure(self, receipts: list[Receipt]) -> None:
-        """Learn trainers' speeds from an iteration's receipts, for their shares of the batch."""
+    def measure(self, call_stats: list[CallStats]) -> None:
+        """Learn trainers' speeds from an iteration's statistics, for their shares of the batch."""
         for role in TRAINERS:
-            for member in self.cluster.groups[role].members:
-                mine = [r for r in receipts if r.role == role and r.worker == member.number]
+            for worker in self.actors.groups[role].replicas:
+                mine = [r for r in call_stats if r.role == role and r.worker == worker.number]
                 busy, micros = sum(r.busy_seconds for r in mine), sum(r.micros for r in mine)
                 if micros:
                     newest = micros / max(busy, 1e-9)
-                    member.speed = newest if member.speed is None else member.speed + 0.2 * (newest - member.speed)
-                elif member.speed is not None:
-                    member.speed *= 1.01  # without a share it cannot show that it is faster now: it is tried again
+                    worker.speed = newest if worker.speed is None else worker.speed + 0.2 * (newest - worker.speed)
+                elif worker.speed is not None:
+                    worker.speed *= 1.01  # without a share it cannot show that it is faster now: it is tried again
 
     # from where to go on
 
-    async def mend(self) -> Standing:
+    async def recover(self) -> ResumePoint:
         """Bring the survivors to one state and the newcomers to it, or all to the last manifest.
 
         Raises:
@@ -176,51 +180,51 @@ class Elastic:
         if not self._how:
             self._since = time.monotonic()
         await self._drop_steps()
-        positions = await self._positions()
+        progress_of = await self._ask_progress()
         await self._staff()
-        joined = {crew.role: self.resizing.let_in(crew) for crew in self.cluster.crews.values()}
+        joined = {workers.role: self.membership.admit(workers) for workers in self.actors.role_workers.values()}
         best = {}
         for role in TRAINERS:
-            known = [positions[m] for m in self._with_state(role) if m in positions]
-            best[role] = max(known, default=Position(-1, 0))
+            known = [progress_of[m] for m in self._with_state(role) if m in progress_of]
+            best[role] = max(known, default=TrainerProgress(-1, 0))
         generator, fake = best["generator"], best["fake"]
         if not self._rewinding and self._agree(generator, fake):
-            await self._rejoin(positions, best)
+            await self._rejoin(progress_of, best)
             self._how = self._how or "the survivors went on"
-            standing = Standing(generator.updates, fake.updates, None)
+            resume_point = ResumePoint(generator.updates, fake.updates, None)
         else:
-            standing = await self._rewind()
+            resume_point = await self._rewind()
         for role, newcomers in joined.items():
-            if newcomers and self.progress.standing:
-                self.resizing.resized(self.cluster.crews[role], joined=newcomers)
+            if newcomers and self.progress.started:
+                self.membership.resized(self.actors.role_workers[role], joined=newcomers)
         for role in TRAINERS:
-            for member in list(self.cluster.crews[role].leavers):
-                self.cluster.crews[role].strike(member)  # what it had to give, it gave
-        self.progress.standing, self.progress.scored = True, standing.iteration
+            for worker in list(self.actors.role_workers[role].leaving):
+                self.actors.role_workers[role].remove(worker)  # what it had to give, it gave
+        self.progress.started, self.progress.scored = True, resume_point.iteration
         for loss in self._losses:
-            loss.first = min(loss.first, standing.iteration)
-        return standing
+            loss.first = min(loss.first, resume_point.iteration)
+        return resume_point
 
     async def _drop_steps(self) -> None:
-        """Free everyone who waits for a peer, and have calls of the old formation refused."""
+        """Free everyone who waits for a peer, and have calls of the old generation refused."""
         for role in TRAINERS:
-            group, actors = self.cluster.groups[role], [member.actor for member in self._with_state(role)]
-            if actors and group.formation:
-                await self.cluster.warden.ask.remote(actors, "drop", (group.formation,), ANSWER)
+            group, actors = self.actors.groups[role], [worker.actor for worker in self._with_state(role)]
+            if actors and group.generation:
+                await self.actors.control_caller.ask.remote(actors, "drop", (group.generation,), ANSWER)
 
-    async def _positions(self) -> dict[Member, Position]:
-        """Ask every trainer where it stands, behind all calls that it still has; strike those who do not know."""
-        found: dict[Member, Position] = {}
-        for member in [member for role in TRAINERS for member in self.cluster.crews[role].members]:
-            if member.leaving is not None and self.resizing.must_go(member):
-                self.lost(member, "its node goes away")
-        asked = [member for role in TRAINERS for member in self._with_state(role)]
-        answers = await asyncio.gather(*(m.actor.position.remote() for m in asked), return_exceptions=True)
-        for member, answer in zip(asked, answers, strict=True):
-            if isinstance(answer, Position):
-                found[member] = answer
+    async def _ask_progress(self) -> dict[WorkerHandle, TrainerProgress]:
+        """Ask every trainer where it stands, behind all calls that it still has; remove those who do not know."""
+        found: dict[WorkerHandle, TrainerProgress] = {}
+        for worker in [worker for role in TRAINERS for worker in self.actors.role_workers[role].active]:
+            if worker.leaving is not None and self.membership.must_go(worker):
+                self.lost(worker, "its node goes away")
+        asked = [worker for role in TRAINERS for worker in self._with_state(role)]
+        answers = await asyncio.gather(*(m.actor.progress.remote() for m in asked), return_exceptions=True)
+        for worker, answer in zip(asked, answers, strict=True):
+            if isinstance(answer, TrainerProgress):
+                found[worker] = answer
             elif isinstance(answer, Exception) and is_gone(answer):
-                self.lost(member, answer)
+                self.lost(worker, answer)
             elif isinstance(answer, BaseException):
                 raise answer
         return found
@@ -232,14 +236,14 @@ class Elastic:
             RunError: they did not come in time.
         """
         end = time.monotonic() + self.recipe.runtime.placement_timeout
-        while short := [crew for crew in self.cluster.crews.values() if self._short(crew)]:
-            for crew in short:
-                if crew.failure is not None:
-                    raise crew.failure
+        while short := [workers for workers in self.actors.role_workers.values() if self._short(workers)]:
+            for workers in short:
+                if workers.failure is not None:
+                    raise workers.failure
             if self.stopping():
                 raise Stopped
             if time.monotonic() > end:
-                words = "; ".join(f"{crew.role} has {len(crew.members)}, {crew.words()}" for crew in short)
+                words = "; ".join(f"{workers.role} has {len(workers.active)}, {workers.words()}" for workers in short)
                 raise RunError(f"no worker came within {self.recipe.runtime.placement_timeout:g} s: {words}")
             self.changed.clear()
             try:
@@ -248,11 +252,11 @@ class Elastic:
             except TimeoutError:
                 pass
 
-    def _short(self, crew: Crew) -> bool:
-        crew.fill()
-        return len(crew.members) + len(crew.arrived) < crew.settings.min_workers
+    def _short(self, workers: RoleWorkers) -> bool:
+        workers.fill()
+        return len(workers.active) + len(workers.arrived) < workers.settings.min_workers
 
-    def _agree(self, generator: Position, fake: Position) -> bool:
+    def _agree(self, generator: TrainerProgress, fake: TrainerProgress) -> bool:
         """Whether these two can be of one run: the fake is at most an iteration, and what is stale, ahead."""
         updates, ahead = self.recipe.method.fake_updates, 1 + self.recipe.runtime.max_staleness
         first = generator.updates * updates
@@ -262,22 +266,22 @@ class Elastic:
             return fake.updates == first  # at a phase's edge
         return first <= fake.updates <= first + ahead * updates
 
-    async def _rejoin(self, positions: dict[Member, Position], best: dict[str, Position]) -> None:
+    async def _rejoin(self, progress_of: dict[WorkerHandle, TrainerProgress], best: dict[str, TrainerProgress]) -> None:
         """Give those who are behind a survivor's state, and form the groups."""
         waits: list[ObjectRef] = []
         for role in TRAINERS:
-            members, at = self.cluster.crews[role].members, best[role]
-            behind = [member for member in members if positions.get(member) != at]
-            donor = next(member for member in self._with_state(role) if positions.get(member) == at)
+            workers, at = self.actors.role_workers[role].active, best[role]
+            behind = [worker for worker in workers if progress_of.get(worker) != at]
+            donor = next(worker for worker in self._with_state(role) if progress_of.get(worker) == at)
             waits += hand_over(donor, behind, at)
-            waits += self.cluster.groups[role].form(members)
+            waits += self.actors.groups[role].form(workers)
         await asyncio.gather(*waits)
 
-    def _with_state(self, role: str) -> list[Member]:
-        """Return a trained role's members, then those who are leaving it: they know the group's state, too."""
-        return [*self.cluster.crews[role].members, *self.cluster.crews[role].leavers]
+    def _with_state(self, role: str) -> list[WorkerHandle]:
+        """Return a trained role's workers, then those that are leaving it: they know the group's state, too."""
+        return [*self.actors.role_workers[role].active, *self.actors.role_workers[role].leaving]
 
-    async def _rewind(self) -> Standing:
+    async def _rewind(self) -> ResumePoint:
         """Put every trainer into the last manifest's state; where that is cut short, it is all done again."""
         self._rewinding = True
         manifest, skipped, shards = await self.checkpoints.restore()
@@ -293,10 +297,10 @@ class Elastic:
         kept = [shards[f"expert-{index}"] for index in range(experts)]
         waits: list[ObjectRef] = []
         for role, updates, more in (("generator", iteration, [None, *kept]), ("fake", fakes, [])):
-            members = self.cluster.crews[role].members
+            workers = self.actors.role_workers[role].active
             if phase < len(plan_phases(self.recipe)):
-                waits += [m.actor.take_over.remote(phase, updates, shards.get(role), *more) for m in members]
-            waits += self.cluster.groups[role].form(members)
+                waits += [m.actor.take_over.remote(phase, updates, shards.get(role), *more) for m in workers]
+            waits += self.actors.groups[role].form(workers)
         await asyncio.gather(*waits)
         self._rewinding = False
-        return Standing(iteration, fakes, experts)
+        return ResumePoint(iteration, fakes, experts)

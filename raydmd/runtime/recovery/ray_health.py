@@ -14,7 +14,7 @@ ASK_EVERY_S = 2.0  # a cluster that was joined
 GIVE_UP_S = 6.0  # without an answer of it
 
 
-class HealthMonitor(threading.Thread):
+class RayHealthMonitor(threading.Thread):
     """Looks after Ray's own processes, beside the main thread; without them its calls would wait for ever.
 
     Of a Ray that was started here it watches the processes; of one that was joined it asks whether they still take

@@ -1,6 +1,6 @@
 """The actors of the three roles: thin shells that run a role's part, refuse what is out of turn, and say what it cost.
 
-Calls run one after another, in the order in which they were made. Two run beside them: ``pulse`` and ``drop``.
+Calls run one after another, in the order in which they were made. Two run beside them: ``heartbeat`` and ``drop``.
 """
 
 import os
@@ -33,7 +33,7 @@ from raydmd.training.trial import try_row
 
 
 @dataclass(frozen=True)
-class Micro:
+class MicroBatch:
     """A micro-batch's place in the global batch."""
 
     index: int
@@ -42,7 +42,7 @@ class Micro:
 
 
 @dataclass(frozen=True)
-class Receipt:
+class CallStats:
     """What a call cost and reports: small, so that the controller may read it.
 
     Attributes:
@@ -76,7 +76,7 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class Pulse:
+class Heartbeat:
     """What a worker is at, said beside its work.
 
     Attributes:
@@ -91,7 +91,7 @@ class Pulse:
 
 
 @dataclass(frozen=True, order=True)
-class Position:
+class TrainerProgress:
     """How far a trainer has come; ordered by progress.
 
     Attributes:
@@ -152,18 +152,18 @@ class Worker:
         return Identity(ray.get_runtime_context().get_node_id(), os.getpid())
 
     @ray.method(concurrency_group=BESIDE)
-    def pulse(self) -> Pulse:
+    def heartbeat(self) -> Heartbeat:
         """Say what the worker is at."""
         turn, group = self._turn, self.collective
         waiting = isinstance(group, ProcessGroup) and group.waiting
         if turn is None:
-            return Pulse(None, 0.0, waiting)
+            return Heartbeat(None, 0.0, waiting)
         since = max(turn[1], group.last_waited) if isinstance(group, ProcessGroup) else turn[1]
-        return Pulse(turn[0], time.monotonic() - since, waiting)
+        return Heartbeat(turn[0], time.monotonic() - since, waiting)
 
     @contextmanager
     def turn(self, method: str) -> Iterator["Turn"]:
-        """Run a call's body; what it yields makes the call's receipt."""
+        """Run a call's body; what it yields makes the call's statistics."""
         self._turn = (method, time.monotonic())
         try:
             yield Turn(self)
@@ -177,10 +177,10 @@ class Turn:
     def __init__(self, worker: Worker) -> None:
         self.worker, self.since, self.waited = worker, time.perf_counter(), self._waited(worker)
 
-    def receipt(self, micros: int = 0, figures: Any = None, versions: list[tuple[int, int]] | None = None) -> Receipt:
+    def stats(self, micros: int = 0, figures: Any = None, versions: list[tuple[int, int]] | None = None) -> CallStats:
         """Say what the call has cost so far."""
         busy = time.perf_counter() - self.since - (self._waited(self.worker) - self.waited)
-        return Receipt(self.worker.role, self.worker.number, busy, figures, tuple(versions or ()), micros)
+        return CallStats(self.worker.role, self.worker.number, busy, figures, tuple(versions or ()), micros)
 
     @staticmethod
     def _waited(worker: Worker) -> float:
@@ -188,36 +188,37 @@ class Turn:
 
 
 class TrainerWorker(Worker):
-    """One replica of a trained role: a place in the group's formations, and a state that can be handed over.
+    """One replica of a trained role: a place in the group's generations, and a state that can be handed over.
 
-    Every formation of the group has a number. A call is refused when its formation was dropped, or when the replica is
-    not at the update that the call is made for: it can then be made again, and nothing is ever trained on twice.
+    Every time the group is formed it has a new generation. A call is refused when its generation was dropped, or when
+    the replica is not at the update that the call is made for: it can then be made again, and nothing is ever trained
+    on twice.
     """
 
     part: Generator | Fake
 
     def __init__(self, recipe: Recipe, number: int, threads: int, device: str, factory: Factory) -> None:
         super().__init__(recipe, number, threads, device, factory)
-        self._formation, self._dropped, self._phase = 0, 0, -1
+        self._generation, self._dropped, self._phase = 0, 0, -1
 
-    def join(self, formation: int, address: tuple[str, int], rank: int, world: int) -> None:
+    def join(self, generation: int, address: tuple[str, int], rank: int, world: int) -> None:
         """Take a place in the group; blocks until its peers have come."""
         with self.turn("join"):
             self.collective = Alone()
             group = ProcessGroup(self.device == "cuda")
             if world > 1:
                 self.collective = group
-            self._formation = formation
-            if formation <= self._dropped:  # after the collective is set: `drop` must find it, or this find the drop
-                raise StepDropped(f"formation {formation} was dropped")
+            self._generation = generation
+            if generation <= self._dropped:  # after the collective is set: `drop` must find it, or this find the drop
+                raise StepDropped(f"generation {generation} was dropped")
             if world > 1:
-                group.join(address, f"{self.role}/{formation}", rank, world)
+                group.join(address, f"{self.role}/{generation}", rank, world)
 
     @ray.method(concurrency_group=BESIDE)
-    def drop(self, formation: int) -> None:
+    def drop(self, generation: int) -> None:
         """Give up the step under way and refuse all calls until the group is formed with a higher number."""
-        self._dropped = max(self._dropped, formation)
-        if isinstance(self.collective, ProcessGroup) and self._formation <= formation:
+        self._dropped = max(self._dropped, generation)
+        if isinstance(self.collective, ProcessGroup) and self._generation <= generation:
             self.collective.drop()
 
     @contextmanager
@@ -227,16 +228,16 @@ class TrainerWorker(Worker):
         Raises:
             StepDropped: the group is being formed anew, or the replica is not there.
         """
-        if self._formation <= self._dropped:
+        if self._generation <= self._dropped:
             raise StepDropped("the group is being formed anew")
         if not 0 <= at - self.part.updates <= ahead:
             raise StepDropped(f"{self.role} {self.number} is at update {self.part.updates}, the call is for {at}")
         with self.turn(method) as turn:
             yield turn
 
-    def position(self) -> Position:
+    def progress(self) -> TrainerProgress:
         """Say how far this replica has come."""
-        return Position(self._phase, self.part.updates)
+        return TrainerProgress(self._phase, self.part.updates)
 
     def start_phase(self, index: int, iteration: int) -> None:
         """Begin phase ``index`` at ``iteration``, unless that is done."""
@@ -294,39 +295,39 @@ class GeneratorWorker(TrainerWorker):
         """Take the teacher's ODE pairs, in order."""
         self.part.pairs = Pairs.join([from_wire(part) for part in parts], self.device)
 
-    def prepare(self, micros: list[Micro], iteration: int, *conditions: Any) -> Receipt:
+    def prepare(self, micros: list[MicroBatch], iteration: int, *conditions: Any) -> CallStats:
         """Make ahead the frozen experts' part of every rollout of an iteration; conditions go by draw, then micro."""
         with self.step("prepare", iteration, ahead=1) as turn:
             for number, condition in enumerate(conditions):
                 update, micro = number // len(micros), micros[number % len(micros)]
                 self.part.prepare(iteration, update, micro.start, micro.count, from_wire(condition))
-            return turn.receipt(len(micros))
+            return turn.stats(len(micros))
 
-    def rollout(self, micros: list[Micro], iteration: int, update: int, *conditions: Any) -> list[Any]:
-        """Return the samples of each micro-batch of a fake update, then a receipt."""
+    def rollout(self, micros: list[MicroBatch], iteration: int, update: int, *conditions: Any) -> list[Any]:
+        """Return the samples of each micro-batch of a fake update, then the call's statistics."""
         made = []
         with self.step("rollout", iteration, ahead=self.recipe.runtime.max_staleness) as turn:
             for micro, condition in zip(micros, conditions, strict=True):
                 made.append(self.part.rollout(iteration, update, micro.start, micro.count, from_wire(condition)))
-            versions = [(samples.stamp.generator_version, -1) for samples in made]
-            return [*to_wire(made), turn.receipt(len(micros), versions=versions)]
+            versions = [(samples.batch_id.generator_version, -1) for samples in made]
+            return [*to_wire(made), turn.stats(len(micros), versions=versions)]
 
-    def propose(self, micros: list[Micro], iteration: int, *conditions: Any) -> list[Any]:
-        """Return the generator's own noised samples, whose graph is kept here, then a receipt."""
+    def propose(self, micros: list[MicroBatch], iteration: int, *conditions: Any) -> list[Any]:
+        """Return the generator's own noised samples, whose graph is kept here, then the call's statistics."""
         made = []
         with self.step("propose", iteration) as turn:
             for micro, condition in zip(micros, conditions, strict=True):
                 made.append(self.part.propose(iteration, micro.start, micro.count, from_wire(condition)))
-            versions = [(proposal.stamp.generator_version, -1) for proposal in made]
-            return [*to_wire(made), turn.receipt(len(micros), versions=versions)]
+            versions = [(proposal.batch_id.generator_version, -1) for proposal in made]
+            return [*to_wire(made), turn.stats(len(micros), versions=versions)]
 
-    def update(self, micros: list[Micro], iteration: int, *scores: Any) -> Receipt:
+    def update(self, micros: list[MicroBatch], iteration: int, *scores: Any) -> CallStats:
         """Apply the gradient that the teacher's and the fake's scores (in that order) give."""
         with self.step("update", iteration) as turn:
             received: list[Score] = [from_wire(score) for score in scores]
             figures = self.part.update(received[: len(micros)], received[len(micros) :], self.collective)
-            versions = [(score.stamp.generator_version, score.stamp.fake_version) for score in received]
-            return turn.receipt(len(micros), figures, versions)
+            versions = [(score.batch_id.generator_version, score.batch_id.fake_version) for score in received]
+            return turn.stats(len(micros), figures, versions)
 
     def end_phase(self, index: int, iteration: int) -> None:
         """Fix expert ``index`` at its averaged weights, unless that is done."""
@@ -346,20 +347,20 @@ class FakeWorker(TrainerWorker):
     role = "fake"
     part: Fake
 
-    def update(self, micros: list[Micro], number: int, *samples: Any) -> Receipt:
+    def update(self, micros: list[MicroBatch], number: int, *samples: Any) -> CallStats:
         """Make the run's fake update ``number`` on this replica's micro-batches."""
         with self.step("update", number) as turn:
             batches = [from_wire(batch) for batch in samples]
             figures = self.part.update(batches, self.collective)
-            versions = [(b.stamp.generator_version, figures.version) for b in batches]
-            return turn.receipt(len(micros), figures, versions)
+            versions = [(b.batch_id.generator_version, figures.version) for b in batches]
+            return turn.stats(len(micros), figures, versions)
 
-    def score(self, micros: list[Micro], number: int, *proposals: Any) -> list[Any]:
-        """Return the prediction on each proposal after ``number`` updates, then a receipt."""
+    def score(self, micros: list[MicroBatch], number: int, *proposals: Any) -> list[Any]:
+        """Return the prediction on each proposal after ``number`` updates, then the call's statistics."""
         with self.step("score", number) as turn:
             scores = [self.part.score(from_wire(proposal)) for proposal in proposals]
-            versions = [(score.stamp.generator_version, score.stamp.fake_version) for score in scores]
-            return [*to_wire(scores), turn.receipt(len(micros), versions=versions)]
+            versions = [(score.batch_id.generator_version, score.batch_id.fake_version) for score in scores]
+            return [*to_wire(scores), turn.stats(len(micros), versions=versions)]
 
 
 class TeacherWorker(Worker):
@@ -368,23 +369,23 @@ class TeacherWorker(Worker):
     role = "teacher"
     part: Scorer
 
-    def score(self, proposal: Any) -> tuple[Any, Receipt]:
-        """Return the guided prediction on a proposal, and a receipt."""
+    def score(self, proposal: Any) -> tuple[Any, CallStats]:
+        """Return the guided prediction on a proposal, and the call's statistics."""
         with self.turn("score") as turn:
             score = self.part.score(from_wire(proposal))
-            return to_wire(score), turn.receipt(1, versions=[(score.stamp.generator_version, -1)])
+            return to_wire(score), turn.stats(1, versions=[(score.batch_id.generator_version, -1)])
 
-    def preview(self, count: int, conditions: Any) -> tuple[Any, Receipt]:
-        """Return the teacher's own many-step pictures [count, C, H, W] for the students' seeds, and a receipt."""
+    def preview(self, count: int, conditions: Any) -> tuple[Any, CallStats]:
+        """Return the teacher's own many-step pictures [count, C, H, W] for the students' seeds, and statistics."""
         with self.turn("preview") as turn:
             noise = initial_noise(self.part.family, self.recipe.seed, 0, count)
             latents = self.part.sample(noise, from_wire(conditions), steps=self.recipe.teacher.steps)[-1]
-            return to_wire(self.part.family.decode(latents)), turn.receipt()
+            return to_wire(self.part.family.decode(latents)), turn.stats()
 
-    def pairs(self, start: int, count: int, conditions: Any) -> tuple[Any, Receipt]:
-        """Return ODE pairs, and a receipt."""
+    def pairs(self, start: int, count: int, conditions: Any) -> tuple[Any, CallStats]:
+        """Return ODE pairs, and the call's statistics."""
         with self.turn("pairs") as turn:
-            return to_wire(self.part.pairs(start, count, from_wire(conditions))), turn.receipt()
+            return to_wire(self.part.pairs(start, count, from_wire(conditions))), turn.stats()
 
 
 WORKERS: dict[str, type[Worker]] = {"generator": GeneratorWorker, "fake": FakeWorker, "teacher": TeacherWorker}

@@ -38,7 +38,7 @@ class StepDropped(PortableError):
 
 
 class ProcessGroup:
-    """A replica's place in one formation of its group (gloo on CPU, NCCL on GPU).
+    """A replica's place in one generation of its group (gloo on CPU, NCCL on GPU).
 
     A dead peer's closed connection makes every reduction raise at once. Where no connection closes (a peer that is
     alive but will not come, a machine that vanished), ``drop`` does it: the reduction under way is left to itself, on a
@@ -65,7 +65,7 @@ class ProcessGroup:
 
         Args:
             address: the rendezvous' host and port.
-            key: names this formation in it.
+            key: names this generation in it.
             rank: this replica's place.
             world: how many replicas there are.
 

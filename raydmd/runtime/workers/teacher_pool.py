@@ -12,7 +12,7 @@ from typing import Any
 from ray import ObjectRef
 
 from raydmd.errors import RunError
-from raydmd.runtime.membership.role_workers import Member
+from raydmd.runtime.membership.role_workers import WorkerHandle
 from raydmd.runtime.recovery.faults import LOSSES_PER_FAILURE, in_words, is_gone, own_fault
 from raydmd.runtime.workers.trainer_group import Call
 
@@ -37,7 +37,7 @@ class _Job:
 class _Seat:
     """A worker's place: what it holds, oldest first, since when it has the oldest, and how long each method takes."""
 
-    member: Member
+    worker: WorkerHandle
     held: list[_Job] = field(default_factory=list)
     begun: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -57,7 +57,9 @@ class ScorerPool:
         lost: called with a worker that died and the error.
     """
 
-    def __init__(self, tries: int, lost: Callable[[Member, BaseException], None] = lambda member, error: None) -> None:
+    def __init__(
+        self, tries: int, lost: Callable[[WorkerHandle, BaseException], None] = lambda worker, error: None
+    ) -> None:
         self.tries, self.lost = tries, lost
         self._seats: list[_Seat] = []
         self._queue: deque[_Job] = deque()
@@ -65,28 +67,28 @@ class ScorerPool:
         self._look_again: asyncio.TimerHandle | None = None
 
     @property
-    def members(self) -> list[Member]:
+    def workers(self) -> list[WorkerHandle]:
         """Who takes work."""
-        return [seat.member for seat in self._open()]
+        return [seat.worker for seat in self._open()]
 
     @property
     def depth(self) -> int:
         """Micro-batches that nobody has begun to take."""
         return len(self._queue)
 
-    def holds(self, member: Member) -> bool:
+    def holds(self, worker: WorkerHandle) -> bool:
         """Whether a worker, in the pool or leaving it, still works on something."""
-        return any(seat.held for seat in self._seats if seat.member is member)
+        return any(seat.held for seat in self._seats if seat.worker is worker)
 
-    def add(self, member: Member) -> None:
+    def add(self, worker: WorkerHandle) -> None:
         """Let a worker take part from now on."""
-        self._seats.append(_Seat(member))
+        self._seats.append(_Seat(worker))
         self._hand_out()
 
-    def remove(self, member: Member) -> None:
+    def remove(self, worker: WorkerHandle) -> None:
         """Give a worker nothing more; what it holds, it may finish."""
         for seat in self._seats:
-            seat.leaving |= seat.member is member
+            seat.leaving |= seat.worker is worker
         self._hand_out()
 
     async def map(self, method: str, inputs: list[tuple[Any, ...]]) -> Call:
@@ -109,7 +111,7 @@ class ScorerPool:
             raise
         for seat in self._seats:
             seat.rested += 1
-        return Call([result for result, _ in answers], [receipt for _, receipt in answers])
+        return Call([result for result, _ in answers], [stats for _, stats in answers])
 
     # who takes what
 
@@ -184,21 +186,21 @@ class ScorerPool:
 
     async def _work(self, seat: _Seat, job: _Job) -> None:
         try:
-            result, receipt = getattr(seat.member.actor, job.method).options(num_returns=2).remote(*job.arguments)
-            cost = await receipt
+            result, stats = getattr(seat.worker.actor, job.method).options(num_returns=2).remote(*job.arguments)
+            cost = await stats
         except Exception as error:
-            self._let_go(seat, job)
+            self._take_back(seat, job)
             self._failed(seat, job, error)
         else:
-            newest = max(cost.busy_seconds, self._let_go(seat, job))
+            newest = max(cost.busy_seconds, self._take_back(seat, job))
             seat.seconds[job.method] = MEMORY * newest + (1 - MEMORY) * seat.seconds.get(job.method, newest)
-            seat.member.speed = 1 / max(seat.seconds[job.method], 1e-9)
+            seat.worker.speed = 1 / max(seat.seconds[job.method], 1e-9)
             if not job.answer.done():
-                job.answer.set_result((result, receipt))
+                job.answer.set_result((result, stats))
         self._hand_out()
 
     @staticmethod
-    def _let_go(seat: _Seat, job: _Job) -> float:
+    def _take_back(seat: _Seat, job: _Job) -> float:
         """Take back what a worker held; return its seconds for it, messages' included."""
         seat.held.remove(job)
         took, seat.begun = time.monotonic() - seat.begun, time.monotonic()
@@ -207,8 +209,8 @@ class ScorerPool:
     def _failed(self, seat: _Seat, job: _Job, error: Exception) -> None:
         gone, fault = is_gone(error), own_fault(error) is not None
         if gone and not seat.leaving:
-            self.remove(seat.member)
-            self.lost(seat.member, error)
+            self.remove(seat.worker)
+            self.lost(seat.worker, error)
         if job.answer.done():
             return
         job.failures += fault
@@ -216,7 +218,7 @@ class ScorerPool:
         if job.failures >= self.tries or not (gone or fault):
             job.answer.set_exception(error)  # for ever its own fault, or what it was to score is lost
         elif job.losses >= LOSSES_PER_FAILURE * self.tries:
-            last = f"{seat.member.name}: {in_words(error)}"
+            last = f"{seat.worker.name}: {in_words(error)}"
             job.answer.set_exception(
                 RunError(f"workers were lost {job.losses} times at one micro-batch, the last time {last}")
             )

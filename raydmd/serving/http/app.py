@@ -14,11 +14,11 @@ from raydmd.serving.http import answers
 from raydmd.serving.http.cors import cross_origin
 from raydmd.serving.http.docs import Docs
 from raydmd.serving.http.errors import from_http
-from raydmd.serving.http.gate import Gate, route_path
 from raydmd.serving.http.images import Images
 from raydmd.serving.http.jobs import Jobs
 from raydmd.serving.http.keys import Keys
 from raydmd.serving.http.metrics import Metrics
+from raydmd.serving.http.middleware import RequestMiddleware, route_path
 from raydmd.serving.http.models import Models
 from raydmd.serving.http.openapi import (
     BINARY,
@@ -93,7 +93,7 @@ def make_app(backend: Backend, serving: Serving, keys: Iterable[str] = ()) -> Fa
 
     app = FastAPI(
         openapi_url=None,  # and with it FastAPI's own pages, whose files are elsewhere
-        middleware=[*cross_origin(serving.cors_origins), Middleware(Gate, keys=known, metrics=metrics)],
+        middleware=[*cross_origin(serving.cors_origins), Middleware(RequestMiddleware, keys=known, metrics=metrics)],
         exception_handlers={HTTPException: refused},
         lifespan=lifespan,
         redirect_slashes=False,  # a path with a slash too many is told the right one, as any other

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from raydmd.errors import PortableError, nearest
-from raydmd.serving.contract import BadAsk, Busy, NotFinite, Unavailable
+from raydmd.serving.contract import BadRequest, NotFinite, Overloaded, Unavailable
 
 log = logging.getLogger("raydmd.serving.http")
 
@@ -71,9 +71,9 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
     """Return what a client is told of an error; one that is our own mistake is logged, and not told."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, BadAsk):
+    if isinstance(error, BadRequest):
         return ApiError(400, str(error), error.param, "invalid_value")
-    if isinstance(error, Busy):
+    if isinstance(error, Overloaded):
         headers = retry_after(error.retry_after)
         if hold := int(1000 * error.full_seconds):
             headers |= {FULL: error.maker, FULL_MS: str(hold)}

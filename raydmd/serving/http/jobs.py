@@ -7,7 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raydmd.serving.contract import Ask, Backend, Busy, Made
+from raydmd.serving.contract import Backend, GenerationRequest, GenerationResult, Overloaded
 from raydmd.serving.http.errors import ApiError, as_api_error, retry_after
 from raydmd.serving.http.files import MEDIA_TYPES
 from raydmd.serving.http.metrics import Metrics
@@ -24,7 +24,7 @@ class Job:
     """A video that somebody asked for."""
 
     owner: str
-    ask: Ask
+    request: GenerationRequest
     about: dict[str, str]  # model, size and seconds, as the API says them
     id: str = field(default_factory=lambda: f"video_{secrets.token_hex(16)}")
     created: float = field(default_factory=time.time)
@@ -32,7 +32,7 @@ class Job:
     progress: int = 0
     ended: float | None = None
     error: dict[str, Any] | None = None
-    made: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     task: asyncio.Task[None] | None = None
 
     @property
@@ -63,7 +63,7 @@ class Jobs:
         """
         self._forget()
         most = self.serving.limits.jobs
-        alike = [other for other in self._jobs.values() if other.ask.maker == job.ask.maker]
+        alike = [other for other in self._jobs.values() if other.request.maker == job.request.maker]
         if len(alike) >= most:
             over = {other.ended: other for other in alike if other.ended is not None}
             if not over:
@@ -110,8 +110,8 @@ class Jobs:
 
     async def _run(self, job: Job) -> None:
         try:
-            made = await self._make(job)
-            if not self.store.put({job.file: made.pictures[0]}, MEDIA_TYPES["mp4"]):
+            result = await self._make(job)
+            if not self.store.put({job.file: result.pictures[0]}, MEDIA_TYPES["mp4"]):
                 raise ApiError(400, "the video is larger than all that is kept here", code="too_large")
         except Exception as error:
             job.status, job.error = "failed", as_api_error(error, job.id).body()["error"]
@@ -119,20 +119,20 @@ class Jobs:
             job.status, job.progress = "completed", 100
         job.ended = time.time()
 
-    async def _make(self, job: Job) -> Made:
+    async def _make(self, job: Job) -> GenerationResult:
         while True:
             try:
                 async with within(self.serving.timeout_seconds):
                     # A backend's `watch` is an asynchronous generator, which the contract's type does not say.
-                    async with aclosing(self.backend.watch(job.ask)) as seen:
+                    async with aclosing(self.backend.watch(job.request)) as seen:
                         async for event in seen:
-                            if isinstance(event, Made):
-                                self.metrics.made(job.ask.maker, event)
-                                job.made = {"timings": {k: round(1000 * v, 3) for k, v in event.seconds.items()},
+                            if isinstance(event, GenerationResult):
+                                self.metrics.record(job.request.maker, event)
+                                job.facts = {"timings": {k: round(1000 * v, 3) for k, v in event.seconds.items()},
                                             "batches": dict(event.batches), "revision": event.revision}  # fmt: skip
                                 return event
                             job.status = "in_progress"
                             job.progress = min(99, 100 * event.number // event.of)
                 raise ApiError(500, "the video was not made")
-            except Busy as busy:  # a job has time, unlike a request
-                await asyncio.sleep(min(busy.retry_after, PATIENCE))
+            except Overloaded as overloaded:  # a job has time, unlike a request
+                await asyncio.sleep(min(overloaded.retry_after, PATIENCE))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from raydmd.serving.contract import Made, Maker
+from raydmd.serving.contract import GenerationResult, Maker
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 STAGE_SECONDS = (0.0005, 0.001, 0.0025, *SECONDS)
@@ -48,12 +48,12 @@ class Metrics:
         self.requests.labels(route, str(status)).inc()
         self.seconds.labels(route).observe(seconds)
 
-    def made(self, maker: Maker, made: Made) -> None:
+    def record(self, maker: Maker, result: GenerationResult) -> None:
         """Count what was made."""
-        self.samples.labels(maker).inc(len(made.pictures))
-        for stage, seconds in made.seconds.items():
+        self.samples.labels(maker).inc(len(result.pictures))
+        for stage, seconds in result.seconds.items():
             self.stage_seconds.labels(stage).observe(seconds)
-        for stage, samples in made.batches.items():
+        for stage, samples in result.batches.items():
             self.batch.labels(stage).observe(samples)
 
     def text(self) -> bytes:

@@ -165,7 +165,7 @@ def read_model(name: str | None, card: Card) -> Maker:
 
 
 class Sampling(TypedDict):
-    """How the teacher samples, as `contract.Ask` has it."""
+    """How the teacher samples, as `contract.GenerationRequest` has it."""
 
     negative_prompt: str | None
     steps: int | None

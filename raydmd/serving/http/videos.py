@@ -5,7 +5,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from raydmd.serving.contract import Ask, Backend
+from raydmd.serving.contract import Backend, GenerationRequest
 from raydmd.serving.http.cors import may_send_forms
 from raydmd.serving.http.errors import ApiError, parsed
 from raydmd.serving.http.files import file_response
@@ -34,25 +34,25 @@ class Videos:
     def __init__(self, backend: Backend, serving: Serving, jobs: Jobs) -> None:
         self.backend, self.serving, self.jobs = backend, serving, jobs
 
-    async def create(self, request: Request) -> Response:
+    async def create(self, http_request: Request) -> Response:
         """``POST /v1/videos``: begin a video; JSON, or the form that OpenAI's client sends."""
-        must_be_json(request, also=(FORM,))
+        must_be_json(http_request, also=(FORM,))
         async with within(self.serving.timeout_seconds):
-            raw = await read_body(request, self.serving.limits.body_bytes)
-        if media_type(request) == FORM:
-            if not may_send_forms(request, self.serving.cors_origins):
+            raw = await read_body(http_request, self.serving.limits.body_bytes)
+        if media_type(http_request) == FORM:
+            if not may_send_forms(http_request, self.serving.cors_origins):
                 raise ApiError(403, "forms from pages of other sites are not taken", code="cross_site")
-            body = parsed(VideoBody, dict(await read_form(request, raw)), strict=False)
+            body = parsed(VideoBody, dict(await read_form(http_request, raw)), strict=False)
         else:
             body = parsed(VideoBody, raw)
-        job = self._job(body, request.scope["raydmd.owner"])
+        job = self._job(body, http_request.scope["raydmd.owner"])
         self.jobs.start(job)
         return JSONResponse(self._said(job))
 
-    async def all(self, request: Request) -> Response:
+    async def all(self, http_request: Request) -> Response:
         """``GET /v1/videos``: a list, the newest first."""
-        query = parsed(VideoList, dict(request.query_params), strict=False)
-        jobs = self.jobs.all(request.scope["raydmd.owner"])
+        query = parsed(VideoList, dict(http_request.query_params), strict=False)
+        jobs = self.jobs.all(http_request.scope["raydmd.owner"])
         if query.order == "desc":
             jobs.reverse()
         if query.after is not None:
@@ -64,30 +64,30 @@ class Videos:
         ends = {"first_id": shown[0]["id"] if shown else None, "last_id": shown[-1]["id"] if shown else None}
         return JSONResponse({"object": "list", "data": shown, "has_more": len(jobs) > query.limit, **ends})
 
-    async def one(self, request: Request) -> Response:
+    async def one(self, http_request: Request) -> Response:
         """``GET /v1/videos/ID``."""
-        return JSONResponse(self._said(self._asked(request)))
+        return JSONResponse(self._said(self._asked(http_request)))
 
-    async def content(self, request: Request) -> Response:
+    async def content(self, http_request: Request) -> Response:
         """``GET /v1/videos/ID/content``: the MP4 file, or a range of it."""
-        if (variant := request.query_params.get("variant", "video")) != "video":
+        if (variant := http_request.query_params.get("variant", "video")) != "video":
             raise ApiError(400, f"variant: there is 'video' alone, not '{variant[:50]}'", "variant", "invalid_value")
-        job = self._asked(request)
+        job = self._asked(http_request)
         if job.status != "completed":
             why = f"it failed: {job.error['message']}" if job.error else f"it is {job.status} ({job.progress} %)"
             raise ApiError(400, f"there is no video yet: {why}", code="video_not_ready")
         if (kept := self.jobs.store.get(job.file)) is None:
             raise ApiError(404, "the video made room for newer ones; make it again", code="video_expired")
-        return file_response(request, kept.data, kept.media_type, self.serving.limits.stored_seconds)
+        return file_response(http_request, kept.data, kept.media_type, self.serving.limits.stored_seconds)
 
-    async def delete(self, request: Request) -> Response:
+    async def delete(self, http_request: Request) -> Response:
         """``DELETE /v1/videos/ID``: forget it; one that is on its way is left undone."""
-        job = self._asked(request)
+        job = self._asked(http_request)
         self.jobs.delete(job)
         return JSONResponse({"id": job.id, "object": "video.deleted", "deleted": True})
 
-    def _asked(self, request: Request) -> Job:
-        return self.jobs.get(request.path_params["video"], request.scope["raydmd.owner"])
+    def _asked(self, http_request: Request) -> Job:
+        return self.jobs.get(http_request.path_params["video"], http_request.scope["raydmd.owner"])
 
     def _job(self, body: VideoBody, owner: str) -> Job:
         card = self.backend.card()
@@ -96,7 +96,7 @@ class Videos:
                            "model", "wrong_model_kind")  # fmt: skip
         check_seconds(body.seconds, card)
         maker = read_model(body.model, card)
-        ask = Ask(
+        request = GenerationRequest(
             prompt=read_prompt(body.prompt, self.serving.limits),
             seed=read_seed(body.seed),
             maker=maker,
@@ -104,16 +104,17 @@ class Videos:
             output_format="mp4",
             **read_sampling(body, maker, card, self.serving.limits),
         )
-        assert ask.size is not None
+        assert request.size is not None
         model = card.names(maker)[0]
-        return Job(owner, ask, {"model": model, "size": size_text(ask.size), "seconds": length_text(card)})
+        return Job(owner, request, {"model": model, "size": size_text(request.size), "seconds": length_text(card)})
 
     def _said(self, job: Job) -> dict[str, Any]:
         ended = None if job.ended is None else int(job.ended)
         done = ended if job.status == "completed" else None
         return {
             "id": job.id, "object": "video", "status": job.status, "progress": job.progress, **job.about,
-            "prompt": job.ask.prompt, "seed": job.ask.seed, "created_at": int(job.created), "completed_at": done,
+            "prompt": job.request.prompt, "seed": job.request.seed, "created_at": int(job.created),
+            "completed_at": done,
             "expires_at": None if done is None else int(done + self.serving.limits.stored_seconds),
-            "error": job.error, **job.made,
+            "error": job.error, **job.facts,
         }  # fmt: skip

@@ -9,7 +9,7 @@ import ray
 from raydmd.runtime.workers.helpers import HelperHeartbeat
 
 
-class Warden:
+class ControlCaller:
     """An actor that asks many workers at once and gives up on those that do not answer.
 
     Ray sends one caller's calls to an actor in order, each once its arguments are there. A call of the driver's would

@@ -25,7 +25,7 @@ def route_path(scope: Scope) -> str:
     return path.removeprefix(scope.get("root_path", ""))
 
 
-class Gate:
+class RequestMiddleware:
     """ASGI middleware around the whole API.
 
     It puts into the scope: ``raydmd.request_id``, ``raydmd.owner`` (as `Keys.owner`) and reads from there

@@ -87,11 +87,11 @@ def test_every_role_is_killed_at_any_moment(nodes: Any, quick: Any, prompts: Any
 
 
 def test_helpers_are_killed(nodes: Any, quick: Any, prompts: Any, tmp_path: Path) -> None:
-    """The prompt stream, the archivist and the warden come back by themselves, and what they were asked is done."""
+    """The prompt stream, the checkpoint writer and the control caller come back by themselves, and what they were asked is done."""
 
     def plot(story: Story) -> None:
         story.go_on(8)
-        for name in ("PromptStream", "Archivist", "Warden"):
+        for name in ("PromptStream", "CheckpointWriter", "ControlCaller"):
             (process,) = story.processes(name)
             process.kill()
             story.until(lambda name=name, old=process: [p for p in story.processes(name) if p.pid != old.pid])
@@ -100,7 +100,7 @@ def test_helpers_are_killed(nodes: Any, quick: Any, prompts: Any, tmp_path: Path
             story.until(lambda helper=helper: story.events("helper-recovered", helper=helper))
         told = {event["helper"]: event["why"] for event in story.events("helper-lost")}
         assert told["checkpoint writer"] == told["control caller"] == "its process was killed or crashed"
-        story.kill("fake")  # and the warden is needed for this
+        story.kill("fake")  # and the control caller is needed for this
         story.lost_and_recovered(1)
 
     story = Story(quick("ring", *workers(2)), tmp_path / "run", plot).run()
@@ -225,9 +225,9 @@ def test_who_leaves_is_freed_of_a_silent_peer_and_hands_its_state_on(
     stays, leaves = add_node(nodes, room("-l")), add_node(nodes, room("-l"))
     formed, form = [], TrainerGroup.form
 
-    def noted(group: TrainerGroup, members: list[Any]) -> Any:
-        formed.append((group.role, [member.identity.node for member in members]))
-        return form(group, members)
+    def noted(group: TrainerGroup, workers: list[Any]) -> Any:
+        formed.append((group.role, [worker.identity.node for worker in workers]))
+        return form(group, workers)
 
     monkeypatch.setattr(TrainerGroup, "form", noted)
 

@@ -1,4 +1,4 @@
-"""The archivist: an actor that may be killed at any moment, and leaves nothing undone."""
+"""The checkpoint writer: an actor that may be killed at any moment, and leaves nothing undone."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from raydmd.runs.folders import expert_file
 from raydmd.runtime.checkpoint.manager import Archive
 from raydmd.runtime.checkpoint.shards import LabelledTensors
-from raydmd.runtime.checkpoint.writer import NICE, Archivist
+from raydmd.runtime.checkpoint.writer import NICE, CheckpointWriter
 from raydmd.runtime.workers.helpers import HelperHeartbeat, start_helper
 
 
@@ -29,9 +29,9 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def process(archivist: Any) -> tuple[int, int]:
+def process(checkpoint_writer: Any) -> tuple[int, int]:
     """Return an actor's process and its niceness."""
-    return ray.get(archivist.__ray_call__.remote(lambda _: (os.getpid(), os.getpriority(os.PRIO_PROCESS, 0))))
+    return ray.get(checkpoint_writer.__ray_call__.remote(lambda _: (os.getpid(), os.getpriority(os.PRIO_PROCESS, 0))))
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def make() -> Iterator[Any]:
     actors = []
 
     def start(folder: Path, uri: str | None = None, keep: int = 2) -> Any:
-        actors.append(start_helper(Archivist, str(folder), uri or f"{folder}/checkpoints", keep))
+        actors.append(start_helper(CheckpointWriter, str(folder), uri or f"{folder}/checkpoints", keep))
         return actors[-1]
 
     yield start
@@ -48,9 +48,9 @@ def make() -> Iterator[Any]:
         ray.kill(actor)
 
 
-def save(archivist: Any, iteration: int, **changes: Any) -> Any:
+def save(checkpoint_writer: Any, iteration: int, **changes: Any) -> Any:
     states = [ray.put(state) for state in shards(iteration).values()]
-    return archivist.save.remote(manifest(iteration, **changes), list(shards(iteration)), *states)
+    return checkpoint_writer.save.remote(manifest(iteration, **changes), list(shards(iteration)), *states)
 
 
 def test_what_is_saved_is_restored_by_another(make: Any, tmp_path: Path) -> None:
@@ -74,26 +74,28 @@ def test_what_is_saved_is_restored_by_another(make: Any, tmp_path: Path) -> None
 
 
 def test_a_run_folders_expert_that_differs_is_replaced_and_one_that_does_not_is_left(make: Any, tmp_path: Path) -> None:
-    archivist, path = make(tmp_path), expert_file(tmp_path, 0)
-    ray.get([archivist.save_expert.remote(0, expert(7)), save(archivist, 3, experts=1)])
+    checkpoint_writer, path = make(tmp_path), expert_file(tmp_path, 0)
+    ray.get([checkpoint_writer.save_expert.remote(0, expert(7)), save(checkpoint_writer, 3, experts=1)])
     before = path.stat().st_mtime_ns
-    ray.get(archivist.restore.remote())
+    ray.get(checkpoint_writer.restore.remote())
     assert path.stat().st_mtime_ns == before
     path.write_bytes(path.read_bytes()[:-1])
-    ray.get(archivist.restore.remote())
+    ray.get(checkpoint_writer.restore.remote())
     assert same(load_file(path), expert(7))
 
 
 def test_its_heartbeat_says_what_it_is_at_and_that_it_gets_on(make: Any, tmp_path: Path) -> None:
-    archivist = make(tmp_path)
-    pid, _ = process(archivist)
-    assert ray.get(archivist.heartbeat.remote()) == HelperHeartbeat(pid, None, 0)
-    saved = archivist.save.remote(manifest(3), ["generator"], ray.put({"w": np.arange(2**26, dtype=np.float32)}))
+    checkpoint_writer = make(tmp_path)
+    pid, _ = process(checkpoint_writer)
+    assert ray.get(checkpoint_writer.heartbeat.remote()) == HelperHeartbeat(pid, None, 0)
+    saved = checkpoint_writer.save.remote(
+        manifest(3), ["generator"], ray.put({"w": np.arange(2**26, dtype=np.float32)})
+    )
     seen: set[int] = set()
     while not ray.wait([saved], timeout=0)[0]:
-        beat = ray.get(archivist.heartbeat.remote())  # while it is at work
+        beat = ray.get(checkpoint_writer.heartbeat.remote())  # while it is at work
         seen |= {beat.progress} if beat.call == "save" else set()
-    assert len(seen) > 2 and ray.get(archivist.heartbeat.remote()).call is None
+    assert len(seen) > 2 and ray.get(checkpoint_writer.heartbeat.remote()).call is None
 
 
 def test_trainers_come_first(make: Any, tmp_path: Path) -> None:
@@ -103,12 +105,12 @@ def test_trainers_come_first(make: Any, tmp_path: Path) -> None:
 
 
 def test_a_kill_in_the_middle_of_a_save_is_made_good_by_the_actors_restart(make: Any, tmp_path: Path) -> None:
-    archivist = make(tmp_path)
-    ray.get([archivist.save_expert.remote(0, expert(7)), save(archivist, 3, experts=1)])
+    checkpoint_writer = make(tmp_path)
+    ray.get([checkpoint_writer.save_expert.remote(0, expert(7)), save(checkpoint_writer, 3, experts=1)])
     big = {"w": np.arange(2**26, dtype=np.float32)}  # 256 MB
     for iteration, role in ((4, "generator"), (4, "fake")):
-        pid, _ = process(archivist)
-        saved = archivist.save.remote(manifest(iteration, experts=1), [role], ray.put(big))
+        pid, _ = process(checkpoint_writer)
+        saved = checkpoint_writer.save.remote(manifest(iteration, experts=1), [role], ray.put(big))
         part = tmp_path / f"checkpoints/step-{iteration:06d}"
         end = time.monotonic() + 60
         while not (part.is_dir() and any(path.name.endswith(".part") for path in part.iterdir())):
@@ -118,16 +120,16 @@ def test_a_kill_in_the_middle_of_a_save_is_made_good_by_the_actors_restart(make:
         assert written.files.keys() == {role, "expert-0"} and not psutil.pid_exists(pid)
         found = Archive(f"{tmp_path}/checkpoints").newest()
         assert found.manifest == written and not found.skipped and same(found.shards[role], big)
-        assert process(archivist)[0] != pid
+        assert process(checkpoint_writer)[0] != pid
 
 
 def test_metadata_comes_through_the_object_store(make: Any, tmp_path: Path) -> None:
-    archivist = make(tmp_path)
+    checkpoint_writer = make(tmp_path)
     weights = ray.put(LabelledTensors(expert(7), {"format": "pt", "alpha": "8"}))
-    ray.get([archivist.save_expert.remote(0, weights), save(archivist, 3, experts=1)])
+    ray.get([checkpoint_writer.save_expert.remote(0, weights), save(checkpoint_writer, 3, experts=1)])
     written = expert_file(tmp_path, 0).read_bytes()
     with safe_open(expert_file(tmp_path, 0), "np") as opened:
         assert opened.metadata() == {"format": "pt", "alpha": "8"}
     expert_file(tmp_path, 0).unlink()
-    ray.get(archivist.restore.remote())
+    ray.get(checkpoint_writer.restore.remote())
     assert expert_file(tmp_path, 0).read_bytes() == written
