@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -113,6 +114,29 @@ def distill(recipe: str, overrides: Sequence[str], out: Path | None, resume: str
         raise click.exceptions.Exit(interrupts.exit_code())
     then = ", ".join(_next_commands(loaded, folder))
     console.print(f"run: {folder} (next: {then})", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command(epilog="Example: raydmd status runs/digits --watch")
+@click.argument("run", metavar="RUN", type=FOLDER)
+@click.option("--watch", is_flag=True, help="Show it once a second until the run has ended, or Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="Print RUN/status.json, for programs.")
+def status(run: Path, watch: bool, as_json: bool) -> None:
+    """Show what a run is doing: its state, each worker's call, what is waited for.
+
+    RUN may be on storage that this machine shares with the run's; its driver writes RUN/status.json once a second.
+    """
+    from raydmd.runs.status import describe, read_status
+
+    while True:
+        found = read_status(run)
+        lines = [found.model_dump_json()] if as_json else describe(run, found)
+        if watch and console.is_terminal:
+            console.clear()
+        for line in lines:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if not watch or found.has_ended:
+            return
+        time.sleep(1.0)
 
 
 @app.command(epilog="Example: raydmd evaluate runs/digits")

@@ -98,6 +98,7 @@ def notices_to(file: Path) -> Iterator[None]:
     rays = logging.getLogger("ray")  # has a handler of its own, for stderr, since Ray was imported
     before_ray, rays.handlers, rays.propagate = (rays.handlers, rays.propagate), [], True
     root.addHandler(handler)
+    logging.getLogger("raydmd").setLevel(logging.INFO)
     logging.captureWarnings(True)
     try:
         with _ray_prints_to(stream):

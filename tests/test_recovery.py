@@ -87,7 +87,7 @@ def test_every_role_is_killed_at_any_moment(nodes: Any, quick: Any, prompts: Any
 
 
 def test_helpers_are_killed(nodes: Any, quick: Any, prompts: Any, tmp_path: Path) -> None:
-    """The prompt stream, the checkpoint writer and the control caller come back by themselves, and what they were asked is done."""
+    """Prompt stream, checkpoint writer and control caller come back by themselves, and what they were asked is done."""
 
     def plot(story: Story) -> None:
         story.go_on(8)

@@ -131,7 +131,7 @@ def test_many_workers_end_where_the_reference_does(nodes: dict[str, str], quick,
     }
     assert load_recipe(str(run / "recipe.yaml")) == recipe
     assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoints", "events.jsonl", "experts", "metrics.jsonl", "prompts", "recipe.yaml",
+        "checkpoints", "events.jsonl", "experts", "metrics.jsonl", "prompts", "recipe.yaml", "status.json",
     ]  # fmt: skip
     assert [path.name for path in (run / "checkpoints").iterdir() if path.suffix] == ["step-000004.json"]
 
@@ -268,7 +268,7 @@ def test_staleness_is_bounded_named_and_deterministic(nodes: dict[str, str], qui
 def test_saves_do_not_queue_behind_a_store_that_is_slower_than_the_run(
     nodes: dict[str, str], quick, prompts, tmp_path: Path
 ) -> None:
-    """The checkpoint writer is held from near the start until the run has stopped: only that edge waits behind the held one."""
+    """The writer is held from near the start until the run has stopped: only that edge waits behind the held one."""
     recipe = quick("ring", "method.name=dmd", "iterations=60", "checkpoint.every=1", "checkpoint.keep=60")
     run, held = tmp_path / "run", []
     story = Story(recipe, run, lambda story: None)

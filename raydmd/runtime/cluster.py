@@ -28,6 +28,7 @@ from raydmd.runtime.controller import micro_batches
 from raydmd.runtime.membership.placement import wait_for_helpers, wait_for_workers
 from raydmd.runtime.membership.role_workers import RoleWorkers
 from raydmd.runtime.observability.recorder import Recorder
+from raydmd.runtime.observability.status import StatusWriter
 from raydmd.runtime.own_ray import in_a_group_of_its_own, make_room_for_sockets
 from raydmd.runtime.prompts import PromptStream
 from raydmd.runtime.ray_compat import (
@@ -125,6 +126,7 @@ async def launch(
     recorder: Recorder,
     parts: dict[str, Factory] | None = None,
     owner: str = "",
+    status: StatusWriter | None = None,
 ) -> RunActors:
     """Start every role's workers and wait until those are up that a run needs to begin.
 
@@ -135,6 +137,7 @@ async def launch(
         recorder: told what is waited for.
         parts: what builds each role's part; default: the real ones.
         owner: the token under which this driver holds the place of the checkpoints; default: it does not.
+        status: shows the workers while they start.
 
     Raises:
         UserError: workers cannot be placed, or the place of the checkpoints not be reached.
@@ -160,6 +163,8 @@ async def launch(
         checkpoint_writer=helper(CheckpointWriter, str(folder.resolve()), place, recipe.checkpoint.keep, writer, plan),
         control_caller=helper(ControlCaller),
     )
+    if status is not None:
+        status.actors = actors
     try:
         for workers in role_workers.values():
             workers.fill()

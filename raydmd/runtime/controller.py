@@ -19,6 +19,7 @@ from raydmd.runtime.observability.recorder import Recorder
 from raydmd.runtime.recovery.faults import Stopped
 from raydmd.runtime.recovery.health import HealthMonitor
 from raydmd.runtime.recovery.manager import RecoveryManager
+from raydmd.runtime.recovery.state import State
 from raydmd.runtime.workers.base import CallStats, MicroBatch, TrainerProgress
 from raydmd.runtime.workers.process_group import StepDropped
 from raydmd.runtime.workers.trainer_group import Call
@@ -183,6 +184,12 @@ class Controller:
     def stop(self) -> None:
         """Commit the iteration under way, write a manifest and return from ``run``."""
         self.stopping = True
+        self.recorder.state.enter(State.STOPPING)
+
+    @property
+    def pending_calls(self) -> int:
+        """Calls that are waited for."""
+        return sum(not call.done() for calls in list(self._answers.values()) for call in list(calls))
 
     def _halted(self) -> bool:
         return self.stopping or (self.until is not None and self.next >= self.until)

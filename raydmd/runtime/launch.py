@@ -22,6 +22,7 @@ from raydmd.runtime.checkpoint.lock import Claim, claim_run
 from raydmd.runtime.cluster import checkpoints, connect, launch
 from raydmd.runtime.controller import Controller
 from raydmd.runtime.observability.recorder import Recorder
+from raydmd.runtime.observability.status import StatusWriter
 from raydmd.runtime.preparation import (
     archive_teacher,
     check_fingerprint,
@@ -31,6 +32,7 @@ from raydmd.runtime.preparation import (
     prepare,
 )
 from raydmd.runtime.pretrain import pretrain
+from raydmd.runtime.recovery.state import State
 from raydmd.runtime.workers.base import Factory
 from raydmd.sampling.phase import Phase
 from raydmd.sampling.plan import plan_iterations, plan_phases
@@ -100,9 +102,9 @@ def _claimed(
         return True
     if own and done and not trained:
         raise UserError(f"--out {folder}: it lacks the teacher that the run trained; put it back: {folder}/teacher")
-    with connect(recipe, folder) as ray_health:
+    with connect(recipe, folder) as ray_health, StatusWriter(folder, done, lengths) as status:
         try:
-            return _distill(recipe, folder, own, trained, phases, lengths, console, parts, until, claim)
+            return _distill(recipe, folder, own, trained, phases, lengths, console, parts, until, claim, status)
         except (RayError, RunError) as error:
             raise ray_health.error() or _explained(error, folder) from None
 
@@ -118,6 +120,7 @@ def _distill(
     parts: dict[str, Factory] | None,
     until: int | None,
     claim: Claim,
+    status: StatusWriter,
 ) -> bool:
     """Do what is left to do on the Ray that is there; return whether the run is finished."""
     if own and not trained:
@@ -126,14 +129,15 @@ def _distill(
         archive_teacher(recipe, folder, claim.owner)
     fingerprint = fingerprint_teacher(recipe_family(recipe))
     prompts = recipe.prompts.path or str(ensure_embedded_prompts(recipe_family(recipe), folder / "prompts"))
-    recorder = Recorder(folder, recipe, sum(lengths), console, claim)
+    recorder = Recorder(folder, recipe, sum(lengths), console, claim, status.state)
 
     async def main() -> Controller:
         since = time.perf_counter()
-        actors = await launch(recipe, folder, prompts, recorder, parts, claim.owner)
+        actors = await launch(recipe, folder, prompts, recorder, parts, claim.owner, status)
         loop = asyncio.get_running_loop()
         try:
             controller = Controller(recipe, phases, lengths, actors, recorder, until, since, fingerprint)
+            status.controller = controller
 
             def stop() -> None:
                 recorder.say("stopping at the iteration's end; its checkpoint lets you go on (Ctrl-C again: at once)")
@@ -144,7 +148,7 @@ def _distill(
         finally:
             actors.close()
         seconds = round(time.perf_counter() - since, 3)
-        kind = "finished" if controller.finished else "stopped"
+        status.state.enter(kind := State.FINISHED if controller.finished else State.STOPPED)
         recorder.event(kind, iteration=controller.committed, seconds=seconds)
         return controller
 

@@ -11,6 +11,7 @@ from ray import ObjectRef
 from raydmd.runtime.actors import TRAINERS, RunActors
 from raydmd.runtime.membership.role_workers import RoleWorkers, WorkerHandle
 from raydmd.runtime.observability.recorder import Recorder
+from raydmd.runtime.recovery.state import State
 from raydmd.runtime.workers.base import TrainerProgress
 
 PAUSE = 5.0  # seconds before its node goes away at which a role's last worker stops at the latest
@@ -68,6 +69,7 @@ class MembershipManager:
             if not workers.arrived and not leaving:
                 group.share_out()
                 continue
+            self.recorder.state.enter(State.RESIZING, f"{role}: {len(workers.arrived)} join, {len(leaving)} leave")
             donor = (stay or group.replicas)[0]
             newcomers = workers.admit()
             waits += hand_over(donor, newcomers, at[role])
@@ -113,6 +115,8 @@ class MembershipManager:
         except ray.exceptions.RayError:
             joined = [worker for worker in joined if worker in workers.active]
         self.resized(workers, joined, left)
+        if self.recorder.state.state == State.RESIZING:
+            self.recorder.state.enter(State.RUNNING)
 
     def resized(
         self, workers: RoleWorkers, joined: list[WorkerHandle] | None = None, left: list[WorkerHandle] | None = None

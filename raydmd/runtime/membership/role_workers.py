@@ -13,7 +13,7 @@ from raydmd.config.recipe import Recipe
 from raydmd.errors import RunError, UserError
 from raydmd.runtime.membership.placement import actor_options, describe, worker_device
 from raydmd.runtime.recovery.faults import cause_of
-from raydmd.runtime.workers.base import PARTS, WORKERS, Factory, Identity
+from raydmd.runtime.workers.base import PARTS, WORKERS, Factory, Heartbeat, Identity
 from raydmd.runtime.workers.helpers import BESIDE
 
 AGAIN = 1.0  # seconds until a worker that failed while starting is asked for again; doubles each time...
@@ -33,6 +33,7 @@ class WorkerHandle:
         identity: where it lives.
         speed: micro-batches a busy second, as measured; None before.
         leaving: time.time() by which its node goes away; None: it does not; infinity: no date was given.
+        heartbeat: the last, and time.monotonic() when it was heard; None: none was.
     """
 
     role: str
@@ -41,6 +42,7 @@ class WorkerHandle:
     identity: Identity
     speed: float | None = None
     leaving: float | None = None
+    heartbeat: tuple[Heartbeat, float] | None = None
 
     @property
     def name(self) -> str:

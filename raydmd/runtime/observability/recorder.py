@@ -19,6 +19,7 @@ from raydmd.jsonl import LineWriter, mend_lines
 from raydmd.progress import time_left
 from raydmd.runtime.checkpoint.lock import Claim
 from raydmd.runtime.observability.metrics import Metrics, run_label
+from raydmd.runtime.recovery.state import RunState
 from raydmd.runtime.workers.base import CallStats
 from raydmd.training.zeroed import in_words
 
@@ -35,14 +36,23 @@ class Recorder:
         total: iterations in all.
         console: where progress is shown.
         claim: the driver's claim on the folder, looked at with every iteration; None: there is none.
+        state: the run's state; default: one of its own.
+
+    Attributes:
+        last_commit: time.time() of the last iteration; None: none was yet.
 
     Raises:
         StorageError: the disk is full or gone.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, total: int, console: Console, claim: Claim | None = None) -> None:
+    def __init__(
+        self, folder: Path, recipe: Recipe, total: int, console: Console, claim: Claim | None = None,
+        state: RunState | None = None,
+    ) -> None:  # fmt: skip
         self.folder, self.recipe, self.total, self.console, self.claim = folder, recipe, total, console, claim
-        self._recover("events.jsonl", lambda record: True if isinstance(record.get("event"), str) else None)
+        self.state = state or RunState()
+        self.last_commit: float | None = None
+        self._repair("events.jsonl", lambda record: True if isinstance(record.get("event"), str) else None)
         self._events = LineWriter(folder / "events.jsonl")
         self._metrics: LineWriter | None = None
         self._board: SummaryWriter | None = None
@@ -82,7 +92,7 @@ class Recorder:
             n = line.get("iteration")
             return n < done if type(n) is int else None
 
-        self._recover("metrics.jsonl", stays, "iteration")
+        self._repair("metrics.jsonl", stays, "iteration")
         self._metrics = LineWriter(self.folder / "metrics.jsonl")
         if self.recipe.monitor.tensorboard:
             with writing(self.folder / "tensorboard"):
@@ -90,6 +100,11 @@ class Recorder:
                     self._board.close()
                 self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done)
         self._progress.update(self._task, completed=done)
+
+    def seconds_left(self, iterations: int) -> float | None:
+        """Return how long so many more will take, by the last ones; None: there are none."""
+        recent = list(self._recent)
+        return iterations * sum(recent) / len(recent) if recent else None
 
     def recovered(self, roles: list[str], how: str, seconds: float, steps_lost: int) -> None:
         """Count a recovery in the exported metrics."""
@@ -148,6 +163,7 @@ class Recorder:
         assert self._metrics is not None
         self._metrics.append(line)
         self._recent.append(seconds)
+        self.last_commit = time.time()
         self.exported.iteration(line)
         self.exported.queue(queue)
         self._show(line)
@@ -190,7 +206,7 @@ class Recorder:
         if not boards or storage_error(self.folder, error.exc_value) is None:
             self._excepthook(error)
 
-    def _recover(self, name: str, wanted: Callable[[dict[str, Any]], bool | None], key: str | None = None) -> None:
+    def _repair(self, name: str, wanted: Callable[[dict[str, Any]], bool | None], key: str | None = None) -> None:
         if broken := mend_lines(self.folder / name, wanted, key):
             self.say(f"{self.folder / name}: {broken} broken line(s) were removed")
 

@@ -127,7 +127,7 @@ class HealthMonitor:
     def _check(self, worker: WorkerHandle, heartbeat: Any, limit: float) -> None:
         now = time.monotonic()
         if isinstance(heartbeat, Heartbeat):
-            self._heard[worker] = now
+            self._heard[worker], worker.heartbeat = now, (heartbeat, now)
             if heartbeat.seconds > limit and not heartbeat.waiting:
                 self.recovery.lost(worker, f"in one call ({heartbeat.method}) for over {limit:g} s")
         elif is_gone(heartbeat) and not isinstance(heartbeat, ActorUnavailableError):

@@ -17,6 +17,7 @@ from raydmd.runtime.membership.role_workers import RoleWorkers, WorkerHandle
 from raydmd.runtime.observability.recorder import Recorder
 from raydmd.runtime.recovery.faults import LOSSES_PER_FAILURE, Stopped, cause_of, first_own_fault, in_words, is_gone
 from raydmd.runtime.recovery.helper_health import CALLER, PROMPTS, WRITER, HelperMonitor
+from raydmd.runtime.recovery.state import State
 from raydmd.runtime.workers.base import CallStats, TrainerProgress
 from raydmd.runtime.workers.process_group import StepDropped
 from raydmd.sampling.plan import plan_phases
@@ -144,6 +145,8 @@ class RecoveryManager:
         fault = first_own_fault(errors)
         self.rounds += 1
         last, self._last = self._last or in_words(errors[0]), ""  # nobody need be lost: a group may have failed to meet
+        if self.progress.started:
+            self.recorder.state.enter(State.RECOVERING, last)
         if fault is not None:
             self.failures += 1
             self.recorder.event(
@@ -203,6 +206,7 @@ class RecoveryManager:
         self.progress.started, self.progress.scored = True, resume_point.iteration
         for loss in self._losses:
             loss.first = min(loss.first, resume_point.iteration)
+        self.recorder.state.enter(State.RUNNING)
         return resume_point
 
     async def _drop_steps(self) -> None:
@@ -284,6 +288,8 @@ class RecoveryManager:
     async def _rewind(self) -> ResumePoint:
         """Put every trainer into the last manifest's state; where that is cut short, it is all done again."""
         self._rewinding = True
+        if self.progress.started:
+            self.recorder.state.enter(State.REWINDING)
         manifest, skipped, shards = await self.checkpoints.restore()
         for words in skipped:
             self.recorder.say(words)

@@ -1,0 +1,1 @@
+"""A run's folder: what it holds, where, and how it is read."""
