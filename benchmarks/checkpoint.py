@@ -24,7 +24,7 @@ from common import arguments, finish, teacher_folder
 from rich.console import Console
 
 from raydmd.config.recipe import Recipe, load_recipe
-from raydmd.runs.folders import read_lines
+from raydmd.jsonl import read_lines
 from raydmd.runtime.checkpoint.manager import Archive, Manifest
 from raydmd.runtime.launch import distill
 from raydmd.sampling.plan import plan_iterations, plan_phases

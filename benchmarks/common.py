@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from raydmd.config.recipe import Recipe, load_recipe
-from raydmd.data.prompts import PromptTable, ensure_embedded_prompts
+from raydmd.data.prompts import PromptTable
 from raydmd.models.base import Denoiser, EmbeddedFamily, Family, save_teacher
+from raydmd.models.embedded.prompts import ensure_embedded_prompts
 from raydmd.runs.run import recipe_family
 from raydmd.training.pretraining import Pretraining
 

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 from ray.cluster_utils import Cluster
 
-from raydmd.runs.folders import read_lines
+from raydmd.jsonl import read_lines
 
 ROLES = ("teacher", "fake", "generator")
 HELPERS = ("PromptStream", "CheckpointWriter", "ControlCaller")

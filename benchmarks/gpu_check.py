@@ -28,7 +28,8 @@ import torch
 from common import arguments, console, finish, teacher_folder
 from safetensors.torch import load_file, save_file
 
-from raydmd.runs.folders import expert_file, read_lines
+from raydmd.jsonl import read_lines
+from raydmd.runs.folders import expert_file
 
 RAYDMD = [sys.executable, "-m", "raydmd"]
 ITERATIONS = 60

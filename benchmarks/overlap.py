@@ -27,7 +27,7 @@ from rich.console import Console
 
 from raydmd.config.recipe import Recipe
 from raydmd.diffusion.random import Key
-from raydmd.runs.folders import read_lines
+from raydmd.jsonl import read_lines
 from raydmd.runtime.launch import distill
 from raydmd.sampling.phase import Phase
 from raydmd.sampling.plan import plan_iterations, plan_phases

@@ -281,7 +281,7 @@ def validate(files: Sequence[Path]) -> None:
     wrong = 0
     for file in files:
         try:
-            words, checked = inspect_file(file)
+            words, checked = inspect_file(file, app.commands)
             found = "ok" if checked else "unknown"
             console.print(f"{found} {file} ({words})", highlight=False, markup=False, soft_wrap=True)
         except (UserError, OSError) as error:

@@ -9,7 +9,6 @@ from typing import Any, Self
 
 from raydmd.atomic import write_text, writing
 from raydmd.errors import StorageError
-from raydmd.runs.folders import read_whole_lines
 
 
 class LineWriter:
@@ -85,3 +84,25 @@ def mend_lines(
     if len(kept) < len(records) or broken or not (content.endswith(b"\n") or not content):
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
     return broken
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return a JSON-lines file's records; lines that a crash or a damaged disk broke are left out."""
+    return read_whole_lines(path)[0]
+
+
+def read_whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return a JSON-lines file's records, and the number of lines that are none."""
+    if not path.is_file():
+        return [], 0
+    records, broken = [], 0
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            record = json.loads(line.decode()) if line.strip() else None
+        except (ValueError, RecursionError):
+            record = line
+        if isinstance(record, dict):
+            records.append(record)
+        elif record is not None or line.strip():
+            broken += 1
+    return records, broken

@@ -7,7 +7,6 @@ import numpy as np
 
 from raydmd.config.recipe import Recipe
 from raydmd.data.embedded import EMBEDDED
-from raydmd.data.encoding import encode_rows
 from raydmd.data.prompts import PromptTable
 from raydmd.errors import UserError
 from raydmd.locations import absolute_location
@@ -17,6 +16,7 @@ from raydmd.models.diffusers.pretrained import PretrainedFamily
 from raydmd.models.diffusers.sampler_grid import SCHEDULER_FILE
 from raydmd.models.diffusers.teacher_folder import find_teacher
 from raydmd.models.diffusers.weight_files import weight_files
+from raydmd.models.encoding import encode_rows
 from raydmd.runs.run import recipe_family
 from raydmd.sampling.limits import check_method
 

@@ -11,8 +11,9 @@ from run_folders import make_run
 
 import raydmd.runtime  # before Ray: what it starts here then listens on loopback only  # noqa: F401
 from raydmd.config.recipe import Recipe, load_recipe
-from raydmd.data.prompts import PromptTable, ensure_embedded_prompts
+from raydmd.data.prompts import PromptTable
 from raydmd.models.base import save_teacher
+from raydmd.models.embedded.prompts import ensure_embedded_prompts
 from raydmd.runs.run import recipe_family
 from raydmd.training.collective import Alone
 from raydmd.training.pretraining import Pretraining

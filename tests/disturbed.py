@@ -21,7 +21,7 @@ from rich.console import Console
 
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.config.recipe import Recipe
-from raydmd.runs.folders import read_lines
+from raydmd.jsonl import read_lines
 from raydmd.runs.run import recipe_family
 from raydmd.runtime.checkpoint.manager import Archive
 from raydmd.runtime.launch import distill

@@ -8,11 +8,11 @@ import torch
 from test_large_families import LENGTH, ROWS, WIDTH, large_recipe, run_large
 
 from raydmd.data import prompts as tables
-from raydmd.data.encoding import encode, encode_rows
 from raydmd.data.prompts import PromptTable, write_prompts
 from raydmd.errors import UserError
 from raydmd.models.embedded.digits import DigitsFamily
 from raydmd.models.embedded.ring import RingFamily
+from raydmd.models.encoding import encode, encode_rows
 from raydmd.recipe_check import check
 
 

@@ -11,10 +11,11 @@ from sklearn.datasets import load_digits as sklearn_digits
 
 from raydmd.data import prompts, ring
 from raydmd.data.digits import load_digits
-from raydmd.data.prompts import PromptTable, ensure_embedded_prompts, write_prompts
+from raydmd.data.prompts import PromptTable, write_prompts
 from raydmd.diffusion.random import Key
 from raydmd.errors import UserError
 from raydmd.models.embedded.digits import DigitsFamily
+from raydmd.models.embedded.prompts import ensure_embedded_prompts
 
 RNG = np.random.default_rng(0)
 COLUMNS = {

@@ -16,14 +16,14 @@ from rich.console import Console
 
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.errors import RunError
-from raydmd.runs.folders import read_lines
+from raydmd.jsonl import read_lines
 from raydmd.runtime.actors import RunActors
 from raydmd.runtime.launch import distill
 from raydmd.runtime.membership.role_workers import RoleWorkers
 from raydmd.runtime.observability.recorder import Recorder
 from raydmd.runtime.recovery.faults import cause_of, own_fault
 from raydmd.runtime.recovery.manager import RecoveryManager
-from raydmd.runtime.workers.base import PARTS, WORKERS, FakeWorker, Position, make_part
+from raydmd.runtime.workers.base import PARTS, WORKERS, FakeWorker, TrainerProgress, make_part
 from raydmd.runtime.workers.process_group import Rendezvous, StepDropped
 from raydmd.runtime.workers.teacher_pool import ScorerPool
 from raydmd.runtime.workers.trainer_group import TrainerGroup
@@ -241,9 +241,9 @@ def test_a_trainer_that_has_half_a_state_stands_nowhere(quick: Any, monkeypatch:
         patched.setattr(FlatParameters, "load_state", lambda flat, state: (_ for _ in ()).throw(MemoryError("no room")))
         with pytest.raises(MemoryError):
             worker.take_over(0, 5, state)
-    assert worker.position().phase == -1
+    assert worker.progress().phase == -1
     worker.take_over(0, 5, state)
-    assert worker.position() == Position(0, 5)
+    assert worker.progress() == TrainerProgress(0, 5)
 
 
 def test_whose_fault_an_error_is(here: None) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.errors import RunError
-from raydmd.runs.folders import read_lines
+from raydmd.jsonl import read_lines
 from raydmd.runtime.checkpoint import queue as checkpoint_queue
 from raydmd.runtime.checkpoint.manager import Archive
 from raydmd.runtime.launch import distill

@@ -18,7 +18,8 @@ from ports import free_ports
 from safetensors.torch import load_file
 
 from raydmd.config.recipe import load_recipe
-from raydmd.runs.folders import expert_file, read_lines
+from raydmd.jsonl import read_lines
+from raydmd.runs.folders import expert_file
 from raydmd.runs.run import Run, recipe_family
 from raydmd.training.local import train
 

@@ -9,7 +9,7 @@ import pytest
 from commands import command
 from ports import free_ports
 
-from raydmd.runs.folders import read_lines
+from raydmd.jsonl import read_lines
 
 ALONE = ["unshare", "--pid", "--fork", "--mount-proc"]  # Ray looks for clusters among the processes that it sees
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.config.recipe import Recipe
-from raydmd.runs.folders import read_lines
+from raydmd.jsonl import read_lines
 from raydmd.runtime.actors import RunActors
 from raydmd.runtime.membership.role_workers import RoleWorkers, WorkerHandle
 from raydmd.runtime.observability.recorder import Recorder
@@ -46,7 +46,7 @@ def short_of_memory() -> Iterator[None]:
 @pytest.fixture
 def killed(short_of_memory: None) -> Callable[[str, int], WorkerHandle]:
     class Victim:  # in here, so that it travels by value: the workers do not have this file
-        def position(self) -> None:
+        def progress(self) -> None:
             time.sleep(600)  # it is killed meanwhile
 
         def score(self, proposal: Any) -> None: ...

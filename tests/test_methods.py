@@ -11,10 +11,11 @@ from raydmd.config.recipe import load_recipe
 from raydmd.diffusion.random import Key, normal
 from raydmd.errors import UserError
 from raydmd.runs.run import recipe_family
-from raydmd.sampling.noise import preview, sample_student
+from raydmd.sampling.noise import sample_student
 from raydmd.sampling.plan import plan_iterations, plan_phases
 from raydmd.sampling.student import exit_step, rollout, truncated
 from raydmd.training.generator import Generator
+from raydmd.training.preview import preview
 from raydmd.training.teacher import Scorer
 
 GRID4 = (1.0, 0.75, 0.5, 0.25, 0.0)

@@ -25,8 +25,9 @@ from safetensors.torch import load_file
 
 from raydmd.config.recipe import load_recipe
 from raydmd.errors import RunError, StorageError, UserError
+from raydmd.jsonl import read_lines
 from raydmd.locations import absolute_location, parse_location
-from raydmd.runs.folders import expert_file, read_lines
+from raydmd.runs.folders import expert_file
 from raydmd.runs.run import Run, recipe_family
 from raydmd.runtime.checkpoint import lock as locks
 from raydmd.runtime.checkpoint import storage

@@ -92,7 +92,7 @@ class Visit:
 
     def made(self) -> None:
         """Wait until something is made."""
-        expect(self.page.locator("#live")).to_contain_text("GenerationResult ")
+        expect(self.page.locator("#live")).to_contain_text("Made ")
 
     def pixels(self, maker: str = "student") -> list[np.ndarray]:
         """Return the large pictures' RGBA pixels [height, width, 4], as the browser has decoded them."""
@@ -408,7 +408,7 @@ def test_a_busy_server_is_asked_again_until_stopped(visit, run: Path) -> None:
         page.wait_for_function("() => running === null")
         page.get_by_label("Compare with the teacher").uncheck()
         page.get_by_role("button", name="Make", exact=True).click()
-        expect(page.locator("#live")).to_contain_text("GenerationResult ")
+        expect(page.locator("#live")).to_contain_text("Made ")
 
 
 def test_a_key_is_asked_for_where_the_server_wants_one(visit, run: Path) -> None:
@@ -458,7 +458,7 @@ def test_a_video_and_one_that_is_stopped(visit, tmp_path: Path) -> None:
         page.get_by_label("Prompt").fill("0")
         page.get_by_label("Seed", exact=True).fill("4")
         page.get_by_label("Prompt").press("Enter")
-        expect(page.locator("#live")).to_contain_text("GenerationResult 1 video of 0, seed 4")
+        expect(page.locator("#live")).to_contain_text("Made 1 video of 0, seed 4")
         page.wait_for_function("() => document.querySelector('.pictures video').readyState >= 2")
         with page.expect_download() as download:
             page.get_by_role("link", name="Save").click()

@@ -21,8 +21,8 @@ import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.config.recipe import Recipe
 from raydmd.runs.run import recipe_family
 from raydmd.runtime.membership.role_workers import WorkerHandle
+from raydmd.runtime.workers import teacher_pool as pool_module
 from raydmd.runtime.workers.base import TeacherWorker, make_part
-from raydmd.runtime.workers.base import teacher_pool as pool_module
 from raydmd.runtime.workers.helpers import BESIDE
 from raydmd.runtime.workers.teacher_pool import DEPTH, ScorerPool
 from raydmd.runtime.workers.trainer_group import Call

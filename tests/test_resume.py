@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 from raydmd.cli import run as command
 from raydmd.config.recipe import load_recipe
-from raydmd.runs.folders import expert_file, read_lines
+from raydmd.jsonl import read_lines
+from raydmd.runs.folders import expert_file
 from raydmd.runs.run import recipe_family
 from raydmd.runtime.checkpoint.manager import Archive
 from raydmd.training.local import train

@@ -30,8 +30,8 @@ from raydmd.cli import run as command
 from raydmd.data.prompts import write_prompts
 from raydmd.errors import RunError, StorageError, UserError
 from raydmd.evaluation.pictures import save_png
-from raydmd.jsonl import LineWriter, mend_lines
-from raydmd.runs.folders import expert_file, read_lines
+from raydmd.jsonl import LineWriter, mend_lines, read_lines
+from raydmd.runs.folders import expert_file
 from raydmd.runtime.checkpoint.lock import Lock
 from raydmd.runtime.checkpoint.manager import Archive, Writer
 from raydmd.runtime.checkpoint.writer import CheckpointWriter, keep_experts

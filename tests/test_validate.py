@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from raydmd.cli import run
+from raydmd.cli import app, run
 from raydmd.config.recipe import dump_recipe, load_recipe, shipped_recipes
 from raydmd.errors import UserError
 from raydmd.validation import validate_file
@@ -256,10 +256,10 @@ def test_a_serve_configuration(wrong: dict[str, Any], words: list[str], tmp_path
     file = tmp_path / "serve.yaml"
     file.write_text(yaml.safe_dump(tree | wrong))
     if not wrong:
-        assert validate_file(file) == "Serve configuration"
+        assert validate_file(file, app.commands) == "Serve configuration"
         return
     with pytest.raises(UserError) as error:
-        validate_file(file)
+        validate_file(file, app.commands)
     assert all(word in str(error.value) for word in [str(file), *words]), error.value
 
 
@@ -267,9 +267,9 @@ def test_other_objects_are_skipped_by_name_and_not_checked(tmp_path: Path) -> No
     path = tmp_path / "many.yaml"
     secret = "apiVersion: v1\nkind: Secret\nmetadata: {name: a}\nanything: {goes: 1}\n"
     path.write_text(f"{secret}---\n---\n{FILES['raycluster'].read_text()}")
-    assert validate_file(path) == "RayCluster; Secret, PersistentVolumeClaim skipped"
+    assert validate_file(path, app.commands) == "RayCluster; Secret, PersistentVolumeClaim skipped"
     path.write_text(secret)
-    assert validate_file(path) == "Secret skipped"
+    assert validate_file(path, app.commands) == "Secret skipped"
 
 
 SCHEMA = {

@@ -262,8 +262,9 @@ class Recipe(Section):
 
 def recipes_folder() -> Path:
     """Return the folder of the shipped recipes, in an installed package or a checkout."""
-    installed = Path(__file__).parent / "recipes"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "jobs" / "recipes"
+    package = Path(__file__).parents[1]
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "jobs" / "recipes"
 
 
 def shipped_recipes() -> dict[str, Path]:

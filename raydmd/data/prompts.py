@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 from raydmd.atomic import replacing
 from raydmd.data.row_order import WINDOW_BYTES, RowGroup
 from raydmd.errors import UserError, nearest
-from raydmd.models.base import Family
 
 GROUP_BYTES = 16 * 2**20
 CACHED_BYTES = 3 * WINDOW_BYTES  # the windows of two streams, and what a chunk has of the next one
@@ -199,33 +198,6 @@ def to_numpy(column: pa.ChunkedArray, name: str, path: str) -> np.ndarray:
     if array.null_count:
         raise UserError(f"prompts: column '{name}' of '{path}' has rows without a value")
     return array.to_numpy(zero_copy_only=False).reshape(shape)
-
-
-def ensure_embedded_prompts(family: Family | str, folder: str | Path) -> Path:
-    """Write an embedded data set's prompts as Parquet, unless they are there, and return the path.
-
-    ``digits``: column ``label``, scikit-learn's 1,797 labels in file order. ``ring``: column ``index``, 0..1023.
-
-    Args:
-        family: the family or its name.
-        folder: where ``<family>.parquet`` goes.
-
-    Raises:
-        UserError: a family that has none of its own.
-    """
-    name = family if isinstance(family, str) else family.name
-    path = Path(folder) / f"{name}.parquet"
-    if name == "digits":
-        if not path.is_file():
-            from raydmd.data.digits import load_digits
-
-            write_prompts(path, {"label": load_digits()[1].numpy()})
-    elif name == "ring":
-        if not path.is_file():
-            write_prompts(path, {"index": np.arange(1024)})
-    else:
-        raise UserError(f"prompts.path: family '{name}' ships no prompts; give a Parquet file")
-    return path
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from raydmd.models.base import Conditions
+from raydmd.data.conditions import Conditions
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from pyarrow import parquet
 
 from raydmd.config.recipe import Recipe
 from raydmd.data.digits import CLASSES
-from raydmd.data.encoding import encode_rows
 from raydmd.data.prompts import PromptTable
 from raydmd.errors import UserError, nearest
 from raydmd.models.base import Conditions, Family
+from raydmd.models.encoding import encode_rows
 
 TEXT_COLUMNS = ("prompt", "text", "caption")
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

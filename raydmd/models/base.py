@@ -13,12 +13,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from raydmd.atomic import replacing, write_text
+from raydmd.data.conditions import Conditions as Conditions
 from raydmd.diffusion.schedule import Prediction, Schedule
 from raydmd.diffusion.times import step_grid
 from raydmd.errors import UserError, nearest
-
-Conditions = dict[str, Tensor]
-"""What a network is conditioned on: tensors by name, each with the batch first."""
 
 KINDS = {int: "a whole number", str: "text", bool: "true or false"}
 CONFIG_FILE = "config.json"

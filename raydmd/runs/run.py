@@ -12,16 +12,17 @@ from torch import Tensor
 
 from raydmd.config.recipe import Recipe, load_recipe
 from raydmd.errors import UserError, nearest
+from raydmd.jsonl import read_lines
+from raydmd.models.adapter_files import check_adapter
+from raydmd.models.base import Denoiser, Family
+from raydmd.models.diffusers.hub import HUB, parse_hub_name
+from raydmd.models.experts import Experts
+from raydmd.models.fingerprint import commit_of, fingerprint_teacher
+from raydmd.models.registry import build_family
 from raydmd.runs.expert_index import check_expert, read_index
-from raydmd.runs.folders import expert_file, own_teacher, read_lines
+from raydmd.runs.folders import expert_file, own_teacher
 from raydmd.sampling.phase import Phase
 from raydmd.sampling.plan import plan_phases
-from raydmd.models.adapter_files import check_adapter
-from raydmd.models.experts import Experts
-from raydmd.models.registry import build_family
-from raydmd.models.fingerprint import commit_of, fingerprint_teacher
-from raydmd.models.diffusers.hub import HUB, parse_hub_name
-from raydmd.models.base import Denoiser, Family
 
 
 class Run:

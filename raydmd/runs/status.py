@@ -131,8 +131,12 @@ def describe(run: Path, status: RunStatus) -> list[str]:
     then = status.written
     why = f" ({status.why})" if status.why else ""
     left = "" if status.seconds_left is None or status.has_ended else f", about {_duration(status.seconds_left)} left"
+    if status.has_ended:
+        when = f"{status.state} {_duration(max(0.0, time.time() - status.since))} ago"
+    else:
+        when = f"{status.state} for {_duration(then - status.since)}"
     lines = [
-        f"{run}: {status.state} for {_duration(then - status.since)}{why}",
+        f"{run}: {when}{why}",
         f"{status.iteration} of {status.iterations} iterations, phase {status.phase} of {status.phases}{left}",
     ]
     if status.is_stale():

@@ -11,10 +11,10 @@ from rich.console import Console
 from raydmd.atomic import write_text
 from raydmd.config.recipe import Recipe
 from raydmd.console import console as terminal
-from raydmd.data.prompts import ensure_embedded_prompts
 from raydmd.errors import RunError, StorageError, UserError
 from raydmd.interrupts import graceful
 from raydmd.models.base import CONFIG_FILE
+from raydmd.models.embedded.prompts import ensure_embedded_prompts
 from raydmd.models.fingerprint import fingerprint_teacher
 from raydmd.recipe_check import absolute, check, notes
 from raydmd.runs.run import recipe_family, with_teacher

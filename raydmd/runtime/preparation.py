@@ -10,11 +10,12 @@ from raydmd.atomic import remove_parts, write_text, writing
 from raydmd.config.recipe import Recipe, dump_recipe, parse_recipe
 from raydmd.data.embedded import EMBEDDED
 from raydmd.errors import UserError
+from raydmd.jsonl import read_lines
 from raydmd.locations import KEY
 from raydmd.models.base import CONFIG_FILE, WEIGHTS_FILE
 from raydmd.models.diffusers.hub import HUB, parse_hub_name, resolve_commit
 from raydmd.models.fingerprint import same_teacher
-from raydmd.runs.folders import expert_file, read_lines
+from raydmd.runs.folders import expert_file
 from raydmd.runs.run import with_commit
 from raydmd.runtime.checkpoint.lock import LOCK
 from raydmd.runtime.checkpoint.manager import Archive, Writer

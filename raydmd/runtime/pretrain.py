@@ -27,10 +27,9 @@ from raydmd.config.recipe import Recipe, parse_recipe
 from raydmd.console import console as terminal
 from raydmd.data.embedded import EMBEDDED
 from raydmd.errors import RunError, StorageError, UserError
-from raydmd.jsonl import LineWriter, mend_lines
+from raydmd.jsonl import LineWriter, mend_lines, read_lines
 from raydmd.models.base import EmbeddedFamily, save_teacher, save_weights
 from raydmd.progress import time_left
-from raydmd.runs.folders import read_lines
 from raydmd.runs.run import recipe_family
 from raydmd.runtime.checkpoint.lock import Claim
 from raydmd.runtime.checkpoint.manager import file_sha256

@@ -9,11 +9,11 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydmd.config.recipe import Recipe
-from raydmd.data.encoding import encode, encode_rows
 from raydmd.data.prompts import PromptTable
 from raydmd.data.row_order import PromptOrder
 from raydmd.errors import UserError
 from raydmd.models.base import Family
+from raydmd.models.encoding import encode, encode_rows
 from raydmd.runs.run import recipe_family
 from raydmd.runtime.workers.helpers import Helper, tracked
 from raydmd.runtime.workers.wire import to_wire

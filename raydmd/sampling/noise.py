@@ -1,6 +1,6 @@
 """Sampling from a trained student: sample i of a seed is the same picture alone or in any batch."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -9,7 +9,6 @@ from raydmd.models.base import Conditions, Family
 from raydmd.models.experts import Experts
 from raydmd.sampling.phase import Phase
 from raydmd.sampling.student import steps
-from raydmd.training.generator import Generator
 
 
 @dataclass(frozen=True)
@@ -64,27 +63,3 @@ def sample_student(
         at += phase.steps
         ends.append(path[at][2])
     return StudentSamples(path[-1][2], ends, path)
-
-
-@torch.no_grad()
-def preview(generator: Generator, conditions: Conditions, count: int) -> torch.Tensor:
-    """Return pictures [count, C, H, W] of what the expert in training makes, from its averaged weights.
-
-    Its last call goes straight to t = 0, so that a phase that ends earlier shows its prediction of x_0, not noise.
-    """
-    phase = replace(generator.phase, times=(*generator.phase.times[:-1], 0.0))
-    generator.flat.swap_average()
-    try:
-        samples = sample_student(
-            generator.family,
-            generator.experts,
-            [*generator.phases[: phase.index], phase],
-            {name: value.to(generator.device) for name, value in conditions.items()},
-            count,
-            seed=generator.recipe.seed,
-            solver=generator.recipe.method.solver,
-            device=generator.device,
-        )
-    finally:
-        generator.flat.swap_average()
-    return generator.family.decode(samples.latents)

@@ -47,7 +47,7 @@ class Noise:
 
 
 def initial(family: Family, noises: list[Noise], shape: tuple[int, ...]) -> Tensor:
-    """Return the latents [B, *shape] from which samples begin, as `methods.sampling.initial_noise` has them."""
+    """Return the latents [B, *shape] from which samples begin, as `sampling.noise.initial_noise` has them."""
     return torch.stack([noise.draw(shape) for noise in noises]) * float(family.schedule.sigma(family.schedule.t_max))
 
 

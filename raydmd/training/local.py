@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 
 from raydmd.config.recipe import Recipe
-from raydmd.data.encoding import encode_rows
 from raydmd.data.prompts import PromptTable
 from raydmd.data.row_order import PromptOrder
 from raydmd.data.trajectories import Pairs
 from raydmd.models.base import Conditions, Denoiser, Family
+from raydmd.models.encoding import encode_rows
 from raydmd.sampling.plan import plan_iterations
 from raydmd.training.fake_score import Fake, FakeStats
 from raydmd.training.generator import Generator, GeneratorStats

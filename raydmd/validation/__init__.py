@@ -13,7 +13,7 @@ import yaml
 from raydmd.config.recipe import Recipe, load_recipe
 from raydmd.errors import UserError, nearest
 from raydmd.validation.document import read_documents
-from raydmd.validation.kuberay import KINDS, check_kuberay, check_serve_config
+from raydmd.validation.kuberay import KINDS, Commands, check_kuberay, check_serve_config
 from raydmd.validation.launcher import check_launcher, launcher_keys
 
 OBJECT = ("apiVersion", "kind", "metadata", "spec")
@@ -34,17 +34,21 @@ class Verdict(NamedTuple):
     checked: bool
 
 
-def validate_file(path: Path) -> str:
+def validate_file(path: Path, commands: Commands) -> str:
     """Check a file and return in words what it is, e.g. ``recipe`` or ``RayJob; PersistentVolumeClaim skipped``.
 
     Raises:
         UserError: as `inspect_file`.
     """
-    return inspect_file(path).words
+    return inspect_file(path, commands).words
 
 
-def inspect_file(path: Path) -> Verdict:
+def inspect_file(path: Path, commands: Commands) -> Verdict:
     """Check a file, and say in words what it is and whether it was checked.
+
+    Args:
+        path: the file.
+        commands: the command line's own by name: the entry points of jobs are checked with them.
 
     Raises:
         UserError: one line that names the file, the first wrong key's path and the nearest right one.
@@ -53,7 +57,7 @@ def inspect_file(path: Path) -> Verdict:
         documents = read_documents(path.read_text(encoding="utf-8"))
         if not documents:
             raise UserError("nothing in it")
-        kinds = [_check(document, path) for document in documents]
+        kinds = [_check(document, path, commands) for document in documents]
     except UnicodeDecodeError:
         raise UserError(f"{path}: unknown kind of file: it is not text") from None
     except yaml.YAMLError as error:
@@ -66,7 +70,7 @@ def inspect_file(path: Path) -> Verdict:
     return Verdict(words, bool(checked))
 
 
-def _check(document: Any, path: Path) -> tuple[str, bool]:
+def _check(document: Any, path: Path, commands: Commands) -> tuple[str, bool]:
     """Check one document; return its kind and whether it was checked (else another tool's)."""
     if not isinstance(document, dict):
         raise UserError(f"unknown kind of file: a mapping of keys is expected, not a {type(document).__name__}")
@@ -99,7 +103,7 @@ def _check(document: Any, path: Path) -> tuple[str, bool]:
         raise UserError("'kind' is missing" if "kind" not in document else "kind: a word is expected")
     group = str(document.get("apiVersion", "")).partition("/")[0]
     if document["kind"] in KINDS or group == "ray.io":
-        check_kuberay(document)
+        check_kuberay(document, commands)
         return str(document["kind"]), True
     word = nearest(str(document["kind"]), KINDS)
     if "apiVersion" not in document or (str(document["kind"]).lower().startswith("ray") and word.startswith("; did")):

@@ -2,11 +2,13 @@
 
 import json
 import shlex
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import PurePosixPath
 from typing import Any
 
+import click
 from pydantic import BaseModel, ValidationError
 
 from raydmd.config.recipe import load_recipe
@@ -15,6 +17,7 @@ from raydmd.serving.settings import parse_serving
 from raydmd.validation.document import check_schema, closed, read_documents, with_defaults
 from raydmd.validation.ray_words import check_labels, check_runtime_env, check_start_params
 
+Commands = Mapping[str, click.Command]
 APPLICATION = "raydmd.serving.app:build"
 KINDS = {"RayCluster": "raycluster", "RayJob": "rayjob", "RayService": "rayservice"}
 VERSION = "ray.io/v1"
@@ -34,8 +37,12 @@ def _schema(kind: str) -> dict[str, Any]:
     return closed(schema) | {"required": ["metadata", "spec"]}
 
 
-def check_kuberay(document: dict[str, Any]) -> None:
+def check_kuberay(document: dict[str, Any], commands: Commands) -> None:
     """Check one object of KubeRay.
+
+    Args:
+        document: the object.
+        commands: the command line's own, for entry points.
 
     Raises:
         UserError: the path of the first wrong key or value and the nearest right one.
@@ -60,7 +67,7 @@ def check_kuberay(document: dict[str, Any]) -> None:
             _check_cluster(spec["rayClusterSpec"], "spec.rayClusterSpec")
         if spec.get("runtimeEnvYAML"):
             check_runtime_env(spec["runtimeEnvYAML"], "spec.runtimeEnvYAML")
-        _check_entrypoint(spec.get("entrypoint", ""), "spec.entrypoint")
+        _check_entrypoint(spec.get("entrypoint", ""), "spec.entrypoint", commands)
     else:
         _check_cluster(spec["rayClusterConfig"], "spec.rayClusterConfig")
         _check_serve(spec.get("serveConfigV2", ""), "spec.serveConfigV2")
@@ -97,10 +104,8 @@ def _check_pod(pod: dict[str, Any], where: str) -> None:
                 raise UserError(f"{place}: no volume '{mount['name']}'{nearest(mount['name'], volumes)}")
 
 
-def _check_entrypoint(entrypoint: str, where: str) -> None:
+def _check_entrypoint(entrypoint: str, where: str, commands: Commands) -> None:
     """Check a command of ours: `python .../jobs/NAME.py ...` or `raydmd NAME ...`; anyone else's passes."""
-    from raydmd.cli import app
-
     try:
         words = shlex.split(entrypoint)
     except ValueError as error:
@@ -112,12 +117,10 @@ def _check_entrypoint(entrypoint: str, where: str) -> None:
         name, rest = words[words.index("raydmd") + 1], words[words.index("raydmd") + 2 :]
     else:
         return
-    if name not in app.commands:
-        raise UserError(f"{where}: no command '{name}'{nearest(name, app.commands)}")
-    import click
-
+    if name not in commands:
+        raise UserError(f"{where}: no command '{name}'{nearest(name, commands)}")
     try:
-        context = app.commands[name].make_context(name, rest)
+        context = commands[name].make_context(name, rest)
         recipe = context.params.get("recipe")
         if recipe is not None and not recipe.endswith((".yaml", ".yml")):  # a file is in the image, not here
             load_recipe(recipe, list(context.params.get("overrides", ())))

@@ -23,11 +23,12 @@ from raydmd.runtime.checkpoint.shards import LabelledTensors
 from raydmd.runtime.workers.helpers import BESIDE
 from raydmd.runtime.workers.process_group import ProcessGroup, StepDropped
 from raydmd.runtime.workers.wire import from_wire, to_wire
-from raydmd.sampling.noise import initial_noise, preview
+from raydmd.sampling.noise import initial_noise
 from raydmd.training.collective import Alone, Collective
 from raydmd.training.fake_score import Fake
 from raydmd.training.generator import Generator
 from raydmd.training.messages import Score
+from raydmd.training.preview import preview
 from raydmd.training.teacher import Scorer
 from raydmd.training.trial import try_row
 
