@@ -39,6 +39,16 @@ def phases_of(*overrides: str):
         (["method.name=phased", "method.phases=4"], list(pairwise(GRID4)), ["sgts"] * 4),
         (["method.name=phased", "method.gradient=vanilla"], [GRID4[:3], GRID4[2:]], ["vanilla"] * 2),
         (["method.name=phased", "method.timestep_shift=5"], [(1.0, 0.9375, 5 / 6), (5 / 6, 0.625, 0.0)], ["sgts"] * 2),
+        (["method.times=[1, .9375, .8333, .625]"], [(1.0, 0.9375, 0.8333), (0.8333, 0.625, 0.0)], ["sgts"] * 2),
+        (["method.times=[1, .9, .5]", "method.boundaries=[.5]"], [(1.0, 0.9, 0.5), (0.5, 0.0)], ["sgts"] * 2),
+        (["method.boundaries=[.875]"], [(1.0, 0.9375, 0.875), (0.875, 0.4375, 0.0)], ["sgts"] * 2),
+        (["method.boundaries=[.8, .4]", "method.steps=3"], [(1.0, 0.8), (0.8, 0.4), (0.4, 0.0)], ["sgts"] * 3),
+        (
+            ["method.boundaries=[.875]", "method.timestep_shift=7"],  # .875 is .5 before the shift
+            [(1.0, 5.25 / 5.5, 0.875), (0.875, 1.75 / 2.5, 0.0)],
+            ["sgts"] * 2,
+        ),
+        (["method.name=dmd-sgts", "method.times=[1, .5]"], [(1.0, 0.5, 0.0)], ["sgts"]),
     ],
 )
 def test_the_phases_of_each_method(overrides: list[str], times: list[tuple[float, ...]], gradients: list[str]) -> None:
@@ -50,6 +60,33 @@ def test_the_phases_of_each_method(overrides: list[str], times: list[tuple[float
         assert phase.score_low == phase.end and phase.score_high == 1.0  # nested: T(t; s, 1)
     assert [phase.gradient for phase in phases] == gradients
     assert phases[-1].end == 0.0
+
+
+def test_given_times_are_shares_of_the_noisiest() -> None:
+    recipe = load_recipe("ring", ["method.times=[1, .75, .5, .25]"])
+    assert [p.times for p in plan_phases(recipe, 80.0)] == [(80, 60, 40), (40, 20, 0)]
+    even = [p.times for p in plan_phases(load_recipe("ring", []), 80.0)]
+    assert [p.times for p in plan_phases(recipe, 80.0)] == even  # to the bit
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("method.times=[.9, .5]", "method.times: it begins at 0.9, not at 1"),
+        ("method.times=[1, .5, .6]", "method.times: 0.6 is not below 0.5"),
+        ("method.times=[1, .5, .5]", "method.times: 0.5 is not below 0.5"),
+        ("method.times=[1, 0]", "method.times: 0 is not below 0"),
+        ("method.times=[1, -.5]", "method.times"),
+        ("method.times=[]", "method.times"),
+        ("method.boundaries=[1]", "method.boundaries: 1 is not below 1"),
+        ("method.boundaries=[.5, .875]", "method.boundaries: 0.875 is not below 0.5"),
+        ("method={times: [1, .5], timestep_shift: 3}", "method.timestep_shift: method.times are taken as they are"),
+    ],
+)
+def test_times_out_of_order_are_refused_by_name(override: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe("ring", [override])
+    assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_intervals_that_scores_see() -> None:
@@ -85,6 +122,15 @@ def test_the_times_that_scores_see() -> None:
         (["method.name=dmd-sgts", "method.phases=2"], ["method.phases", "1 phase", "phased"]),
         (["method.steps=5"], ["method.steps", "5 steps", "2 phases"]),
         (["method.phases=8"], ["method.steps", "4 steps", "8 phases"]),
+        (["method.name=dmd", "method.times=[1, .5]"], ["method.steps", "1 step", "dmd-fewstep"]),
+        (["method.steps=3", "method.times=[1, .5]"], ["method.steps", "3 steps", "method.times has 2"]),
+        (["method.times=[1, .5, .25]"], ["method.steps", "3 steps", "2 phases"]),
+        (["method.phases=4", "method.boundaries=[.5]"], ["method.boundaries", "2 phases", "not 4"]),
+        (["method.name=dmd-sgts", "method.boundaries=[.5]"], ["method.phases", "1 phase", "phased"]),
+        (
+            ["method.times=[1, .9375, .8333, .625]", "method.boundaries=[.875]"],
+            ["method.boundaries", "0.875", "method.times", "0.8333"],
+        ),
         (["method.name=dmd-sgts", "method.regression.weight=1"], ["method.regression.weight", "dmd-sgts"]),
         (["method.score_interval=fixed", "method.fixed_t=0.357"], ["method.fixed_t", "0.357", "0.500", "phase 1"]),
         (

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -90,6 +91,12 @@ class Method(Section):
     gradient: Literal["sgts", "vanilla"] | None = Field(None, description="null: what the method's name says")
     solver: Literal["euler", "renoise"] = "euler"
     timestep_shift: Rate = Field(1.0, description="shift of the student's step grid")
+    times: tuple[Share, ...] | None = Field(
+        None, min_length=1, description="the student's times as shares of the noisiest, falling from 1; null: by steps"
+    )
+    boundaries: tuple[Share, ...] | None = Field(
+        None, min_length=1, description="times at which an expert hands over to the next, falling; null: by step count"
+    )
     score_interval: Literal["nested", "disjoint", "fixed"] = "nested"
     fixed_t: float | None = Field(None, description="the t of score_interval: fixed", gt=0, le=1)
     score_shift: Rate = Field(1.0, description="timestep shift of the law of the scores' t")
@@ -103,10 +110,28 @@ class Method(Section):
     experts: Experts = Experts()
 
     @model_validator(mode="after")
+    def _times_fall(self) -> Self:
+        if self.times is not None:
+            if self.times[0] != 1.0:
+                raise ValueError(f"method.times: it begins at {self.times[0]:g}, not at 1, the noisiest")
+            _check_falling("method.times", (*self.times, 0.0))
+            if self.timestep_shift != 1.0:
+                raise ValueError("method.timestep_shift: method.times are taken as they are; leave one of the two out")
+        if self.boundaries is not None:
+            _check_falling("method.boundaries", (1.0, *self.boundaries, 0.0))
+        return self
+
+    @model_validator(mode="after")
     def _fixed_t_goes_with_fixed(self) -> Self:
         if (self.fixed_t is not None) != (self.score_interval == "fixed"):
             raise ValueError("method.fixed_t is given exactly when method.score_interval is fixed")
         return self
+
+
+def _check_falling(key: str, times: Sequence[float]) -> None:
+    for before, after in pairwise(times):
+        if not after < before:
+            raise ValueError(f"{key}: {after:g} is not below {before:g}; times fall, between 1 and 0")
 
 
 class Optimizer(Section):

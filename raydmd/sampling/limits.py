@@ -35,9 +35,9 @@ def check_method(recipe: Recipe, family: Family) -> None:
     for phase in phases:
         for high, low in pairwise(phase.times):
             if high - low < LEAST_STEP * t_max:
+                given = "method.times" if method.times else f"method.timestep_shift: {method.timestep_shift:g}"
                 raise UserError(
-                    f"method.timestep_shift: {method.timestep_shift:g} leaves nothing of phase {phase.index + 1}'s "
-                    f"step from {high:.6g} to {low:.6g}"
+                    f"{given} leaves nothing of phase {phase.index + 1}'s step from {high:.6g} to {low:.6g}"
                 )
         _check_scores(method, phase, family)
     plan_iterations(recipe, phases)

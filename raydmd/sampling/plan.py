@@ -3,6 +3,7 @@
 from raydmd.config.recipe import Recipe
 from raydmd.errors import UserError, nearest
 from raydmd.methods import dmd, dmd_fewstep, dmd_sgts, phased
+from raydmd.sampling.grid import count_phases, count_steps
 from raydmd.sampling.phase import Phase
 
 METHODS = {"dmd": dmd, "dmd-fewstep": dmd_fewstep, "dmd-sgts": dmd_sgts, "phased": phased}
@@ -18,12 +19,12 @@ def plan_phases(recipe: Recipe, t_max: float = 1.0) -> list[Phase]:
     if method.name not in METHODS:
         raise UserError(f"method.name: no method '{method.name}'{nearest(method.name, METHODS)}")
     module = METHODS[method.name]
-    steps, count = method.steps or module.STEPS, method.phases or module.PHASES
+    steps, count = count_steps(method, module.STEPS), count_phases(method, module.PHASES)
     if method.name == "dmd" and steps != 1:
         raise UserError(f"method.steps: dmd has 1 step, not {steps}; for more, method.name: dmd-fewstep")
     if method.name != "phased" and count != 1:
         raise UserError(f"method.phases: {method.name} has 1 phase, not {count}; for more, method.name: phased")
-    if steps % count:
+    if steps % count and (method.times is None or method.boundaries is None):
         raise UserError(f"method.steps: {steps} steps do not divide into {count} phases")
     if method.regression.weight and method.name != "dmd":
         raise UserError(f"method.regression.weight: regression on ODE pairs goes with dmd, not {method.name}")
