@@ -113,20 +113,21 @@ def test_a_worker_whose_process_is_stopped_in_its_start_holds_nobody(
 
 
 def catch(title: str, count: int, caught: list[psutil.Process]) -> None:
-    """Stop the newest process of a title as soon as there are so many."""
+    """Stop a process of a title that is still in its constructor, as soon as there are so many."""
 
     def look() -> bool:
         found = []
         for process in psutil.Process().children(recursive=True):
             try:
-                if (process.cmdline() or [""])[0].startswith(title):
-                    found.append(process)
+                if (words := (process.cmdline() or [""])[0]).startswith(title):
+                    found.append((process, "__init__" in words))
             except psutil.Error:
                 pass
-        if len(found) == count:
-            caught.append(max(found, key=lambda process: process.pid))
+        starting = [process for process, is_starting in found if is_starting]
+        if len(found) == count and starting:
+            caught.append(starting[-1])
             caught[0].suspend()
-        return len(found) == count
+        return bool(caught)
 
     wait_until(look, 90, 0.002)
 
