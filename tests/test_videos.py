@@ -349,7 +349,7 @@ def test_weights_of_another_kind_do_not_stand_in(run, unlike, tmp_path, monkeypa
     pipeline.links = {"experts": stage}
 
     async def test():
-        right = await stage.stage.run(pipeline._parcels(GenerationRequest("0", output_format="mp4"))[0])
+        right = await stage.stage.run(pipeline._stage_batches(GenerationRequest("0", output_format="mp4"))[0])
         made = await pipeline.make(GenerationRequest("0", output_format="mp4"))
         assert stage.asked == [before] * 2 and made.pictures == right.files
         newer = GenerationRequest("4" if unlike.parent.name.startswith("prompts") else "0", output_format="mp4")

@@ -69,7 +69,7 @@ class Controller:
         self.recovery = RecoveryManager(self.recipe, self.actors, self.recorder, lambda: self.stopping)
         self._background: set[asyncio.Task[None]] = set()
         self.checkpoints = self.recovery.checkpoints
-        self._receipts: dict[int, list[ObjectRef]] = {}
+        self._call_stats: dict[int, list[ObjectRef]] = {}
         self._forget_the_dropped()
 
     async def run(self) -> None:
@@ -144,7 +144,7 @@ class Controller:
         await self._write_down_committed(resume_point.iteration)
         if resume_point.experts is not None:  # a manifest's state, and not the workers' own
             self.experts, self._paired = resume_point.experts, False
-            self._receipts.clear()
+            self._call_stats.clear()
             self.checkpoints.forget()
             self._announced = -1
             self.recorder.rewind(resume_point.iteration)
@@ -218,7 +218,7 @@ class Controller:
 
     def _note(self, n: int, call: Call) -> Call:
         """Keep a call's statistics for the iteration's record; an error of the call ends the attempt."""
-        self._receipts.setdefault(n, []).extend(call.call_stats)
+        self._call_stats.setdefault(n, []).extend(call.call_stats)
         self._answers.setdefault(n, []).append(self._expect(call.call_stats))
         return call
 
@@ -352,7 +352,7 @@ class Controller:
             self.recovery.step_committed(n, line["seconds"])
 
     def _write_down(self, phase: int, n: int, call_stats: list[CallStats]) -> dict[str, Any]:
-        del self._receipts[n]
+        del self._call_stats[n]
         self.committed = n + 1
         self.recovery.measure(call_stats)
         line = self.recorder.iteration(phase, n, call_stats, self.actors.sizes, self.actors.scorers.depth)
@@ -361,8 +361,8 @@ class Controller:
 
     async def _write_down_committed(self, iteration: int) -> None:
         """Write down iterations that are committed, though statistics of some of their calls may be lost."""
-        for n in sorted(self._receipts):
-            call_stats = await asyncio.gather(*self._receipts[n], return_exceptions=True)
+        for n in sorted(self._call_stats):
+            call_stats = await asyncio.gather(*self._call_stats[n], return_exceptions=True)
             if n < iteration:
                 phase = next(index for index, end in enumerate(self.ends) if n < end)
                 self._write_down(phase, n, [stats for stats in call_stats if isinstance(stats, CallStats)])

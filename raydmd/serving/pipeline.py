@@ -142,7 +142,7 @@ class Pipeline:
 
     async def make(self, request: GenerationRequest) -> GenerationResult:
         """Make pictures; see `contract.Backend.make`."""
-        stage_batches = self._parcels(request)
+        stage_batches = self._stage_batches(request)
         with self.admissions[request.maker].admitted(request.samples):
             return _joined(
                 await _all([self._travel(self._names(request), stage_batch) for stage_batch in stage_batches])
@@ -150,7 +150,7 @@ class Pipeline:
 
     async def watch(self, request: GenerationRequest) -> AsyncGenerator[Step | GenerationResult, None]:
         """Make pictures and say each step; see `contract.Backend.watch`."""
-        stage_batches = self._parcels(request)
+        stage_batches = self._stage_batches(request)
         gathered: dict[int, dict[int, Step]] = {}
         seen: asyncio.Queue[Step | None] = asyncio.Queue()
 
@@ -184,7 +184,7 @@ class Pipeline:
     def _names(self, request: GenerationRequest) -> list[str]:
         return ["teacher"] if request.maker == "teacher" else self._chain
 
-    def _parcels(self, request: GenerationRequest) -> list[StageBatch]:
+    def _stage_batches(self, request: GenerationRequest) -> list[StageBatch]:
         """Cut a request into batches that a network takes at once.
 
         Raises:
