@@ -13,8 +13,9 @@ from torch.nn.utils import clip_grad_norm_
 
 from raydmd.config.recipe import Recipe
 from raydmd.diffusion.random import Key
+from raydmd.methods.registry import plan_phases
 from raydmd.models.base import Denoiser, Family
-from raydmd.sampling.plan import plan_iterations, plan_phases
+from raydmd.sampling.plan import plan_iterations
 from raydmd.sampling.student import exit_step
 
 

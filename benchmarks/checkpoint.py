@@ -23,11 +23,13 @@ import numpy as np
 from common import arguments, finish, teacher_folder
 from rich.console import Console
 
-from raydmd.config.recipe import Recipe, load_recipe
+from raydmd.config.recipe import Recipe
 from raydmd.jsonl import read_lines
+from raydmd.methods.loading import load_recipe
+from raydmd.methods.registry import plan_phases
 from raydmd.runtime.checkpoint.manager import Archive, Manifest
 from raydmd.runtime.launch import distill
-from raydmd.sampling.plan import plan_iterations, plan_phases
+from raydmd.sampling.plan import plan_iterations
 
 QUIET = Console(quiet=True)
 NEVER = 10**6
@@ -50,7 +52,7 @@ def write_and_read(folder: Path, shards: dict[str, dict[str, np.ndarray]]) -> di
     """Return bytes, the seconds to write one manifest and to read it back, and MB/s of both."""
     shutil.rmtree(folder, ignore_errors=True)
     record = Manifest(
-        iteration=1, phase=0, generator_version=1, fake_version=5, fake_cursor=1280, generator_cursor=256, seed=0,
+        iteration=1, phase=0, updates={"generator": 1, "fake": 5}, cursors={"generator": 256, "fake": 1280}, seed=0,
         experts=0,
     )  # fmt: skip
     since = time.perf_counter()

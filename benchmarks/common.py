@@ -11,8 +11,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from raydmd.config.recipe import Recipe, load_recipe
+from raydmd.config.recipe import Recipe
 from raydmd.data.prompts import PromptTable
+from raydmd.methods.loading import load_recipe
 from raydmd.models.base import Denoiser, EmbeddedFamily, Family, save_teacher
 from raydmd.models.embedded.prompts import ensure_embedded_prompts
 from raydmd.runs.run import recipe_family

@@ -15,10 +15,10 @@ import torch
 from common import arguments, console, finish, open_recipe
 from safetensors.torch import load_file
 
-from raydmd.config.recipe import load_recipe
+from raydmd.methods.loading import load_recipe
+from raydmd.methods.local import Reference, train
 from raydmd.runs.folders import expert_file
 from raydmd.runtime.launch import distill
-from raydmd.training.local import Reference, train
 
 LAYOUTS = {"1": (1, 1, 1), "n": (2, 2, 3)}
 
@@ -29,7 +29,9 @@ def difference(reference: Reference, middle: Reference, folder: Path) -> dict[st
     for index, expert in enumerate(reference.experts):
         other = load_file(expert_file(folder, index))
         found[f"expert {index + 1}"] = max(float((expert[name] - other[name]).abs().max()) for name in expert)
-    for role, part in (("generator", middle.generator), ("fake", middle.fake)):
+    for role, part in middle.parts.items():
+        if not hasattr(part, "flat"):
+            continue
         (shard,) = (folder / "checkpoints").glob(f"step-*15/{role}.safetensors")
         state, ours = load_file(shard), part.flat.state()
         found[role] = max(float((ours[name] - state[name]).abs().max()) for name in ours)

@@ -28,14 +28,15 @@ from rich.console import Console
 from raydmd.config.recipe import Recipe
 from raydmd.diffusion.random import Key
 from raydmd.jsonl import read_lines
+from raydmd.methods.local import train
+from raydmd.methods.registry import plan_phases
 from raydmd.runtime.launch import distill
 from raydmd.sampling.phase import Phase
-from raydmd.sampling.plan import plan_iterations, plan_phases
+from raydmd.sampling.plan import plan_iterations
 from raydmd.sampling.student import exit_step
-from raydmd.training.fake_score import Fake, FakeStats
-from raydmd.training.generator import Generator, GeneratorStats
-from raydmd.training.local import train
-from raydmd.training.messages import BatchId, Noised, Samples, Score
+from raydmd.training.fake_score import Fake
+from raydmd.training.generator import Generator
+from raydmd.training.messages import BatchId, Noised, PromptBatch, Samples, Score, UpdateStats
 from raydmd.training.teacher import Scorer
 
 Costs = dict[str, float]  # seconds of a call; a rollout's per network call
@@ -45,14 +46,12 @@ QUIET = Console(quiet=True)
 def calibrate(recipe: Recipe, family: Any, teacher: Any, prompts: Any, repeats: int = 9) -> Costs:
     """Time each role's real work on one thread, the median of some repeats."""
     size = recipe.batch.size
-    generator, fake, scorer = (
-        Generator(recipe, family, teacher),
-        Fake(recipe, family, teacher),
-        Scorer(recipe, family, teacher),
-    )
+    phases = plan_phases(recipe, family.schedule.t_max)
+    given = recipe, family, teacher, phases
+    generator, fake, scorer = Generator(*given), Fake(*given), Scorer(*given)
     generator.start_phase(0, 0)
     fake.start_phase(0, 0)
-    conditions = family.conditions(prompts.rows(0, size))
+    batch = PromptBatch(0, size, family.conditions(prompts.rows(0, size)))
     costs: dict[str, list[float]] = {key: [] for key in ("call", "propose", "fake", "fake_score", "teacher", "update")}
 
     def timed(key: str, work: Any, calls: int = 1) -> Any:
@@ -63,9 +62,9 @@ def calibrate(recipe: Recipe, family: Any, teacher: Any, prompts: Any, repeats: 
 
     for n in range(repeats):
         leave = exit_step(generator.phase, Key(recipe.seed, 0, "exit", n * generator.draws))
-        samples = timed("call", partial(generator.rollout, n, 0, 0, size, conditions), leave)
+        samples = timed("call", partial(generator.rollout, n, 0, batch), leave)
         timed("fake", partial(fake.update, [samples]))
-        proposal = generator.propose(n, 0, size, conditions)
+        proposal = generator.propose(n, batch)
         real = timed("teacher", partial(scorer.score, proposal))
         generated = timed("fake_score", partial(fake.score, proposal))
         timed("update", partial(generator.update, [real], [generated]))
@@ -122,7 +121,7 @@ class Sleeper:
         self.updates = 0
         self.prepared: set[int] = set()
 
-    def start_phase(self, index: int, iteration: int) -> None:
+    def start_phase(self, index: int, updates: int) -> None:
         self.phase = self.phases[index]
 
     def end_phase(self) -> dict[str, torch.Tensor]:
@@ -131,33 +130,33 @@ class Sleeper:
     def state(self) -> dict[str, torch.Tensor]:
         return self.experts.state()
 
-    def prepare(self, iteration: int, update: int, start: int, count: int, conditions: Any) -> None:
-        self.prepared.add(iteration * self.draws + update)
-        time.sleep(self.costs["call"] * frozen_calls(self.phases, self.phase))
+    def prepare(self, iteration: int, *prompts: PromptBatch) -> None:
+        self.prepared.update(iteration * self.draws + update for update in range(len(prompts)))
+        time.sleep(len(prompts) * self.costs["call"] * frozen_calls(self.phases, self.phase))
 
-    def rollout(self, iteration: int, update: int, start: int, count: int, conditions: Any) -> Samples:
-        batch_id = BatchId(self.phase.index, iteration * self.draws + update, start, self.updates)
+    def rollout(self, iteration: int, update: int, prompts: PromptBatch) -> Samples:
+        batch_id = BatchId(self.phase.index, iteration * self.draws + update, prompts.start, self.updates)
         frozen = 0 if batch_id.draw in self.prepared else frozen_calls(self.phases, self.phase)
         time.sleep(self.costs["call"] * (frozen + trained_calls(self.recipe, self.phase, batch_id.draw)))
-        return Samples(batch_id, self.x, conditions)
+        return Samples(batch_id, self.x, prompts.conditions)
 
-    def propose(self, iteration: int, start: int, count: int, conditions: Any) -> Noised:
-        samples = self.rollout(iteration, self.draws - 1, start, count, conditions)
-        return Noised(samples.batch_id, self.x, torch.zeros(count, dtype=torch.float64), conditions)
+    def propose(self, iteration: int, prompts: PromptBatch) -> Noised:
+        samples = self.rollout(iteration, self.draws - 1, prompts)
+        return Noised(samples.batch_id, self.x, torch.zeros(prompts.count, dtype=torch.float64), prompts.conditions)
 
 
 class SleepingGenerator(Sleeper):
-    def update(self, teacher: list[Score], fake: list[Score], collective: Any) -> GeneratorStats:
+    def update(self, teacher: list[Score], fake: list[Score], collective: Any) -> UpdateStats:
         time.sleep(self.costs["update"])
         self.updates += 1
-        return GeneratorStats(0.0, [(0, 0.0, 0.0, 0.0)], self.updates)
+        return UpdateStats(0.0, [(0, dict.fromkeys(Generator.figures, 0.0))], self.updates)
 
 
 class SleepingFake(Sleeper):
-    def update(self, batches: list[Samples], collective: Any) -> FakeStats:
+    def update(self, batches: list[Samples], collective: Any) -> UpdateStats:
         time.sleep(self.costs["fake"])
         self.updates += 1
-        return FakeStats(0.0, [(0, 0.0)], self.updates)
+        return UpdateStats(0.0, [(0, dict.fromkeys(Fake.figures, 0.0))], self.updates)
 
     def score(self, proposal: Noised) -> Score:
         time.sleep(self.costs["fake_score"])

@@ -29,7 +29,7 @@ from common import arguments, console, finish, teacher_folder
 from disturb import ROLES, Machines, Watched, kill
 from rich.table import Table
 
-from raydmd.config.recipe import load_recipe
+from raydmd.methods.loading import load_recipe
 
 DEATHS = ("replica", "node", "group")
 SETTLED = 5  # iterations that a whole run makes before the next kill

@@ -26,9 +26,10 @@ import ray
 import torch
 from common import arguments, finish
 
-from raydmd.config.recipe import Recipe, load_recipe
+from raydmd.config.recipe import Recipe
+from raydmd.methods.loading import load_recipe
 from raydmd.runtime.membership.role_workers import WorkerHandle
-from raydmd.runtime.workers.base import BESIDE, TeacherWorker
+from raydmd.runtime.workers.base import BESIDE, FrozenWorker
 from raydmd.runtime.workers.shares import counts_by_speed, even_counts
 from raydmd.runtime.workers.teacher_pool import ScorerPool
 from raydmd.runtime.workers.wire import to_wire
@@ -53,8 +54,10 @@ class Sleeper:
 def start(recipe: Recipe, seconds: list[float]) -> list[WorkerHandle]:
     """Start a worker for each of these seconds a micro-batch."""
     remote: Any = ray.remote
-    kind = remote(concurrency_groups={BESIDE: 1}, num_cpus=0)(TeacherWorker)
-    actors = [kind.remote(recipe, n, 1, "cpu", partial(Sleeper, seconds=each)) for n, each in enumerate(seconds)]
+    kind = remote(concurrency_groups={BESIDE: 1}, num_cpus=0)(FrozenWorker)
+    actors = [
+        kind.remote("teacher", recipe, n, 1, "cpu", partial(Sleeper, seconds=each)) for n, each in enumerate(seconds)
+    ]
     identities = ray.get([actor.ready.remote() for actor in actors])
     return [
         WorkerHandle("teacher", n, actor, found)
@@ -91,7 +94,7 @@ async def by_cut(members: list[WorkerHandle], counts: list[int], inputs: Inputs)
     order = sorted((piece / count, n) for n, count in enumerate(counts) for piece in range(count))
     call_stats = []
     for (_, n), each in zip(order, inputs, strict=True):
-        _, stats = members[n].actor.score.options(num_returns=2).remote(*each)
+        _, stats = members[n].actor.call.options(num_returns=2).remote("score", *each)
         call_stats.append(stats)
     return Counter(stats.worker for stats in await asyncio.gather(*call_stats))
 

@@ -16,12 +16,13 @@ from common import arguments, console, finish, open_recipe
 from rich.table import Table
 from safetensors.torch import save_file
 
-from raydmd.config.recipe import Recipe, dump_recipe, load_recipe
+from raydmd.config.recipe import Recipe, dump_recipe
+from raydmd.methods.loading import load_recipe
+from raydmd.methods.local import train
 from raydmd.models.base import Denoiser, EmbeddedFamily, save_teacher
 from raydmd.runs.folders import expert_file
 from raydmd.runs.run import Run, recipe_family
 from raydmd.serving.parts import expert_networks
-from raydmd.training.local import train
 
 BENCH = {"width": 384, "depth": 5, "heads": 6, "patch": 2, "ratio": 4}  # 13.8 million weights, 16 tokens
 NOISE = 0.02  # added to all weights: the network's last layers begin at zero, and every picture would be the same grey

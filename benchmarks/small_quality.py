@@ -39,7 +39,7 @@ from common import arguments, console, finish, open_recipe, teacher_folder
 from rich.table import Table
 
 import raydmd
-from raydmd.config.recipe import dump_recipe, load_recipe
+from raydmd.config.recipe import dump_recipe
 from raydmd.diffusion.random import Key, normal
 from raydmd.evaluation.evaluate import (
     Figures,
@@ -51,8 +51,9 @@ from raydmd.evaluation.evaluate import (
     make_reference,
     teacher_samples,
 )
-from raydmd.sampling.plan import plan_phases
-from raydmd.training.local import train
+from raydmd.methods.loading import load_recipe
+from raydmd.methods.local import train
+from raydmd.methods.registry import plan_phases
 from raydmd.training.teacher import Scorer
 
 DATA = ("ring", "digits")
@@ -171,7 +172,7 @@ def student_rows(cell: Cell) -> Figures:
     except FloatingPointError:
         return {"diverged": 1.0}
     figures: Figures = {"seconds": time.process_time() - since, "wall_seconds": time.perf_counter() - wall}
-    experts = run.generator.experts
+    experts = run.parts["generator"].experts
     found = evaluate_student(recipe, family, teacher, experts, phases, reference(cell.data, cell.seed, cell.work))
     figures |= found.get("student", {})
     for entry in found["boundaries"][:1]:

@@ -13,7 +13,7 @@ import yaml
 from raydmd import __version__, interrupts
 from raydmd.atomic import FULL, storage_error, write_text
 from raydmd.bench.command import bench
-from raydmd.config.recipe import Recipe, dump_recipe, load_recipe, shipped_recipes
+from raydmd.config.recipe import Recipe, dump_recipe, shipped_recipes
 from raydmd.console import console, errors
 from raydmd.entry import main as main
 from raydmd.errors import RunError, UserError
@@ -24,6 +24,21 @@ recipe_argument = click.argument("recipe", metavar="RECIPE")
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe."
 )
+
+
+def _import(context: click.Context, option: click.Parameter, value: Sequence[str]) -> Sequence[str]:
+    from raydmd.config.plugins import import_plugins
+
+    import_plugins(value)
+    return value
+
+
+_PLUGIN: dict[str, Any] = {
+    "multiple": True, "metavar": "MODULE|FILE.py", "callback": _import,
+    "help": "Import code that registers a method or a family.",
+}  # fmt: skip
+plugin_option = click.option("--plugin", "plugins", **_PLUGIN)  # for a command that reads a recipe
+run_plugin_option = click.option("--plugin", "plugins", expose_value=False, **_PLUGIN)  # for one that reads a run
 
 
 class Commands(click.Group):
@@ -55,6 +70,7 @@ def quickstart(out: Path, overrides: Sequence[str]) -> None:
     Takes minutes. Run again, it goes on where it was.
     """
     from raydmd.evaluation.report import report as write_report
+    from raydmd.methods.loading import load_recipe
     from raydmd.runs.run import Run
 
     if not _distill(load_recipe("digits", list(overrides)), out, "auto") or interrupts.received():
@@ -70,13 +86,16 @@ def quickstart(out: Path, overrides: Sequence[str]) -> None:
 @app.command(epilog="Example: raydmd pretrain digits --set pretrain.iterations=3000 --out runs/digits-teacher")
 @recipe_argument
 @set_option
+@plugin_option
 @click.option("--out", type=FOLDER, help="The teacher's folder; default runs/NAME-teacher.")
-def pretrain(recipe: str, overrides: Sequence[str], out: Path | None) -> None:
+def pretrain(recipe: str, overrides: Sequence[str], plugins: Sequence[str], out: Path | None) -> None:
     """Train an embedded teacher with Ray Train.
 
     RECIPE is a YAML file, or a name that `raydmd recipes` lists.
     """
-    loaded = load_recipe(recipe, list(overrides))
+    from raydmd.methods.loading import load_recipe
+
+    loaded = load_recipe(recipe, overrides, plugins)
     check_cluster()
     from raydmd.runtime.pretrain import pretrain as run_pretrain
 
@@ -88,6 +107,7 @@ def pretrain(recipe: str, overrides: Sequence[str], out: Path | None) -> None:
 @app.command(epilog="Example: raydmd distill digits --set method.name=dmd-sgts --set seed=1 --out runs/sgts")
 @recipe_argument
 @set_option
+@plugin_option
 @click.option("--out", type=FOLDER, help="The run's folder; default runs/NAME.")
 @click.option(
     "--resume",
@@ -96,12 +116,14 @@ def pretrain(recipe: str, overrides: Sequence[str], out: Path | None) -> None:
     show_default=True,
     help="Continue what the folder holds, refuse a folder that holds a run, or continue the run in PATH.",
 )
-def distill(recipe: str, overrides: Sequence[str], out: Path | None, resume: str) -> None:
+def distill(recipe: str, overrides: Sequence[str], plugins: Sequence[str], out: Path | None, resume: str) -> None:
     """Distil a teacher into few-step experts, on this machine or the Ray cluster of RAY_ADDRESS.
 
     RECIPE is a YAML file, or a name that `raydmd recipes` lists.
     """
-    loaded = load_recipe(recipe, list(overrides))
+    from raydmd.methods.loading import load_recipe
+
+    loaded = load_recipe(recipe, overrides, plugins)
     folder = out or Path(f"runs/{loaded.name}")
     if resume not in ("auto", "never"):
         if not (Path(resume) / "recipe.yaml").is_file():
@@ -141,6 +163,7 @@ def status(run: Path, watch: bool, as_json: bool) -> None:
 
 @app.command(epilog="Example: raydmd evaluate runs/digits")
 @click.argument("run", metavar="RUN", type=FOLDER)
+@run_plugin_option
 @click.option("--samples", type=click.IntRange(min=50), help="Pictures to compare; default the recipe's.")
 def evaluate(run: Path, samples: int | None) -> None:
     """Measure a run's students against their teacher and the data; writes RUN/evaluation.json."""
@@ -149,6 +172,7 @@ def evaluate(run: Path, samples: int | None) -> None:
 
 @app.command(epilog="Example: raydmd report runs/digits runs/sgts --out report.html")
 @click.argument("runs", metavar="RUN...", type=FOLDER, nargs=-1, required=True)
+@run_plugin_option
 @click.option("--out", type=FOLDER, help="The page; default report.html in the first run's folder.")
 def report(runs: Sequence[Path], out: Path | None) -> None:
     """Write one self-contained HTML page: pictures side by side, curves, the table."""
@@ -163,6 +187,7 @@ def report(runs: Sequence[Path], out: Path | None) -> None:
 
 @app.command(epilog="Example: raydmd generate runs/digits --prompt 7 -n 16 --seed 0 --out pictures")
 @click.argument("run", metavar="RUN", type=FOLDER)
+@run_plugin_option
 @click.option("--prompt", metavar="TEXT", help="What to make; for digits, the digit.")
 @click.option(
     "--prompts", metavar="FILE", type=FOLDER, help="Many: a text a line, or a .csv, .jsonl or .parquet with a column."
@@ -195,6 +220,7 @@ def generate(run: Path, prompt: str | None, prompts: Path | None, n: int, seed: 
 
 @app.command(epilog="Example: raydmd serve runs/digits --port 8000 --layout pipelined --teacher")
 @click.argument("run", metavar="RUN", type=FOLDER)
+@run_plugin_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0: on every interface.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Of the API and page.")
 @click.option(
@@ -259,10 +285,14 @@ def serve(
 
 @app.command(epilog="Example: raydmd recipes digits")
 @click.argument("name", metavar="[NAME]", required=False)
-def recipes(name: str | None) -> None:
+@plugin_option
+def recipes(name: str | None, plugins: Sequence[str]) -> None:
     """List the shipped recipes, or print one with every key and its value."""
     if name is not None:
-        console.print(dump_recipe(load_recipe(name)), highlight=False, markup=False, soft_wrap=True, end="")
+        from raydmd.methods.loading import load_recipe
+
+        text = dump_recipe(load_recipe(name, plugins=plugins))
+        console.print(text, highlight=False, markup=False, soft_wrap=True, end="")
         return
     for key, path in shipped_recipes().items():
         first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
@@ -271,6 +301,7 @@ def recipes(name: str | None) -> None:
 
 @app.command(epilog="Example: raydmd validate cluster/aws.yaml cluster/kuberay/rayjob.yaml")
 @click.argument("files", metavar="FILE...", type=FOLDER, nargs=-1, required=True)
+@run_plugin_option
 def validate(files: Sequence[Path]) -> None:
     """Check recipes, cluster-launcher files and KubeRay manifests, with no cluster and no cloud.
 

@@ -10,6 +10,7 @@ from raydmd.data.embedded import EMBEDDED
 from raydmd.data.prompts import PromptTable
 from raydmd.errors import UserError
 from raydmd.locations import absolute_location
+from raydmd.methods.registry import build_method, plan_phases
 from raydmd.models.base import Conditions, EmbeddedFamily, Family
 from raydmd.models.diffusers.hub import HUB, cached_snapshot, parse_hub_name
 from raydmd.models.diffusers.pretrained import PretrainedFamily
@@ -30,6 +31,8 @@ def absolute(recipe: Recipe) -> Recipe:
         section = getattr(recipe, name)
         if section.path is not None and Path(section.path).exists():
             changes[name] = section.model_copy(update={"path": str(Path(section.path).resolve())})
+    if recipe.plugins:
+        changes["plugins"] = [str(Path(name).resolve()) if name.endswith(".py") else name for name in recipe.plugins]
     if recipe.checkpoint.path is not None:
         place = absolute_location(recipe.checkpoint.path)
         changes["checkpoint"] = recipe.checkpoint.model_copy(update={"path": place})
@@ -47,7 +50,7 @@ def check(recipe: Recipe, prompts: bool = True) -> None:
         UserError: a method, a teacher or a file of prompts that is not there or does not fit.
     """
     family = recipe_family(recipe)
-    check_method(recipe, family)
+    check_method(recipe, family, plan_phases(recipe, family.schedule.t_max))
     if recipe.teacher.path is not None:
         family.check_teacher()
         family.teacher_times(recipe.teacher.steps, recipe.teacher.timestep_shift)
@@ -97,7 +100,7 @@ def notes(recipe: Recipe) -> list[str]:
 def _check_without_teacher(recipe: Recipe) -> list[str]:
     """Check the rest of a recipe whose teacher is not here; return what is elsewhere."""
     family = recipe_family(recipe)
-    check_method(recipe, family)
+    check_method(recipe, family, plan_phases(recipe, family.schedule.t_max))
     if recipe.prompts.path is None:
         raise UserError(f"prompts.path: family '{family.name}' ships no prompts; give a Parquet file")
     if not _is_remote(recipe.prompts.path):
@@ -116,7 +119,7 @@ def _of_elsewhere(recipe: Recipe) -> list[str]:
     said = [f"{key}: '{path}' is not looked at" for key, path in
             (("prompts.path", recipe.prompts.path), ("checkpoint.path", recipe.checkpoint.path))
             if path is not None and _is_remote(path)]  # fmt: skip
-    roles = {role: getattr(recipe.runtime, role) for role in ("teacher", "fake", "generator")}
+    roles = {role: recipe.runtime.of(role) for role in build_method(recipe).roles}
     said += [f"runtime.{role}: whether its resources and labels are there, the cluster tells"
              for role, settings in roles.items() if settings.resources or settings.labels]  # fmt: skip
     return said

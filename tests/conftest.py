@@ -10,8 +10,9 @@ from commands import beyond_loopback
 from run_folders import make_run
 
 import raydmd.runtime  # before Ray: what it starts here then listens on loopback only  # noqa: F401
-from raydmd.config.recipe import Recipe, load_recipe
+from raydmd.config.recipe import Recipe
 from raydmd.data.prompts import PromptTable
+from raydmd.methods.loading import load_recipe
 from raydmd.models.base import save_teacher
 from raydmd.models.embedded.prompts import ensure_embedded_prompts
 from raydmd.runs.run import recipe_family

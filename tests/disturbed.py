@@ -22,10 +22,10 @@ from rich.console import Console
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.config.recipe import Recipe
 from raydmd.jsonl import read_lines
+from raydmd.methods.local import train
 from raydmd.runs.run import recipe_family
 from raydmd.runtime.checkpoint.manager import Archive
 from raydmd.runtime.launch import distill
-from raydmd.training.local import train
 
 STORE = 80 * 2**20
 QUICK_HEALTH_CHECKS = {
@@ -233,8 +233,8 @@ def assert_bits_of_the_reference(story: Story, prompts: Any) -> None:
     expected = train(
         recipe, family, family.load_teacher(), prompts(recipe.teacher.family), iterations=manifest.iteration
     )
-    for role, part in (("generator", expected.generator), ("fake", expected.fake)):
-        state = part.flat.state()
+    for role in ("generator", "fake"):
+        state = expected.parts[role].flat.state()
         assert set(found.shards[role]) == set(state)
         for name, value in state.items():
             assert torch.equal(torch.as_tensor(found.shards[role][name]), value), (role, name)

@@ -16,9 +16,10 @@ from raydmd.runtime.checkpoint.storage import Store
 
 
 def manifest(iteration: int, **changes: Any) -> Manifest:
-    versions = {"generator_version": iteration, "fake_version": 5 * iteration}
-    cursors = {"generator_cursor": 16 * iteration, "fake_cursor": 80 * iteration}
-    return Manifest(iteration=iteration, **{"phase": 0, **versions, **cursors, "seed": 3, "experts": 0, **changes})
+    updates = {"generator": iteration, "fake": 5 * iteration}
+    cursors = {"generator": 16 * iteration, "fake": 80 * iteration}
+    values = {"phase": 0, "updates": updates, "cursors": cursors, "seed": 3, "experts": 0, **changes}
+    return Manifest(iteration=iteration, **values)
 
 
 def shards(iteration: int) -> dict[str, dict[str, np.ndarray]]:
@@ -45,7 +46,7 @@ def is_of(found: Found, iteration: int, experts: tuple[int, ...] = (), edge: boo
     expected = {} if edge else shards(iteration)
     expected |= {f"expert-{index}": expert(kind) for index, kind in enumerate(experts)}
     kept = found.manifest
-    assert kept.iteration == iteration and kept.fake_cursor == 80 * iteration and kept.seed == 3
+    assert kept.iteration == iteration and kept.cursors["fake"] == 80 * iteration and kept.seed == 3
     assert found.shards.keys() == expected.keys() == kept.files.keys()
     assert all(same(found.shards[name], tensors) for name, tensors in expected.items())
     return True

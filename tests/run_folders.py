@@ -10,13 +10,12 @@ from safetensors.torch import save_file
 from raydmd.config.recipe import Recipe, dump_recipe
 from raydmd.data.prompts import PromptTable
 from raydmd.evaluation import classifier
+from raydmd.methods.local import Figures, train
+from raydmd.methods.registry import plan_phases
 from raydmd.runs.expert_index import write_index
 from raydmd.runs.folders import expert_file
 from raydmd.runs.run import Run, recipe_family
-from raydmd.sampling.plan import plan_iterations, plan_phases
-from raydmd.training.fake_score import FakeStats
-from raydmd.training.generator import GeneratorStats
-from raydmd.training.local import train
+from raydmd.sampling.plan import plan_iterations
 
 
 @functools.cache
@@ -43,14 +42,15 @@ def make_run(recipe: Recipe, folder: Path, prompts: PromptTable) -> Run:
     for length in plan_iterations(recipe, plan_phases(recipe)):
         ends.append(length + (ends[-1] if ends else 0))
 
-    def record(iteration: int, fakes: list[FakeStats], figures: GeneratorStats) -> None:
-        losses = [loss for fake in fakes for _, loss in fake.losses]
+    def record(iteration: int, made: Figures) -> None:
+        fakes, (figures,) = made["fake"], made["generator"]
+        losses = [row["loss_fake"] for fake in fakes for _, row in fake.micro]
         lines.append(
             {
                 "phase": 1 + sum(iteration >= end for end in ends), "iteration": iteration,
                 "generator_version": figures.version, "fake_version": fakes[-1].version,
                 "loss_fake": sum(losses) / len(losses), "generator_grad_norm": figures.norm,
-                "dm_gradient": figures.micro[0][1], "x_s_mean": figures.micro[0][2], "x_s_std": figures.micro[0][3],
+                **figures.micro[0][1],
                 "samples": recipe.batch.size, "seconds": 0.5,
                 "roles": {
                     role: {"busy_seconds": busy, "workers": 1}
@@ -74,7 +74,7 @@ def make_run(recipe: Recipe, folder: Path, prompts: PromptTable) -> Run:
     for index, weights in enumerate(trained.experts):
         file = expert_file(folder, index)
         file.parent.mkdir(parents=True)
-        metadata = trained.generator.experts.metadata()
+        metadata = trained.parts["generator"].experts.metadata()
         save_file({name: value.contiguous() for name, value in weights.items()}, file, metadata)
     write_index(folder)
     return put_classifier(Run(folder)) if family.name == "digits" else Run(folder)

@@ -19,8 +19,9 @@ from run_folders import make_run
 
 from raydmd import __version__
 from raydmd.cli import _next_commands, app, run
-from raydmd.config.recipe import load_recipe, parse_recipe, shipped_recipes
+from raydmd.config.recipe import shipped_recipes
 from raydmd.data.prompts import write_prompts
+from raydmd.methods.loading import load_recipe, parse_recipe
 from raydmd.runs.run import Run
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from raydmd.config.recipe import Optimizer
 from raydmd.models.embedded.ring import PointsMLP
-from raydmd.runtime.workers.base import FakeWorker, Heartbeat
+from raydmd.runtime.workers.base import Heartbeat, TrainerWorker
 from raydmd.runtime.workers.process_group import LEFT_BEHIND, Begun, ProcessGroup, Rendezvous, StepDropped
 from raydmd.training.collective import Alone, exact_sum
 from raydmd.training.trainable_state import FlatParameters
@@ -248,7 +248,7 @@ def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
 
 def test_who_waits_for_a_peer_says_so(quick: Any) -> None:
     """In a meeting, to which a newcomer may come late, and in a reduction: neither is time at work."""
-    worker = FakeWorker(quick("ring"), 0, torch.get_num_threads(), "cpu", lambda recipe, device: None)
+    worker = TrainerWorker("fake", quick("ring"), 0, torch.get_num_threads(), "cpu", lambda recipe, device: None)
     peer, rendezvous = ProcessGroup(gpu=False), Rendezvous("127.0.0.1")
     with ThreadPoolExecutor() as pool:
         try:

@@ -9,9 +9,11 @@ import yaml
 from pydantic import BaseModel
 
 import raydmd
-from raydmd.config.recipe import Recipe, dump_recipe, load_recipe, parse_recipe, shipped_recipes
+from raydmd.config.recipe import Recipe, dump_recipe, shipped_recipes
 from raydmd.errors import UserError
-from raydmd.sampling.plan import plan_iterations, plan_phases
+from raydmd.methods.loading import load_recipe, parse_recipe
+from raydmd.methods.registry import plan_phases
+from raydmd.sampling.plan import plan_iterations
 
 PACKAGE = Path(raydmd.__file__).parent
 
@@ -121,7 +123,9 @@ def test_overrides_are_yaml_and_reach_into_sections() -> None:
         ("- 1\n- 2\n", "not a list"),
         ("just words", "not a str"),
         ("seed: 1\n1: 2\n", "1: Keys should be strings"),
-        ("method:\n  naem: dmd\n", "method.naem"),
+        ("method:\n  naem: dmd\n", "unknown key 'method.naem'; did you mean 'name'?"),
+        ("seed: 1\n", "method.name: it is missing; one of dmd, dmd-fewstep, dmd-sgts, phased"),
+        ("method: {steps: 2}\n", "method.name: it is missing; one of dmd, "),
     ],
 )
 def test_a_file_that_is_no_recipe(text: str, words: str, tmp_path: Path) -> None:
@@ -144,7 +148,7 @@ def test_files_that_are_not_there_or_not_text(tmp_path: Path) -> None:
 
 
 def test_a_recipe_is_named_by_its_file(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("seed: 3\n")
+    (tmp_path / "mine.yaml").write_text("method: {name: dmd}\n")
     assert load_recipe(str(tmp_path / "mine.yaml")).name == "mine"
     (tmp_path / "empty.yaml").write_text("")
     with pytest.raises(UserError, match="empty.yaml: nothing in it"):  # as a full disk leaves one

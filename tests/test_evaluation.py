@@ -13,7 +13,7 @@ from run_folders import classifier_file, make_run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from raydmd.config.recipe import Recipe, load_recipe
+from raydmd.config.recipe import Recipe
 from raydmd.data import ring
 from raydmd.data.digits import load_digits
 from raydmd.data.prompts import write_prompts
@@ -32,10 +32,11 @@ from raydmd.evaluation.evaluate import (
 )
 from raydmd.evaluation.metrics import frechet_distance
 from raydmd.evaluation.points import ring_metrics
+from raydmd.methods.loading import load_recipe
+from raydmd.methods.registry import plan_phases
 from raydmd.models.experts import Experts
 from raydmd.models.registry import build_family
 from raydmd.runs.run import Run, recipe_family
-from raydmd.sampling.plan import plan_phases
 from raydmd.training.teacher import Scorer
 
 

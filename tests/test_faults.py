@@ -17,13 +17,14 @@ from rich.console import Console
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.errors import RunError
 from raydmd.jsonl import read_lines
+from raydmd.methods.program import trace_method
 from raydmd.runtime.actors import RunActors
 from raydmd.runtime.launch import distill
 from raydmd.runtime.membership.role_workers import RoleWorkers
 from raydmd.runtime.observability.recorder import Recorder
 from raydmd.runtime.recovery.faults import cause_of, own_fault
 from raydmd.runtime.recovery.manager import RecoveryManager
-from raydmd.runtime.workers.base import PARTS, WORKERS, FakeWorker, TrainerProgress, make_part
+from raydmd.runtime.workers.base import TrainerProgress, TrainerWorker, make_part
 from raydmd.runtime.workers.process_group import Rendezvous, StepDropped
 from raydmd.runtime.workers.teacher_pool import ScorerPool
 from raydmd.runtime.workers.trainer_group import TrainerGroup
@@ -108,7 +109,7 @@ def test_an_error_that_comes_again_ends_the_run_with_it(
     here: None, quick: Any, tmp_path: Path, role: str, kind: type, method: str, what: str, words: str
 ) -> None:
     recipe = quick("ring", "iterations=[6, 6]", "runtime.fake.max_workers=2")
-    parts = {**PARTS, role: partial(make_faulty, kind, method, 12, what, str(tmp_path), 10**6)}
+    parts = {role: partial(make_faulty, kind, method, 12, what, str(tmp_path), 10**6)}
     with pytest.raises(RunError) as caught:
         distill(recipe, tmp_path / "run", console=Console(quiet=True), parts=parts)
     assert words in str(caught.value) and "\n" not in str(caught.value)
@@ -124,7 +125,7 @@ def test_an_error_that_comes_again_ends_the_run_with_it(
 def test_an_error_that_passes_is_borne(here: None, quick: Any, prompts: Any, tmp_path: Path) -> None:
     """Twice in a row, then never again: the steps are made anew, with the same bits."""
     recipe = quick("ring", "iterations=[6, 100000]", "runtime.fake.max_workers=2")
-    parts = {**PARTS, "fake": partial(make_faulty, Fake, "update", 14, "error", str(tmp_path), 2)}
+    parts = {"fake": partial(make_faulty, Fake, "update", 14, "error", str(tmp_path), 2)}
     story = Story(recipe, tmp_path / "run", lambda story: story.go_on(15), parts=parts).run()
     assert [event["tries"] for event in story.events("failed")] in ([1], [1, 2])
     assert all(event["steps_lost"] == 0 for event in story.events("recovered"))
@@ -142,7 +143,7 @@ def test_a_worker_that_always_dies_ends_the_run(
     here: None, quick: Any, tmp_path: Path, role: str, kind: type, method: str, words: str, losses: int
 ) -> None:
     recipe = quick("ring", "iterations=[6, 6]", "runtime.max_failures=1")
-    parts = {**PARTS, role: partial(make_faulty, kind, method, 3, "exit", str(tmp_path), 12)}
+    parts = {role: partial(make_faulty, kind, method, 3, "exit", str(tmp_path), 12)}
     with pytest.raises(RunError, match=f"{words}: its process was"):
         distill(recipe, tmp_path / "run", console=Console(quiet=True), parts=parts)
     lost = [e for e in read_lines(tmp_path / "run/events.jsonl") if e["event"] == "worker-lost"]
@@ -175,7 +176,7 @@ def test_a_lost_scorer_is_made_up_for_when_something_is_scored_without_it(
         assert (recovered["iteration"], recovered["how"]) == (iteration + 1, "a new one took its micro-batches")
 
     recipe = quick("ring", "iterations=[6, 100000]")
-    Story(recipe, tmp_path / "run", plot, parts={**PARTS, "fake": held.held(Fake, "update", tmp_path)}).run()
+    Story(recipe, tmp_path / "run", plot, parts={"fake": held.held(Fake, "update", tmp_path)}).run()
 
 
 @pytest.mark.parametrize("made", [0, 8])
@@ -188,7 +189,7 @@ def test_a_worker_that_dies_while_all_take_the_manifests_state(
     story = Story(recipe, tmp_path / "run", lambda story: None)
     if made:
         assert distill(recipe, story.folder, console=quiet, until=made) is False
-    parts = {**PARTS, "fake": partial(make_faulty, Fake, "start_phase", 2, "exit", str(tmp_path), 1)}
+    parts = {"fake": partial(make_faulty, Fake, "start_phase", 2, "exit", str(tmp_path), 1)}
     assert distill(recipe, story.folder, console=quiet, parts=parts, until=10) is False
     (lost,) = story.events("worker-lost")
     assert lost["role"] == "fake" and lost["iteration"] == made
@@ -198,7 +199,7 @@ def test_a_worker_that_dies_while_all_take_the_manifests_state(
 def test_a_worker_that_cannot_start_ends_the_run(here: None, quick: Any, tmp_path: Path) -> None:
     recipe = quick("ring", "runtime.max_failures=2")
     with pytest.raises(RunError, match="cannot load weights: shape mismatch"):
-        distill(recipe, tmp_path / "run", console=Console(quiet=True), parts={**PARTS, "teacher": fail_to_start})
+        distill(recipe, tmp_path / "run", console=Console(quiet=True), parts={"teacher": fail_to_start})
 
 
 def test_a_run_goes_on_without_a_worker_that_cannot_start_and_takes_it_in_once_it_can(
@@ -212,17 +213,22 @@ def test_a_run_goes_on_without_a_worker_that_cannot_start_and_takes_it_in_once_i
         story.complete()
 
     recipe = quick("ring", "iterations=[6, 100000]", "runtime.teacher.max_workers=2")
-    parts = {**PARTS, "teacher": partial(start_the_first, str(tmp_path))}
+    parts = {"teacher": partial(start_the_first, str(tmp_path))}
     assert Story(recipe, tmp_path / "run", plot, parts=parts).run().finished is False
 
 
 def test_steps_that_are_given_up_without_a_loss_end_the_run_with_why(quick: Any, tmp_path: Path) -> None:
     recipe = quick("ring", "runtime.max_failures=1")
-    groups = [TrainerGroup(role, [], Rendezvous("127.0.0.1")) for role in ("generator", "fake")]
-    role_workers = {role: RoleWorkers(role, recipe) for role in WORKERS}
+    trace = trace_method(recipe)
+    groups = {role: TrainerGroup(role, [], Rendezvous("127.0.0.1")) for role in ("generator", "fake")}
+    role_workers = {role: RoleWorkers(role, recipe) for role in trace.method.roles}
     recorder = Recorder(tmp_path, recipe, 4, Console(quiet=True))
     recovery = RecoveryManager(
-        recipe, RunActors(role_workers, *groups, ScorerPool(1), None, None, None), recorder, lambda: False
+        recipe,
+        trace,
+        RunActors(role_workers, groups, {"teacher": ScorerPool(1)}, None, None, None),
+        recorder,
+        lambda: False,
     )
     for _ in range(3):
         recovery.check_errors([StepDropped("generation 3 was dropped")])
@@ -234,7 +240,7 @@ def test_steps_that_are_given_up_without_a_loss_end_the_run_with_why(quick: Any,
 def test_a_trainer_that_has_half_a_state_stands_nowhere(quick: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has no memory for the rest: nobody may take it to be where that state is from."""
     recipe = quick("ring")
-    donor, worker = (FakeWorker(recipe, n, torch.get_num_threads(), "cpu", PARTS["fake"]) for n in range(2))
+    donor, worker = (TrainerWorker("fake", recipe, n, torch.get_num_threads(), "cpu") for n in range(2))
     donor.take_over(0, 0, None)
     state = donor.state(0)
     with monkeypatch.context() as patched:

@@ -176,7 +176,13 @@ def begun(recipe, folder: Path, fingerprint: str) -> None:
     """Leave a folder as a run does that was stopped after its first iteration."""
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
-    record = manifest(1, fake_version=2, fake_cursor=32, seed=recipe.seed, teacher=fingerprint)
+    record = manifest(
+        1,
+        updates={"generator": 1, "fake": 2},
+        cursors={"generator": 16, "fake": 32},
+        seed=recipe.seed,
+        teacher=fingerprint,
+    )
     Archive(str(folder / "checkpoints")).save(record, shards(1))
 
 

@@ -20,10 +20,10 @@ from run_folders import make_run
 from test_videos import FRAMES, SIDE, make_video_run
 
 from raydmd import cli
-from raydmd.config.recipe import load_recipe
 from raydmd.errors import UserError
 from raydmd.evaluation.classifier import load_classifier
 from raydmd.evaluation.prompts import read_prompt_file
+from raydmd.methods.loading import load_recipe
 from raydmd.models.base import save_teacher
 from raydmd.progress import counting, time_left
 from raydmd.runs.run import recipe_family

@@ -16,9 +16,9 @@ from test_families_diffusers import SHAPES, rows
 from test_teacher_folders import edit, new
 
 from raydmd.cli import run as command
-from raydmd.config.recipe import load_recipe
 from raydmd.data.prompts import write_prompts
 from raydmd.errors import UserError
+from raydmd.methods.loading import load_recipe
 from raydmd.models.diffusers import hub as hub_module
 from raydmd.models.diffusers.hub import HubName, fetch, resolve_commit
 from raydmd.models.diffusers.pretrained import PretrainedFamily

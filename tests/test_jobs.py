@@ -17,11 +17,11 @@ from conftest import train_teacher
 from ports import free_ports
 from safetensors.torch import load_file
 
-from raydmd.config.recipe import load_recipe
 from raydmd.jsonl import read_lines
+from raydmd.methods.loading import load_recipe
+from raydmd.methods.local import train
 from raydmd.runs.folders import expert_file
 from raydmd.runs.run import Run, recipe_family
-from raydmd.training.local import train
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

@@ -7,11 +7,12 @@ import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel, WanTransformer3DModel
 
-from raydmd.config.recipe import Recipe, load_recipe
+from raydmd.config.recipe import Recipe
 from raydmd.data.prompts import PromptTable, write_prompts
+from raydmd.methods.loading import load_recipe
+from raydmd.methods.local import Reference, train
 from raydmd.runs.run import recipe_family
 from raydmd.sampling.noise import sample_student
-from raydmd.training.local import Reference, train
 
 WIDTH, LENGTH, ROWS = 16, 5, 6
 NAMES = ("qwen_image", "wan")
@@ -88,7 +89,7 @@ def large(request, tmp_path_factory) -> Recipe:
 
 def test_a_phased_run_with_lora_experts(large: Recipe) -> None:
     one = run_large(large)
-    assert [phase.times for phase in one.generator.phases] == [
+    assert [phase.times for phase in one.parts["generator"].phases] == [
         pytest.approx((1.0, 0.9, 0.75)), pytest.approx((0.75, 0.5, 0.0)),
     ]  # fmt: skip
     assert len(one.experts) == 2
@@ -102,9 +103,9 @@ def test_a_phased_run_with_lora_experts(large: Recipe) -> None:
     assert not all(torch.equal(one.experts[0][name], one.experts[1][name]) for name in one.experts[0])
     family = recipe_family(large)
     teacher = family.load_teacher().state_dict()
-    kept = one.scorer.network.state_dict()
+    kept = one.parts["teacher"].network.state_dict()
     assert all(torch.equal(teacher[name], kept[name]) for name in teacher)  # the frozen one is untouched
-    assert any(not torch.equal(teacher[name], value) for name, value in one.fake.network.state_dict().items())
+    assert any(not torch.equal(teacher[name], value) for name, value in one.parts["fake"].network.state_dict().items())
     two = run_large(large)
     assert all(torch.equal(a[name], b[name]) for a, b in zip(one.experts, two.experts, strict=True) for name in a)
 
@@ -114,8 +115,8 @@ def test_guidance_and_prompts_are_seen(large: Recipe) -> None:
     plain = large.model_copy(update={"teacher": large.teacher.model_copy(update={"guidance_scale": 1.0})})
     other = run_large(plain)
     assert not all(torch.equal(one.experts[0][name], other.experts[0][name]) for name in one.experts[0])
-    family, prompts = one.generator.family, PromptTable(str(large.prompts.path))
-    experts, phases = one.generator.experts, one.generator.phases
+    family, prompts = one.parts["generator"].family, PromptTable(str(large.prompts.path))
+    experts, phases = one.parts["generator"].experts, one.parts["generator"].phases
     made = [
         sample_student(family, experts, phases, family.conditions(prompts.rows(start, 2)), 2, seed=1)
         for start in (0, 2)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from commands import Command, command
 
-from raydmd.config.recipe import load_recipe
 from raydmd.jsonl import read_lines
+from raydmd.methods.loading import load_recipe
 from raydmd.runs.folders import expert_file
 from raydmd.runtime.checkpoint.manager import Archive
 from raydmd.runtime.preparation import prepare

@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from raydmd.config.recipe import Recipe, load_recipe
+from raydmd.config.recipe import Recipe
 from raydmd.diffusion.schedule import RectifiedFlow
 from raydmd.errors import UserError
+from raydmd.methods.loading import load_recipe
+from raydmd.methods.registry import plan_phases
 from raydmd.objectives.distribution_matching import distribution_matching_gradient, guided
 from raydmd.recipe_check import check
 from raydmd.runs.run import recipe_family
 from raydmd.sampling.limits import check_method
-from raydmd.sampling.plan import plan_phases
 
 FIXED = "method.score_interval=fixed"
 CASES = {  # what is set, what the error says, and the nearest that is allowed
@@ -62,7 +63,7 @@ def test_it_is_refused_in_a_line_and_its_neighbour_is_not(what: str, quick) -> N
 
 def test_guidance_below_1_is_nothing_where_there_are_no_prompts() -> None:
     recipe: Recipe = load_recipe("ring", ["teacher.guidance_scale=0"])
-    check_method(recipe, recipe_family(recipe))
+    check_method(recipe, recipe_family(recipe), plan_phases(recipe))
 
 
 def test_what_is_refused_at_a_phases_end_has_no_gradient() -> None:

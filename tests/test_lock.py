@@ -16,8 +16,8 @@ import pytest
 from rich.console import Console
 
 from raydmd.cli import run as command
-from raydmd.config.recipe import load_recipe
 from raydmd.errors import StorageError, UserError
+from raydmd.methods.loading import load_recipe
 from raydmd.runtime.checkpoint import lock as locks
 from raydmd.runtime.checkpoint.lock import LOCK, Claim, Lock, Owner, claim_run
 from raydmd.runtime.launch import distill

@@ -14,12 +14,13 @@ from rich.console import Console
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.config.recipe import Recipe
 from raydmd.jsonl import read_lines
+from raydmd.methods.program import trace_method
 from raydmd.runtime.actors import RunActors
 from raydmd.runtime.membership.role_workers import RoleWorkers, WorkerHandle
 from raydmd.runtime.observability.recorder import Recorder
 from raydmd.runtime.recovery.faults import is_gone, own_fault
 from raydmd.runtime.recovery.manager import RecoveryManager
-from raydmd.runtime.workers.base import WORKERS, Identity
+from raydmd.runtime.workers.base import Identity
 from raydmd.runtime.workers.process_group import Rendezvous
 from raydmd.runtime.workers.teacher_pool import ScorerPool
 from raydmd.runtime.workers.trainer_group import TrainerGroup
@@ -66,12 +67,17 @@ def test_a_trainer_that_was_killed_for_memory_is_taken_out(
 ) -> None:
     async def recover() -> None:
         recipe = quick("ring")
-        role_workers = {role: RoleWorkers(role, recipe) for role in WORKERS}
+        trace = trace_method(recipe)
+        role_workers = {role: RoleWorkers(role, recipe) for role in trace.method.roles}
         meeting = Rendezvous("127.0.0.1")
-        groups = [TrainerGroup(role, [], meeting) for role in ("generator", "fake")]
+        groups = {role: TrainerGroup(role, [], meeting) for role in ("generator", "fake")}
         recorder = Recorder(tmp_path, recipe, 4, Console(quiet=True))
         recovery = RecoveryManager(
-            recipe, RunActors(role_workers, *groups, ScorerPool(3), None, None, None), recorder, lambda: False
+            recipe,
+            trace,
+            RunActors(role_workers, groups, {"teacher": ScorerPool(3)}, None, None, None),
+            recorder,
+            lambda: False,
         )
         role_workers["fake"].active.append(killed("fake", 0))
         role_workers["fake"].close()

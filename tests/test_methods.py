@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from raydmd.config.recipe import load_recipe
 from raydmd.diffusion.random import Key, normal
 from raydmd.errors import UserError
+from raydmd.methods.loading import load_recipe
+from raydmd.methods.registry import plan_phases
 from raydmd.runs.run import recipe_family
 from raydmd.sampling.noise import sample_student
-from raydmd.sampling.plan import plan_iterations, plan_phases
+from raydmd.sampling.plan import plan_iterations
 from raydmd.sampling.student import exit_step, rollout, truncated
 from raydmd.training.generator import Generator
+from raydmd.training.messages import PromptBatch
 from raydmd.training.preview import preview
 from raydmd.training.teacher import Scorer
 
@@ -80,7 +82,10 @@ def test_given_times_are_shares_of_the_noisiest() -> None:
         ("method.times=[]", "method.times"),
         ("method.boundaries=[1]", "method.boundaries: 1 is not below 1"),
         ("method.boundaries=[.5, .875]", "method.boundaries: 0.875 is not below 0.5"),
-        ("method={times: [1, .5], timestep_shift: 3}", "method.timestep_shift: method.times are taken as they are"),
+        (
+            "method={name: phased, times: [1, .5], timestep_shift: 3}",
+            "method.timestep_shift: method.times are taken as they are",
+        ),
     ],
 )
 def test_times_out_of_order_are_refused_by_name(override: str, words: str) -> None:
@@ -167,7 +172,7 @@ def ring(quick):
     """A generator of two phases of two steps on the ring, in its second phase, and its family."""
     recipe = quick("ring", "method.name=phased")
     family = recipe_family(recipe)
-    generator = Generator(recipe, family, family.load_teacher())
+    generator = Generator(recipe, family, family.load_teacher(), plan_phases(recipe, family.schedule.t_max))
     generator.start_phase(0, 0)
     with torch.no_grad():  # experts that are neither equal nor the teacher
         generator.flat.weight += 0.05 * torch.randn(generator.flat.weight.shape, generator=torch.manual_seed(1))
@@ -283,15 +288,15 @@ def test_one_exit_step_for_the_whole_batch_and_another_for_the_next(ring: Genera
         whole = rollout(
             ring.family, ring.experts, ring.phases, Key(0, 1, "rollout", draw), 0, {}, 16, leave=leave
         )  # fmt: skip
-        parts = [ring.rollout(iteration, 0, start, 4, {}) for start in (0, 4, 8, 12)]
+        parts = [ring.rollout(iteration, 0, PromptBatch(start, 4, {})) for start in (0, 4, 8, 12)]
         assert torch.allclose(torch.cat([part.x_s for part in parts]), whole, atol=1e-6)
         assert [part.batch_id.start for part in parts] == [0, 4, 8, 12]
         assert {(part.batch_id.draw, part.batch_id.generator_version, part.batch_id.phase) for part in parts} == {
             (draw, 2, 1)
         }
-        again = ring.rollout(iteration, 0, 8, 4, {})
+        again = ring.rollout(iteration, 0, PromptBatch(8, 4, {}))
         assert torch.equal(again.x_s, parts[2].x_s)
-        assert not torch.allclose(ring.rollout(iteration, 1, 8, 4, {}).x_s, parts[2].x_s, atol=1e-2)
+        assert not torch.allclose(ring.rollout(iteration, 1, PromptBatch(8, 4, {})).x_s, parts[2].x_s, atol=1e-2)
     assert seen == {1, 2}
 
 
@@ -300,28 +305,27 @@ def test_what_frozen_experts_contribute_can_be_made_ahead(quick, solver: str) ->
     def second_phase() -> Generator:
         recipe = quick("ring", "method.name=phased", f"method.solver={solver}")
         family = recipe_family(recipe)
-        generator = Generator(recipe, family, family.load_teacher())
+        generator = Generator(recipe, family, family.load_teacher(), plan_phases(recipe, family.schedule.t_max))
         generator.start_phase(0, 0)
-        generator.prepare(0, 0, 0, 4, {})  # nothing to do in the first phase
+        generator.prepare(0, PromptBatch(0, 4, {}))  # nothing to do in the first phase
         generator.start_phase(1, 2)
         return generator
 
     plain, ahead = second_phase(), second_phase()
     for iteration in (2, 3):
         for start in (0, 4):
-            for update in (0, 1, 2):
-                ahead.prepare(iteration, update, start, 4, {})
+            ahead.prepare(iteration, *[PromptBatch(start, 4, {})] * 3)
     with torch.no_grad():  # they are not asked again
         for parameter in ahead.experts.expert(0).parameters():
             parameter.zero_()
     for iteration in (2, 3):
         for start in (4, 0):
-            a, b = (each.rollout(iteration, 1, start, 4, {}) for each in (plain, ahead))
+            a, b = (each.rollout(iteration, 1, PromptBatch(start, 4, {})) for each in (plain, ahead))
             assert torch.equal(a.x_s, b.x_s) and a.batch_id == b.batch_id
-            a, b = (each.propose(iteration, start, 4, {}) for each in (plain, ahead))
+            a, b = (each.propose(iteration, PromptBatch(start, 4, {})) for each in (plain, ahead))
             assert torch.equal(a.x_t, b.x_t) and a.batch_id == b.batch_id
             assert torch.equal(*(gradient_of(each, each._kept[start][0]) for each in (plain, ahead)))
-    a, b = (each.rollout(2, 1, 0, 4, {}) for each in (plain, ahead))  # once used, it is gone
+    a, b = (each.rollout(2, 1, PromptBatch(0, 4, {})) for each in (plain, ahead))  # once used, it is gone
     assert not torch.allclose(a.x_s, b.x_s, atol=1e-2)
 
 

@@ -12,8 +12,9 @@ import torch
 from local_serving import expected, newer, pixels, run, serving
 from safetensors.torch import load_file, save_file
 
-from raydmd.config.recipe import dump_recipe, load_recipe
+from raydmd.config.recipe import dump_recipe
 from raydmd.errors import UserError
+from raydmd.methods.loading import load_recipe
 from raydmd.runs.expert_index import index_file, read_index, write_index
 from raydmd.runs.folders import expert_file
 from raydmd.runs.run import Run

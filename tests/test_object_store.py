@@ -23,10 +23,11 @@ from pyarrow import fs
 from rich.console import Console
 from safetensors.torch import load_file
 
-from raydmd.config.recipe import load_recipe
 from raydmd.errors import RunError, StorageError, UserError
 from raydmd.jsonl import read_lines
 from raydmd.locations import absolute_location, parse_location
+from raydmd.methods.loading import load_recipe
+from raydmd.methods.local import train
 from raydmd.runs.folders import expert_file
 from raydmd.runs.run import Run, recipe_family
 from raydmd.runtime.checkpoint import lock as locks
@@ -35,7 +36,6 @@ from raydmd.runtime.checkpoint.lock import LOCK, Claim
 from raydmd.runtime.checkpoint.manager import Archive, Found
 from raydmd.runtime.checkpoint.shards import PIECE
 from raydmd.runtime.launch import distill
-from raydmd.training.local import train
 
 SECRET = "wJalrXUtnFEMI/K7MDENG"
 

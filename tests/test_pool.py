@@ -22,7 +22,7 @@ from raydmd.config.recipe import Recipe
 from raydmd.runs.run import recipe_family
 from raydmd.runtime.membership.role_workers import WorkerHandle
 from raydmd.runtime.workers import teacher_pool as pool_module
-from raydmd.runtime.workers.base import TeacherWorker, make_part
+from raydmd.runtime.workers.base import FrozenWorker, make_part
 from raydmd.runtime.workers.helpers import BESIDE
 from raydmd.runtime.workers.teacher_pool import DEPTH, ScorerPool
 from raydmd.runtime.workers.trainer_group import Call
@@ -78,8 +78,10 @@ class Hand:
     def __init__(self, number: int, recipe: Recipe, folder: Path) -> None:
         self.folder = folder / f"worker-{number}"
         self.folder.mkdir(parents=True)
-        kind: Any = ray.remote(concurrency_groups={BESIDE: 1})(TeacherWorker)
-        actor = kind.options(num_cpus=0.1).remote(recipe, number, 1, "cpu", partial(make_directed, str(self.folder)))
+        kind: Any = ray.remote(concurrency_groups={BESIDE: 1})(FrozenWorker)
+        actor = kind.options(num_cpus=0.1).remote(
+            "teacher", recipe, number, 1, "cpu", partial(make_directed, str(self.folder))
+        )
         self.worker = WorkerHandle("teacher", number, actor, ray.get(actor.ready.remote()))
 
     @property
@@ -206,7 +208,7 @@ def test_results_are_in_order_whoever_makes_them(recipe: Recipe, hands: list[Han
         await assert_scores(recipe, call, 12)
         assert len(call.call_stats) == 12 and len(await taken(call)) == 3
         for stats in await asyncio.gather(*call.call_stats):
-            assert stats.role == "teacher" and stats.versions == ((7, -1),) and stats.busy_seconds > 0
+            assert stats.role == "teacher" and stats.micros == 1 and stats.busy_seconds > 0
         call.results.reverse()
         with pytest.raises(AssertionError):
             await assert_scores(recipe, call, 12)

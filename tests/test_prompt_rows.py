@@ -8,23 +8,33 @@ import pytest
 import torch
 from torch import nn
 
-from raydmd.config.recipe import Recipe, parse_recipe
+from raydmd.config.recipe import Recipe
 from raydmd.data import prompts as tables
 from raydmd.data import row_order
 from raydmd.data.prompts import PromptTable, write_prompts
 from raydmd.data.row_order import PromptOrder, RowGroup, RowOrder
 from raydmd.diffusion.random import Key, permutation
 from raydmd.diffusion.schedule import RectifiedFlow
+from raydmd.methods.loading import parse_recipe
+from raydmd.methods.local import train
+from raydmd.methods.registry import build_method
 from raydmd.models.base import Denoiser, Family
 from raydmd.training.generator import Generator
-from raydmd.training.local import train
+from raydmd.training.messages import PromptBatch
 
 STREAMS = ("fake", "generator")
 PINNED = [0, 8, 4, 7, 5, 1, 3, 9, 6, 2]
 
 
 def recipe_of(size: int, updates: int, **more: Any) -> Recipe:
-    return parse_recipe({"name": "x", "batch": {"size": size}, "method": {"fake_updates": updates}, **more}, "x")
+    return parse_recipe(
+        {"name": "x", "batch": {"size": size}, "method": {"name": "phased", "fake_updates": updates}, **more}, "x"
+    )
+
+
+def order_of(size: int, updates: int, groups: list[RowGroup]) -> PromptOrder:
+    recipe = recipe_of(size, updates)
+    return PromptOrder(recipe, groups, build_method(recipe).draws)
 
 
 def spread(counts: np.ndarray) -> int:
@@ -32,7 +42,7 @@ def spread(counts: np.ndarray) -> int:
 
 
 def by_stream(order: PromptOrder, iterations: int) -> dict[str, list[np.ndarray]]:
-    size, updates = order.size, order.updates
+    size, updates = order.size, len(order.draws) - 1
     return {
         "fake": [order.draw(n, u, 0, size) for n in range(iterations) for u in range(updates)],
         "generator": [order.draw(n, updates, 0, size) for n in range(iterations)],
@@ -59,7 +69,7 @@ def worst(draws: list[np.ndarray], total: int) -> int:
 @pytest.mark.parametrize(("size", "updates"), [(1, 1), (16, 5), (64, 5), (24, 2), (48, 3)])
 def test_rows_are_used_equally_in_both_streams(total: int, size: int, updates: int) -> None:
     iterations = min(40, 2 + 3 * total // size)
-    order = PromptOrder(recipe_of(size, updates), [RowGroup(total, 10)])
+    order = order_of(size, updates, [RowGroup(total, 10)])
     for stream, draws in by_stream(order, iterations).items():
         flat = np.concatenate(draws)
         assert worst(draws, total) <= 1, stream
@@ -94,7 +104,7 @@ def test_an_order_is_a_function_of_seed_epoch_and_stream_alone() -> None:
 
 
 def test_samples_are_numbered_draw_by_draw_and_pairs_have_an_order_of_their_own() -> None:
-    order = PromptOrder(recipe_of(16, 2), [RowGroup(50, 10)])
+    order = order_of(16, 2, [RowGroup(50, 10)])
     draws = [order.draw(n, u, 0, 16) for n in range(4) for u in range(3)]
     assert np.array_equal(order.samples(0, 12 * 16), np.concatenate(draws))
     assert np.array_equal(order.samples(41, 60), np.concatenate(draws)[41:101])
@@ -113,7 +123,7 @@ def test_a_large_table_is_mixed_in_windows_and_each_row_group_read_once_an_epoch
     size = sum(group.size for group in table.groups)
     monkeypatch.setattr(row_order, "WINDOW_BYTES", size // 10)
     monkeypatch.setattr(tables, "CACHED_BYTES", 3 * size // 10)
-    order, read, seen = PromptOrder(recipe_of(16, 5), table.groups), [], []
+    order, read, seen = order_of(16, 5, table.groups), [], []
     load = PromptTable._group
     monkeypatch.setattr(
         PromptTable, "_group", lambda self, i: (i not in self._cache and read.append(i)) or load(self, i)
@@ -182,8 +192,8 @@ def test_the_trainer_shows_every_prompt_to_both_roles(tmp_path: Path, monkeypatc
     table = PromptTable(write_prompts(tmp_path / "p.parquet", {"i": np.arange(96)}), ["i"])
     rollout, propose = Generator.rollout, Generator.propose
 
-    def note(stream: str, conditions: dict[str, torch.Tensor]) -> None:
-        np.add.at(seen[stream], conditions["i"].numpy(), 1)
+    def note(stream: str, prompts: PromptBatch) -> None:
+        np.add.at(seen[stream], prompts.conditions["i"].numpy(), 1)
 
     monkeypatch.setattr(Generator, "rollout", lambda self, *a: note("fake", a[-1]) or rollout(self, *a))
     monkeypatch.setattr(Generator, "propose", lambda self, *a: note("generator", a[-1]) or propose(self, *a))

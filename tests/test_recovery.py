@@ -19,7 +19,6 @@ from disturbed import (
     several_nodes,
 )
 
-from raydmd.runtime.workers.base import PARTS
 from raydmd.runtime.workers.trainer_group import TrainerGroup
 from raydmd.training.fake_score import Fake
 from raydmd.training.generator import Generator
@@ -208,7 +207,6 @@ def test_a_fake_score_that_is_ahead_on_stale_rollouts_is_no_reason_to_go_back(
 
     recipe = quick("ring", *workers(2, "checkpoint.every=40", "runtime.max_staleness=1", "runtime.fake.max_workers=1"))
     parts = {
-        **PARTS,
         "fake": held.held(Fake, "update", tmp_path / "fake"),
         "generator": held.held(Generator, "update", tmp_path / "generator"),
     }
@@ -253,6 +251,6 @@ def test_who_leaves_is_freed_of_a_silent_peer_and_hands_its_state_on(
         assert {event["node"] for event in story.events("worker-lost")} == {stays.node_id}
         kill_node(stays)
 
-    parts = {**PARTS, "fake": held.held(Fake, "update", tmp_path), "teacher": held.held(Scorer, "score", tmp_path)}
+    parts = {"fake": held.held(Fake, "update", tmp_path), "teacher": held.held(Scorer, "score", tmp_path)}
     story = Story(quick("ring", *workers(2, kind="-l")), tmp_path / "run", plot, parts=parts).run()
     assert_bits_of_the_reference(story, prompts)

@@ -5,16 +5,16 @@ import pytest
 import torch
 from conftest import train_teacher
 
-from raydmd.config.recipe import load_recipe
 from raydmd.data import ring as data
 from raydmd.data.row_order import PromptOrder
 from raydmd.data.trajectories import Pairs
 from raydmd.diffusion.random import Key, normal
 from raydmd.evaluation.metrics import sliced_wasserstein
+from raydmd.methods.loading import load_recipe
+from raydmd.methods.local import Reference, make_pairs, train
+from raydmd.methods.registry import build_method, plan_phases
 from raydmd.runs.run import recipe_family
 from raydmd.sampling.noise import sample_student
-from raydmd.sampling.plan import plan_phases
-from raydmd.training.local import Reference, make_pairs, train
 from raydmd.training.teacher import Scorer
 
 VARIANTS = {
@@ -47,13 +47,15 @@ def run_reference(recipe, prompts, **options) -> Reference:
 def test_every_method_trains_and_twice_the_same(quick, prompts, family: str, variant: str) -> None:
     recipe = quick(family, *VARIANTS[variant])
     seen = []
-    one = run_reference(recipe, prompts, on_iteration=lambda n, fake, generator: seen.append((n, fake, generator)))
+    one = run_reference(
+        recipe, prompts, on_iteration=lambda n, made: seen.append((n, made["fake"], *made["generator"]))
+    )
     phases = plan_phases(recipe)
     assert len(one.experts) == len(phases)
     assert [n for n, _, _ in seen] == [0, 1, 2, 3]
     for n, fake, generator in seen:
         assert [stats.version for stats in fake] == [2 * n + 1, 2 * n + 2] and generator.version == n + 1
-        assert generator.norm > 0 and all(0 < loss < 1e3 for stats in fake for _, loss in stats.losses)
+        assert generator.norm > 0 and all(0 < row["loss_fake"] < 1e3 for stats in fake for _, row in stats.micro)
         assert [row[0] for row in generator.micro] == [0, 4, 8, 12]
     teacher = recipe_family(recipe).load_teacher().state_dict()
     lora = "lora" in variant
@@ -105,7 +107,7 @@ def test_the_cut_into_micro_batches_is_not_the_mathematics(quick, prompts) -> No
 def test_it_can_stop_on_the_way(quick, prompts) -> None:
     recipe = quick("ring", "method.name=phased")
     part = run_reference(recipe, prompts, iterations=3)
-    assert len(part.experts) == 1 and part.generator.updates == 3 and part.generator.phase.index == 1
+    assert len(part.experts) == 1 and part.parts["generator"].updates == 3 and part.parts["generator"].phase.index == 1
     whole = run_reference(recipe, prompts)
     assert all(torch.equal(part.experts[0][name], whole.experts[0][name]) for name in part.experts[0])
 
@@ -113,7 +115,7 @@ def test_it_can_stop_on_the_way(quick, prompts) -> None:
 def test_an_expert_ends_as_its_average(quick, prompts) -> None:
     with_average = run_reference(quick("ring", "method.name=dmd", "ema=0.9"), prompts)
     without = run_reference(quick("ring", "method.name=dmd", "ema=0"), prompts)
-    raw = with_average.generator.flat.average  # swapped at the phase's end
+    raw = with_average.parts["generator"].flat.average  # swapped at the phase's end
     last = torch.cat([value.reshape(-1) for value in without.experts[0].values()])
     mean = torch.cat([value.reshape(-1) for value in with_average.experts[0].values()])
     assert torch.equal(raw, last) and not torch.equal(mean, last)
@@ -123,9 +125,11 @@ def test_regression_pairs_are_the_teachers(quick, prompts) -> None:
     recipe = quick("digits", *VARIANTS["dmd with regression"])
     family = recipe_family(recipe)
     scorer = Scorer(recipe, family, family.load_teacher())
-    pairs = make_pairs(recipe, family, scorer, prompts("digits"), chunk=10)
+    pairs = make_pairs(build_method(recipe), family, scorer, prompts("digits"), 24, chunk=10)
     table = prompts("digits")
-    asked = table.rows(0, len(table))["label"][PromptOrder(recipe, table.groups).pairs(0, 24)]
+    asked = table.rows(0, len(table))["label"][
+        PromptOrder(recipe, table.groups, build_method(recipe).draws).pairs(0, 24)
+    ]
     assert pairs.noise.shape == (24, 1, 8, 8) and pairs.conditions["label"].tolist() == asked.tolist()
     assert torch.equal(pairs.noise, normal(Key(0, 0, "pairs", 0), 0, 24, (1, 8, 8)))
     whole = scorer.sample(pairs.noise, pairs.conditions, steps=recipe.teacher.steps)[-1]
@@ -144,10 +148,10 @@ def test_regression_pulls_to_the_pairs(quick, prompts) -> None:
             "iterations=40", "ema=0", "optimizer.generator.lr=2e-3",
         )  # fmt: skip
         run = run_reference(recipe, prompts)
-        family = run.generator.family
-        pairs = make_pairs(recipe, family, run.scorer, prompts("ring"))
+        family = run.parts["generator"].family
+        pairs = make_pairs(build_method(recipe), family, run.parts["teacher"], prompts("ring"), 16)
         with torch.no_grad():
-            v = run.generator.experts.expert(0)(pairs.noise, torch.ones(16, dtype=torch.float64), {})
+            v = run.parts["generator"].experts.expert(0)(pairs.noise, torch.ones(16, dtype=torch.float64), {})
         return float((pairs.noise - v - pairs.result).square().mean())
 
     assert distance(10.0) < 0.5 * distance(0.0)
@@ -162,10 +166,11 @@ def test_the_right_target_finds_the_boundary_and_the_naive_one_does_not(tmp_path
     for target in ("subinterval", "naive"):
         recipe = load_recipe("ring", [*common, "iterations=[150, 1]", f"method.fake_target={target}"])
         run = run_reference(recipe, prompts, iterations=150)
-        run.generator.flat.swap_average()
-        phase = run.generator.phases[0]
+        run.parts["generator"].flat.swap_average()
+        phase = run.parts["generator"].phases[0]
         assert phase.end == pytest.approx(0.75) and phase.steps == 1
-        x_s = sample_student(run.generator.family, run.generator.experts, [phase], {}, 4000, seed=9).latents
+        part = run.parts["generator"]
+        x_s = sample_student(part.family, part.experts, [phase], {}, 4000, seed=9).latents
         truth = 0.25 * data.sample(4000, 5) + 0.75 * normal(Key(5, 0, "truth", 0), 0, 4000, (2,))
         found[target] = sliced_wasserstein(x_s, truth)
     assert found["subinterval"] < 0.06 and found["naive"] > 4 * found["subinterval"]

@@ -16,7 +16,6 @@ from PIL import Image
 from run_folders import make_run
 from safetensors.torch import load_file, save_file
 
-from raydmd.config.recipe import parse_recipe
 from raydmd.data.prompts import PromptTable, write_prompts
 from raydmd.errors import UserError
 from raydmd.evaluation import exhibits
@@ -24,6 +23,7 @@ from raydmd.evaluation.comparison import Difference, by_teacher, differences
 from raydmd.evaluation.curves import HEIGHT, LEFT, TOP, WIDTH, Band, Line, chart
 from raydmd.evaluation.pictures import generate
 from raydmd.evaluation.report import _best, report
+from raydmd.methods.loading import parse_recipe
 from raydmd.models.fingerprint import fingerprint_teacher
 from raydmd.runs.run import Run
 

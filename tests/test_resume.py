@@ -20,12 +20,12 @@ from commands import Command
 from safetensors.torch import load_file
 
 from raydmd.cli import run as command
-from raydmd.config.recipe import load_recipe
 from raydmd.jsonl import read_lines
+from raydmd.methods.loading import load_recipe
+from raydmd.methods.local import train
 from raydmd.runs.folders import expert_file
 from raydmd.runs.run import recipe_family
 from raydmd.runtime.checkpoint.manager import Archive
-from raydmd.training.local import train
 
 ITERATIONS = 120
 RECIPE = [

@@ -10,6 +10,7 @@ from mortal import Save, SaveExpert, expert, is_of, manifest
 from rich.console import Console
 
 from raydmd.errors import UserError
+from raydmd.methods.program import trace_method
 from raydmd.runs.folders import expert_file
 from raydmd.runtime.checkpoint.manager import Archive, Found
 from raydmd.runtime.checkpoint.manifest import Manifest, read_sealed, sealed
@@ -17,22 +18,25 @@ from raydmd.runtime.checkpoint.plan import RunPlan, run_plan
 from raydmd.runtime.checkpoint.writer import CheckpointWriter
 from raydmd.runtime.launch import distill
 from raydmd.runtime.preparation import has_experts, prepare
-from raydmd.sampling.plan import plan_iterations, plan_phases
 
-PLAN = RunPlan(ends=(6, 10), fake_updates=5, batch=16, seed=3)
+PLAN = RunPlan(
+    ends=(6, 10), updates={"generator": tuple(range(11)), "fake": tuple(range(0, 51, 5))}, student="generator",
+    draws={"fake": 5, "generator": 1}, batch=16, seed=3,
+)  # fmt: skip
 SHARD = {"path": "x", "sha256": "", "bytes": 0}
 RIGHT = manifest(4, files={"generator": SHARD, "fake": SHARD})
 EDGE = manifest(6, phase=1, experts=1, files={"expert-0": SHARD})
 LAST = manifest(10, phase=2, experts=2, files={"expert-0": SHARD, "expert-1": SHARD})
 WRONG: dict[str, tuple[Manifest, dict[str, Any], str]] = {
     "another seed": (RIGHT, {"seed": 4}, "seed is 4, 3 in the run's plan"),
-    "another batch": (RIGHT, {"generator_cursor": 32}, "generator_cursor is 32, 64 in the run's plan"),
-    "another place in the prompts": (RIGHT, {"fake_cursor": 319}, "fake_cursor is 319, 320 in the run's plan"),
+    "another batch": (RIGHT, {"cursors": {"fake": 320, "generator": 32}}, "'generator': 32}, .*64} in the run's plan"),
+    "another place in the prompts": (RIGHT, {"cursors": {"fake": 319, "generator": 64}}, "'fake': 319, .*'fake': 320"),
     "a phase ahead": (RIGHT, {"phase": 1}, "phase is 1, 0"),
     "an expert too many": (RIGHT, {"experts": 1}, "experts is 1, 0"),
-    "a generator behind": (RIGHT, {"generator_version": 3}, "generator_version is 3, 4"),
-    "a fake behind": (RIGHT, {"fake_version": 19, "fake_cursor": 304}, "fake_version is 19, 20"),
-    "a fake of another phase": (RIGHT, {"fake_version": 31, "fake_cursor": 496}, "fake_version is 31, 20"),
+    "a generator behind": (RIGHT, {"updates": {"generator": 3, "fake": 20}}, "the generator's updates are 3, 4"),
+    "a fake behind": (RIGHT, {"updates": {"generator": 4, "fake": 19}}, "the fake's updates are 19, 20"),
+    "a fake of another phase": (RIGHT, {"updates": {"generator": 4, "fake": 31}}, "the fake's updates are 31, 20"),
+    "a role too many": (RIGHT, {"updates": {**RIGHT.updates, "critic": 1}}, r"its roles are \['critic', 'fake'"),
     "no fake": (RIGHT, {"files": {"generator": SHARD}}, r"lack \['fake'\]"),
     "an edge that lacks its expert": (EDGE, {"files": {}}, r"lack \['expert-0'\]"),
     "an edge before its phase": (EDGE, {"phase": 0, "experts": 0, "files": {}}, "phase is 0, 1"),
@@ -42,7 +46,13 @@ WRONG: dict[str, tuple[Manifest, dict[str, Any], str]] = {
 
 
 def test_a_runs_own_manifests_agree_with_its_plan() -> None:
-    for right in (RIGHT, EDGE, LAST, replace(RIGHT, fake_version=25, fake_cursor=400), manifest(0, files=RIGHT.files)):
+    for right in (
+        RIGHT,
+        EDGE,
+        LAST,
+        replace(RIGHT, updates={"generator": 4, "fake": 25}),
+        manifest(0, files=RIGHT.files),
+    ):
         PLAN.check(right)
 
 
@@ -68,7 +78,9 @@ def test_an_archive_passes_over_what_is_of_another_plan(tmp_path: Path) -> None:
 
 def test_a_recipes_plan(quick: Any) -> None:
     recipe = quick("ring", "iterations=[5, 4]", "seed=7")
-    assert run_plan(recipe, plan_iterations(recipe, plan_phases(recipe))) == RunPlan((5, 9), 2, 16, 7)
+    updates = {"generator": tuple(range(10)), "fake": tuple(range(0, 19, 2))}
+    plan = RunPlan((5, 9), updates, {"fake": 2, "generator": 1}, "generator", 16, 7)
+    assert run_plan(recipe, trace_method(recipe)) == plan
 
 
 # --- versions and checksums
@@ -94,7 +106,7 @@ def test_every_bit_of_a_manifest_is_under_its_checksum(tmp_path: Path) -> None:
         except ValueError:
             seen += 1
     assert seen > len(content) / 2
-    rewrite(path, fake_cursor=0)
+    rewrite(path, cursors={})
     assert is_of(archive.newest(), 4)
 
 
@@ -105,17 +117,32 @@ def test_a_manifest_of_another_version_is_refused_and_never_begun_anew(tmp_path:
     Save(4)(archive)
     Save(6)(archive)
     rewrite(path, format=2, sha256="gone", writer="gone")
-    older = rf"^checkpoint\.path: {path} is of an older version \(format 2, 3 here\); go on with that version of raydmd"
+    older = rf"^checkpoint\.path: {path} is of an older version \(format 2, 4 here\); go on with that version of raydmd"
     looks = [archive.newest, archive.peek, lambda: prepare(quick("ring"), tmp_path, "auto")]
     for look in looks:
         with pytest.raises(UserError, match=older):
             look()
-    path.write_text(json.dumps(sealed({**json.loads(path.read_text()), "format": 4, "colour": "red"})))
+    path.write_text(json.dumps(sealed({**json.loads(path.read_text()), "format": 5, "colour": "red"})))
     for look in looks:
-        with pytest.raises(UserError, match=r"is of a newer version \(format 4, 3 here\)"):
+        with pytest.raises(UserError, match=r"is of a newer version \(format 5, 4 here\)"):
             look()
     rewrite(path, format=2)  # a checksum, and not this one: broken
     assert is_of(archive.newest(), 4)
+
+
+def test_a_manifest_of_the_format_before_is_read(tmp_path: Path) -> None:
+    """Its roles and streams had keys of their own."""
+    archive, path = Archive(str(tmp_path), plan=PLAN), tmp_path / "step-000004.json"
+    Save(4)(archive)
+    tree = json.loads(path.read_text())
+    del tree["updates"], tree["cursors"]
+    old = {"generator_version": 4, "fake_version": 20, "generator_cursor": 64, "fake_cursor": 320, "format": 3}
+    path.write_text(json.dumps(sealed({**tree, **old})))
+    assert is_of(archive.newest(), 4) and archive.peek() == archive.newest().manifest
+    path.write_text(json.dumps(sealed({**tree, **old, "fake_version": 19})))
+    assert archive.newest().manifest is None
+    path.write_text(json.dumps(sealed({**tree, **{key: old[key] for key in old if key != "fake_cursor"}})))
+    assert archive.newest().manifest is None
 
 
 # --- a finished run's experts
@@ -127,7 +154,9 @@ def finished(recipe: Any, folder: Path) -> None:
     writer = CheckpointWriter.__new__(CheckpointWriter)
     writer.folder, writer.archive = folder, Archive(str(folder / "checkpoints"), folder=folder)
     writer.save_expert(0, expert(7))
-    last = manifest(4, phase=1, experts=1, fake_version=8, fake_cursor=8 * 16, seed=0)
+    last = manifest(
+        4, phase=1, experts=1, updates={"generator": 4, "fake": 8}, seed=0, cursors={"generator": 64, "fake": 128}
+    )
     writer.archive.save(last, {})
 
 

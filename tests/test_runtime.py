@@ -22,10 +22,13 @@ from test_large_families import large_recipe, run_large
 
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd import recipe_check
-from raydmd.config.recipe import Recipe, load_recipe
+from raydmd.config.recipe import Recipe
 from raydmd.data.prompts import PromptTable, write_prompts
 from raydmd.data.row_order import PromptOrder
 from raydmd.errors import RunError, UserError
+from raydmd.methods.loading import load_recipe
+from raydmd.methods.local import train
+from raydmd.methods.registry import build_method, plan_phases
 from raydmd.models.base import save_teacher
 from raydmd.runs.folders import expert_file
 from raydmd.runs.run import Run, recipe_family
@@ -33,12 +36,11 @@ from raydmd.runtime.checkpoint.manager import Archive
 from raydmd.runtime.launch import distill
 from raydmd.runtime.membership import placement
 from raydmd.runtime.prompts import PromptStream
-from raydmd.runtime.workers.base import WORKERS
 from raydmd.runtime.workers.helpers import start_helper
-from raydmd.sampling.plan import plan_iterations, plan_phases
+from raydmd.sampling.plan import plan_iterations
 from raydmd.training.fake_score import Fake
 from raydmd.training.generator import Generator
-from raydmd.training.local import train
+from raydmd.training.messages import PromptBatch
 from raydmd.training.teacher import Scorer
 
 CONSOLE = Console(quiet=True)
@@ -124,8 +126,8 @@ def test_many_workers_end_where_the_reference_does(nodes: dict[str, str], quick,
     found = Archive(str(run / "checkpoints")).newest()
     last = found.manifest
     assert last is not None and found.skipped == []
-    assert (last.iteration, last.phase, last.experts, last.generator_version, last.fake_version) == (4, 2, 2, 4, 8)
-    assert (last.fake_cursor, last.generator_cursor) == (8 * 24, 4 * 24) and set(found.shards) == {
+    assert (last.iteration, last.phase, last.experts, last.updates) == (4, 2, 2, {"generator": 4, "fake": 8})
+    assert last.cursors == {"fake": 8 * 24, "generator": 4 * 24} and set(found.shards) == {
         "expert-0",
         "expert-1",
     }
@@ -182,7 +184,7 @@ def test_the_stream_hands_out_the_rows_of_the_order_streamed_or_kept(
     labels = (np.arange(40) ** 2 % 10).astype(np.int64)
     path = write_prompts(tmp_path / "labels.parquet", {"other": np.zeros(40), "label": labels})
     recipe, before = quick("digits", f"prompts.cache_mb={cache_mb}"), encoders()
-    order = PromptOrder(recipe, PromptTable(path).groups)
+    order = PromptOrder(recipe, PromptTable(path).groups, build_method(recipe).draws)
     stream, each = prompt_stream(PromptStream, recipe, path), 3 * recipe.batch.size
     assert ray.get(stream.ready.remote()) == "40 prompts"
     for iteration in (7, 8):
@@ -213,7 +215,7 @@ def test_recoveries_and_previews_do_not_read_a_large_set_again(nodes: dict[str, 
     path = write_prompts(tmp_path / "labels.parquet", {"label": labels})
     recipe = quick("digits", "prompts.cache_mb=0", "monitor.samples=9")
     stream, each = prompt_stream(Counted, recipe, path), 3 * recipe.batch.size
-    order = PromptOrder(recipe, PromptTable(path).groups)
+    order = PromptOrder(recipe, PromptTable(path).groups, build_method(recipe).draws)
     for iteration in (0, 1, 2, 3, 4, 2, 3, 4, 5):  # at 4 a trainer is lost, and they say that they stand at 2
         taken = labels_of(ray.get(stream.take.remote(iteration)))
         assert taken == labels[order.samples(iteration * each, each)].tolist()
@@ -226,7 +228,10 @@ def stale_by_hand(recipe: Recipe) -> list[dict[str, torch.Tensor]]:
     """The fake's rollouts of an iteration are made one version early, but at the first of each segment."""
     family = recipe_family(recipe)
     teacher = family.load_teacher()
-    generator, fake = Generator(recipe, family, teacher), Fake(recipe, family, teacher)
+    generator, fake = (
+        Generator(recipe, family, teacher, plan_phases(recipe, family.schedule.t_max)),
+        Fake(recipe, family, teacher, plan_phases(recipe, family.schedule.t_max)),
+    )
     scorer, micro, every = Scorer(recipe, family, teacher), recipe.batch.micro, recipe.checkpoint.every
     assert micro is not None
     starts, experts = range(0, recipe.batch.size, micro), []
@@ -240,10 +245,10 @@ def stale_by_hand(recipe: Recipe) -> list[dict[str, torch.Tensor]]:
             for m in range(n, min(n + 2, edge)):
                 if m not in ahead:
                     updates = range(recipe.method.fake_updates)
-                    ahead[m] = [[generator.rollout(m, u, s, micro, {}) for s in starts] for u in updates]
+                    ahead[m] = [[generator.rollout(m, u, PromptBatch(s, micro, {})) for s in starts] for u in updates]
             for batches in ahead.pop(n):
                 fake.update(batches)
-            proposals = [generator.propose(n, s, micro, {}) for s in starts]
+            proposals = [generator.propose(n, PromptBatch(s, micro, {})) for s in starts]
             generator.update([scorer.score(p) for p in proposals], [fake.score(p) for p in proposals])
         experts.append(generator.end_phase())
     return experts
@@ -309,7 +314,7 @@ def test_a_role_that_cannot_be_placed(nodes: dict[str, str], quick, tmp_path: Pa
 
 def living() -> list[str]:
     """The classes of this package's actors that are there or waited for; Ray Data has some of its own."""
-    ours = {worker.__name__ for worker in WORKERS.values()} | {"PromptStream", "CheckpointWriter"}
+    ours = {"GeneratorWorker", "FakeWorker", "TeacherWorker", "PromptStream", "CheckpointWriter"}
     alive = [a["ActorClassName"] for a in ray._private.state.actors().values() if a["State"] != "DEAD"]
     return [name for name in alive if name in ours]
 

@@ -20,7 +20,7 @@ from raydmd.errors import RunError, UserError
 from raydmd.runtime.launch import distill
 from raydmd.runtime.membership import placement
 from raydmd.runtime.membership import role_workers as workers
-from raydmd.runtime.workers.base import PARTS, make_part
+from raydmd.runtime.workers.base import make_part
 from raydmd.training.fake_score import Fake
 
 
@@ -81,7 +81,7 @@ def test_a_worker_that_is_stuck_in_its_start_holds_nobody(
         "ring", "iterations=[6, 100000]", "runtime.fake={min_workers: 1, max_workers: 2}", "runtime.dead_after=10",
         "runtime.placement_timeout=120",
     )  # fmt: skip
-    parts = {**PARTS, "fake": partial(stuck_if_told, str(tmp_path))}
+    parts = {"fake": partial(stuck_if_told, str(tmp_path))}
     assert Story(recipe, tmp_path / "run", plot, limit_s=360, parts=parts).run().finished is False
 
 
@@ -143,7 +143,7 @@ def test_only_who_has_no_room_waits_for_it(
     """A role that is starting is said to be; one that asks for too much is said to wait for it."""
     monkeypatch.setattr(placement, "SAY_EVERY", 2.0)
     small = ["runtime.placement_timeout=6", "runtime.teacher.cpus=0.25"]
-    parts, told = {**PARTS, "teacher": never_up}, io.StringIO()
+    parts, told = {"teacher": never_up}, io.StringIO()
     with pytest.raises(RunError, match=r"^not up within 6 s: (.+; )?1 teacher worker\(s\) are starting$") as ended:
         distill(quick("ring", *small), tmp_path / "a", console=Console(file=told, width=999), parts=parts)
     assert "starting: " in told.getvalue() and "wait for" not in told.getvalue() + str(ended.value)

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_families_diffusers import CLASSES, CONFIGS, SHAPES, WIDTH, rows
 
-from raydmd.config.recipe import load_recipe
 from raydmd.data.prompts import write_prompts
 from raydmd.errors import UserError
+from raydmd.methods.loading import load_recipe
 from raydmd.models.diffusers.pretrained import PretrainedFamily
 from raydmd.models.registry import build_family
 from raydmd.recipe_check import check

@@ -12,12 +12,12 @@ from test_families_diffusers import SHAPES, rows
 from test_teacher_folders import new
 
 import raydmd.runtime  # before Ray  # noqa: F401
-from raydmd.config.recipe import load_recipe
 from raydmd.errors import RunError, UserError
+from raydmd.methods.loading import load_recipe
 from raydmd.runs.run import recipe_family
 from raydmd.runtime.cluster import join_or_start
 from raydmd.runtime.launch import distill
-from raydmd.runtime.workers.base import PARTS, make_part
+from raydmd.runtime.workers.base import make_part
 from raydmd.training.fake_score import Fake
 from raydmd.training.generator import Generator
 from raydmd.training.teacher import Scorer
@@ -122,7 +122,7 @@ def test_a_worker_that_does_not_fit_ends_the_run_at_its_first_start(
     misfit, kind, words, small_ray, quick, tmp_path: Path
 ) -> None:
     (marks := tmp_path / "marks").mkdir()
-    parts = {**PARTS, "teacher": counting(str(marks), misfit)}
+    parts = {"teacher": counting(str(marks), misfit)}
     with pytest.raises(kind, match=words):
         distill(quick("ring"), tmp_path / "run", console=Console(quiet=True), parts=parts)
     assert len(list(marks.iterdir())) == 1  # it is not started again and again

@@ -7,12 +7,13 @@ from torch import Tensor
 from raydmd.data.row_order import RowGroup, RowOrder
 from raydmd.data.trajectories import Pairs
 from raydmd.diffusion.random import Key, normal, uniform
+from raydmd.methods.registry import plan_phases
 from raydmd.objectives.score_matching import score_matching_loss
 from raydmd.runs.run import recipe_family
 from raydmd.sampling.student import exit_step, rollout
 from raydmd.training.fake_score import Fake
 from raydmd.training.generator import Generator
-from raydmd.training.messages import Score
+from raydmd.training.messages import PromptBatch, Score
 from raydmd.training.teacher import Scorer
 
 # ---------------------------------------------------------------- the generator's update
@@ -32,11 +33,11 @@ class Capture:
 def proposed(quick, *overrides: str, phase: int = 0) -> tuple[Generator, list, list[Score], list[Score]]:
     recipe = quick("ring", "method.name=phased", *overrides)
     family = recipe_family(recipe)
-    generator = Generator(recipe, family, family.load_teacher())
+    generator = Generator(recipe, family, family.load_teacher(), plan_phases(recipe, family.schedule.t_max))
     generator.start_phase(0, 0)
     generator.start_phase(phase, 0)
     micro = recipe.batch.micro or recipe.batch.size
-    proposals = [generator.propose(0, start, micro, {}) for start in range(0, recipe.batch.size, micro)]
+    proposals = [generator.propose(0, PromptBatch(start, micro, {})) for start in range(0, recipe.batch.size, micro)]
     scorer = Scorer(recipe, family, family.load_teacher())
     real = [scorer.score(proposal) for proposal in proposals]
     fake = [Score(s.batch_id, s.prediction + 0.3 * torch.sin(7 * p.x_t)) for s, p in zip(real, proposals, strict=True)]
@@ -54,7 +55,7 @@ def test_the_gradient_is_that_of_the_formula(quick, phase: int, weight: str) -> 
     t, x_t, x = proposal.t[:, None], proposal.x_t.double(), x_s.detach().double()
     assert s == (0.5 if phase == 0 else 0.0) and float(t.min()) > s + 0.02 - 1e-12
     assert proposal.batch_id.draw == generator.draws - 1  # after the fake's draws of the iteration
-    assert not torch.allclose(generator.rollout(0, 0, 0, 16, {}).x_s, x_s, atol=1e-2)
+    assert not torch.allclose(generator.rollout(0, 0, PromptBatch(0, 16, {})).x_s, x_s, atol=1e-2)
 
     bridge_alpha = (1 - t) / (1 - s)
     noise = normal(Key(0, phase, "score-noise", proposal.batch_id.draw), 0, 16, (2,)).double()
@@ -81,7 +82,8 @@ def test_the_gradient_is_that_of_the_formula(quick, phase: int, weight: str) -> 
     assert torch.allclose(capture.total, flat, rtol=1e-3, atol=1e-6 * float(flat.abs().max()) + 1e-9)
     assert float(flat.norm()) > 1e-4 and stats.norm == pytest.approx(float(flat.norm()), rel=1e-3)
     assert stats.version == generator.updates == generator.flat.version == 1
-    assert stats.micro[0][0] == 0 and stats.micro[0][1] == pytest.approx(float(gradient.abs().mean()), rel=1e-3)
+    assert stats.micro[0][0] == 0
+    assert stats.micro[0][1]["dm_gradient"] == pytest.approx(float(gradient.abs().mean()), rel=1e-3)
 
 
 def test_a_step_goes_toward_the_teachers_mean(quick) -> None:
@@ -137,11 +139,11 @@ def test_micro_batches_make_the_gradient_of_the_batch(quick) -> None:
 def test_scores_of_another_iteration_are_refused(quick) -> None:
     generator, proposals, real, fake = proposed(quick)
     weight = generator.flat.weight.data.clone()
-    later = [generator.propose(1, p.batch_id.start, 4, {}) for p in proposals]
+    later = [generator.propose(1, PromptBatch(p.batch_id.start, 4, {})) for p in proposals]
     assert later[0].batch_id.draw != proposals[0].batch_id.draw
     with pytest.raises(AssertionError, match="another iteration"):
         generator.update(real, fake)
-    later = [generator.propose(1, p.batch_id.start, 4, {}) for p in proposals]
+    later = [generator.propose(1, PromptBatch(p.batch_id.start, 4, {})) for p in proposals]
     mixed = [Score(p.batch_id, s.prediction) for p, s in zip(later, real, strict=True)]
     with pytest.raises(AssertionError, match="another iteration"):
         generator.update(mixed, fake)
@@ -152,14 +154,14 @@ def test_an_iteration_has_its_own_regression_pairs(quick) -> None:
     """Two iterations walk all 32 pairs, each 16 of them; those of another iteration are not touched."""
     recipe = quick("ring", "method.name=dmd", "method.regression.weight=1", "method.regression.pairs=32")
     family = recipe_family(recipe)
-    generator = Generator(recipe, family, family.load_teacher())
+    generator = Generator(recipe, family, family.load_teacher(), plan_phases(recipe, family.schedule.t_max))
     noise = normal(Key(0, 0, "pairs", 0), 0, 32, (2,))
     result = torch.zeros(32, 2)
     result[RowOrder(0, "regression", [RowGroup(32, 0)]).rows(0, 16)] = torch.nan  # those of iteration 0
     generator.pairs = Pairs(noise, result, {})
     generator.start_phase(0, 0)
     for iteration, spoilt in ((1, False), (0, True), (1, False), (2, True)):  # 2 begins a new epoch
-        proposals = [generator.propose(iteration, start, 4, {}) for start in (0, 4, 8, 12)]
+        proposals = [generator.propose(iteration, PromptBatch(start, 4, {})) for start in (0, 4, 8, 12)]
         scores = [Score(p.batch_id, torch.zeros_like(p.x_t)) for p in proposals]
         if spoilt:
             with pytest.raises(FloatingPointError):
@@ -175,10 +177,13 @@ def test_the_fake_trains_on_x_s_at_the_phases_times(quick) -> None:
     recipe = quick("ring", "method.name=phased", "batch.micro=null")
     family = recipe_family(recipe)
     teacher = family.load_teacher()
-    generator, fake = Generator(recipe, family, teacher), Fake(recipe, family, teacher)
+    generator, fake = (
+        Generator(recipe, family, teacher, plan_phases(recipe, family.schedule.t_max)),
+        Fake(recipe, family, teacher, plan_phases(recipe, family.schedule.t_max)),
+    )
     generator.start_phase(0, 0)
     fake.start_phase(0, 0)
-    samples = generator.rollout(0, 1, 0, 16, {})
+    samples = generator.rollout(0, 1, PromptBatch(0, 16, {}))
     capture = Capture()
     stats = fake.update([samples], capture)
 
@@ -198,7 +203,7 @@ def test_the_fake_trains_on_x_s_at_the_phases_times(quick) -> None:
     right, wrong = flat_gradient("subinterval"), flat_gradient("naive")
     assert torch.allclose(capture.total, right, rtol=1e-3, atol=1e-5 * float(right.abs().max()))
     assert not torch.allclose(wrong, right, rtol=0.1, atol=1e-2 * float(right.abs().max()))
-    assert stats.version == fake.updates == 1 and stats.losses[0][0] == 0
+    assert stats.version == fake.updates == 1 and stats.micro[0][0] == 0
     assert stats.norm == pytest.approx(float(right.norm()), rel=1e-3)
 
 
@@ -207,13 +212,16 @@ def test_the_fakes_gradient_is_of_the_batch_however_it_is_cut(quick) -> None:
     for micro in (4, 8, 16):
         recipe = quick("ring", "method.name=phased", f"batch.micro={micro}")
         family = recipe_family(recipe)
-        generator, fake = (kind(recipe, family, family.load_teacher()) for kind in (Generator, Fake))
+        generator, fake = (
+            kind(recipe, family, family.load_teacher(), plan_phases(recipe, family.schedule.t_max))
+            for kind in (Generator, Fake)
+        )
         generator.start_phase(0, 0)
         fake.start_phase(0, 0)
-        stats = fake.update([generator.rollout(0, 0, start, micro, {}) for start in range(0, 16, micro)])
-        assert [start for start, _ in stats.losses] == list(range(0, 16, micro))
+        stats = fake.update([generator.rollout(0, 0, PromptBatch(start, micro, {})) for start in range(0, 16, micro)])
+        assert [start for start, _ in stats.micro] == list(range(0, 16, micro))
         norms.append(stats.norm)
-        losses.append(sum(loss for _, loss in stats.losses) / len(stats.losses))
+        losses.append(sum(row["loss_fake"] for _, row in stats.micro) / len(stats.micro))
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-5) and losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
@@ -221,13 +229,16 @@ def test_the_fake_is_remade_from_the_teacher_each_phase(quick) -> None:
     recipe = quick("digits", "method.name=phased")
     family = recipe_family(recipe)
     teacher = family.load_teacher()
-    generator, fake = Generator(recipe, family, teacher), Fake(recipe, family, teacher)
+    generator, fake = (
+        Generator(recipe, family, teacher, plan_phases(recipe, family.schedule.t_max)),
+        Fake(recipe, family, teacher, plan_phases(recipe, family.schedule.t_max)),
+    )
     generator.start_phase(0, 0)
     fake.start_phase(0, 0)
     weights = torch.cat([p.detach().reshape(-1) for p in teacher.parameters()])
     assert torch.equal(fake.flat.weight.data, weights)
     conditions = {"label": torch.arange(4)}
-    proposal = generator.propose(0, 0, 4, conditions)
+    proposal = generator.propose(0, PromptBatch(0, 4, conditions))
     with torch.no_grad():
         conditional = teacher(proposal.x_t, proposal.t, conditions)
         unconditional = teacher(proposal.x_t, proposal.t, {"label": torch.full((4,), 10)})
@@ -241,10 +252,10 @@ def test_the_fake_is_remade_from_the_teacher_each_phase(quick) -> None:
     assert torch.equal(plain.prediction, conditional)
 
     for u in range(2):
-        fake.update([generator.rollout(0, u, start, 4, conditions) for start in (0, 4, 8, 12)])
+        fake.update([generator.rollout(0, u, PromptBatch(start, 4, conditions)) for start in (0, 4, 8, 12)])
     assert fake.score(proposal).batch_id.fake_version == 2 and guided.batch_id.fake_version == -1
     assert not torch.equal(fake.score(proposal).prediction, conditional)
-    fake.start_phase(1, 1)
+    fake.start_phase(1, 2)
     assert torch.equal(fake.flat.weight.data, weights) and fake.updates == 2 and fake.flat.version == 0
     assert sorted(fake.flat.state()) == ["version", "weight"]  # no moments of the phase before
     assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), family.load_teacher().parameters(), strict=True))

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from raydmd.cli import app, run
-from raydmd.config.recipe import dump_recipe, load_recipe, shipped_recipes
+from raydmd.config.recipe import dump_recipe, shipped_recipes
 from raydmd.errors import UserError
+from raydmd.methods.loading import load_recipe
 from raydmd.validation import validate_file
 from raydmd.validation.document import check_schema, closed, with_defaults
 

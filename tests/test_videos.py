@@ -13,8 +13,9 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import save_file
 from served import LONG, api, until
 
-from raydmd.config.recipe import dump_recipe, load_recipe
+from raydmd.config.recipe import dump_recipe
 from raydmd.data.prompts import write_prompts
+from raydmd.methods.loading import load_recipe
 from raydmd.models.experts import Experts
 from raydmd.runs.folders import expert_file
 from raydmd.runs.run import Run

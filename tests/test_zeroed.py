@@ -11,12 +11,14 @@ import torch
 from rich.console import Console
 
 from raydmd.errors import RunError
+from raydmd.methods.local import train
+from raydmd.methods.registry import plan_phases
 from raydmd.runs.run import recipe_family
 from raydmd.runtime.observability.recorder import Recorder
 from raydmd.runtime.workers.base import CallStats
 from raydmd.training.fake_score import Fake
-from raydmd.training.generator import Generator, GeneratorStats
-from raydmd.training.local import train
+from raydmd.training.generator import Generator
+from raydmd.training.messages import PromptBatch, UpdateStats
 from raydmd.training.teacher import Scorer
 from raydmd.training.zeroed import by_role, refuse_too_many
 
@@ -37,12 +39,14 @@ def test_the_generators_update_counts_them_and_the_others_train(quick: Any) -> N
     recipe = quick("ring", "method.name=dmd")
     family = recipe_family(recipe)
     teacher = family.load_teacher()
-    generator, fake, scorer = (kind(recipe, family, teacher) for kind in (Generator, Fake, Scorer))
+    generator, fake, scorer = (
+        kind(recipe, family, teacher, plan_phases(recipe, family.schedule.t_max)) for kind in (Generator, Fake, Scorer)
+    )
     generator.start_phase(0, 0)
     fake.start_phase(0, 0)
     for u in range(2):  # until it is another than the teacher
-        fake.update([generator.rollout(0, u, start, 4, {}) for start in range(0, 16, 4)])
-    proposals = [generator.propose(0, start, 4, {}) for start in range(0, 16, 4)]
+        fake.update([generator.rollout(0, u, PromptBatch(start, 4, {})) for start in range(0, 16, 4)])
+    proposals = [generator.propose(0, PromptBatch(start, 4, {})) for start in range(0, 16, 4)]
     real, made = [scorer.score(p) for p in proposals], [fake.score(p) for p in proposals]
     spoilt = real[1].prediction.clone()
     spoilt[2:] = NAN
@@ -55,8 +59,9 @@ def test_the_generators_update_counts_them_and_the_others_train(quick: Any) -> N
 
 
 def call_stats(*zeroed: dict[str, int]) -> list[CallStats]:
-    micro = [(0, 0.1, NAN, 1.0), (4, 0.3, 0.5, 1.0)]
-    return [CallStats("generator", n, 0.1, GeneratorStats(1.0, micro, 1, counts)) for n, counts in enumerate(zeroed)]
+    names = Generator.figures
+    micro = [(0, dict(zip(names, (0.1, NAN, 1.0), strict=True))), (4, dict(zip(names, (0.3, 0.5, 1.0), strict=True)))]
+    return [CallStats("generator", n, 0.1, UpdateStats(1.0, micro, 1, counts)) for n, counts in enumerate(zeroed)]
 
 
 def test_they_are_in_the_metrics_and_events_and_many_are_warned_of(quick: Any, tmp_path: Path) -> None:
@@ -109,10 +114,13 @@ def test_the_reference_ends_by_the_same_rule_and_pairs_that_are_none_are_refused
 def test_a_gradient_that_is_none_is_said_to_be_whose(quick: Any) -> None:
     recipe = quick("ring", "method.name=dmd")
     family = recipe_family(recipe)
-    generator, fake = (kind(recipe, family, family.load_teacher()) for kind in (Generator, Fake))
+    generator, fake = (
+        kind(recipe, family, family.load_teacher(), plan_phases(recipe, family.schedule.t_max))
+        for kind in (Generator, Fake)
+    )
     generator.start_phase(0, 0)
     fake.start_phase(0, 0)
-    samples = [generator.rollout(0, 0, start, 4, {}) for start in range(0, 16, 4)]
+    samples = [generator.rollout(0, 0, PromptBatch(start, 4, {})) for start in range(0, 16, 4)]
     broken = [replace(samples[0], x_s=samples[0].x_s * NAN), *samples[1:]]
     with pytest.raises(FloatingPointError, match="a gradient is not finite: the generator made 4 samples"):
         fake.update(broken)
@@ -123,7 +131,7 @@ def test_a_gradient_that_is_none_is_said_to_be_whose(quick: Any) -> None:
         fake.update(samples)
     with torch.no_grad():
         generator.flat.weight[0] = NAN
-    proposals = [generator.propose(0, start, 4, {}) for start in range(0, 16, 4)]
+    proposals = [generator.propose(0, PromptBatch(start, 4, {})) for start in range(0, 16, 4)]
     scores = [Scorer(recipe, family, family.load_teacher()).score(p) for p in proposals]
     with pytest.raises(FloatingPointError, match="nor are the generator's own samples"):
         generator.update(scores, scores)

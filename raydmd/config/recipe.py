@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 from raydmd.errors import UserError, nearest
 from raydmd.locations import parse_location
@@ -82,10 +82,10 @@ class Experts(Section):
     alpha: Rate = 8.0
 
 
-class Method(Section):
-    """Which distillation; the switches are the papers' ablations."""
+class MethodOptions(Section):
+    """Which distillation; the switches are the papers' ablations. A method may have further options of its own."""
 
-    name: str = Field("phased", description="dmd | dmd-fewstep | dmd-sgts | phased")
+    name: str = Field(description="dmd | dmd-fewstep | dmd-sgts | phased, or a plugin's")
     steps: Positive | None = Field(None, description="network calls of the student; null: 4, or 1 for dmd")
     phases: Positive | None = Field(None, description="experts of `phased`; null: 2, or 1 for the others")
     gradient: Literal["sgts", "vanilla"] | None = Field(None, description="null: what the method's name says")
@@ -157,10 +157,18 @@ class FakeOptimizer(Optimizer):
 
 
 class Optimizers(Section):
-    """One optimizer for each trained role."""
+    """One optimizer for each trained role; roles of other methods have the fake score's where they are not named."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, FakeOptimizer] = Field(init=False)
 
     generator: GeneratorOptimizer = GeneratorOptimizer()
     fake: FakeOptimizer = FakeOptimizer()
+
+    def of(self, role: str) -> Optimizer:
+        """Return a role's."""
+        found: Optimizer = getattr(self, role, None) or FakeOptimizer()
+        return found
 
 
 class Batch(Section):
@@ -215,7 +223,10 @@ class Role(Section):
 
 
 class Runtime(Section):
-    """The Ray side."""
+    """The Ray side; roles of other methods are further sections, like the three that are named."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Role] = Field(init=False)
 
     teacher: Role = Role()
     fake: Role = Role()
@@ -226,6 +237,11 @@ class Runtime(Section):
     placement_timeout: Rate = Field(600.0, description="seconds to wait for every role's min_workers")
     dead_after: Rate = Field(300.0, description="seconds without an answer, or in one call: the worker counts as dead")
     max_failures: Positive = Field(3, description="failures of workers, without a step between, that end the run")
+
+    def of(self, role: str) -> Role:
+        """Return a role's section."""
+        found: Role = getattr(self, role, None) or Role()
+        return found
 
 
 class Checkpoint(Section):
@@ -275,7 +291,7 @@ class Recipe(Section):
     ema: float = Field(0.99, ge=0, lt=1, description="decay of the generator's averaged weights; 0: none")
     teacher: Teacher = Teacher()
     pretrain: Pretrain = Pretrain()
-    method: Method = Method()
+    method: SerializeAsAny[MethodOptions]
     optimizer: Optimizers = Optimizers()
     batch: Batch = Batch()
     prompts: Prompts = Prompts()
@@ -283,6 +299,9 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     monitor: Monitor = Monitor()
     evaluation: Evaluation = Evaluation()
+    plugins: list[str] = Field(
+        default_factory=list, description="modules and files.py that register methods or families when imported"
+    )
 
 
 def recipes_folder() -> Path:
@@ -297,11 +316,14 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}
 
 
-def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe by file or shipped name and apply ``key.path=value`` overrides (values are YAML).
+def read_tree(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+    """Read a recipe's plain values by file or shipped name and apply ``key.path=value`` overrides (values are YAML).
+
+    Returns:
+        The values, and the file's path.
 
     Raises:
-        UserError: no such file or name, YAML that cannot be read, an unknown key or a value out of range.
+        UserError: no such file or name, YAML that cannot be read.
     """
     path = Path(name_or_path)
     if not path.is_file():
@@ -322,26 +344,9 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys, not a {type(tree).__name__}")
     tree.setdefault("name", path.stem)
-    for override in overrides or []:
+    for override in overrides:
         apply_override(tree, override)
-    return parse_recipe(tree, str(path), overrides or [])
-
-
-def parse_recipe(tree: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Validate a tree of plain values; ``source`` names it in errors.
-
-    Args:
-        tree: the values, with the overrides applied.
-        source: where they are from, but for the overrides.
-        overrides: ``key.path=value`` of the command line, which are blamed for what they did.
-
-    Raises:
-        UserError: one line that names the first wrong key and the nearest right one.
-    """
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"{blamed(error, overrides) or source}: {explain(error, Recipe)}") from None
+    return tree, str(path)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -391,7 +396,7 @@ def blamed(error: ValidationError, overrides: Sequence[str]) -> str | None:
 
     The value is left out where it may hold a secret.
     """
-    first = error.errors()[0]
+    first = first_error(error)
     where = [str(part) for part in first["loc"] if part not in UNION]
     for override in reversed(overrides):
         name = override.partition("=")[0]
@@ -405,14 +410,19 @@ def blamed(error: ValidationError, overrides: Sequence[str]) -> str | None:
 UNION = ("constrained-int", "list[constrained-int]")  # pydantic's names for the two sides of `iterations`
 
 
+def first_error(error: ValidationError) -> Any:
+    """Return the error that is told: the first; a key that is missing only where nothing that is given is wrong."""
+    errors = error.errors()
+    return next((each for each in errors if each["type"] != "missing"), errors[0])
+
+
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """Reduce pydantic's report on a tree of ``root`` to one line: the key's path, what is wrong, the nearest key."""
-    errors = error.errors()
-    first = errors[0]
+    errors, first = error.errors(), first_error(error)
     if first["loc"][-1:] == UNION[:1]:  # of the two sides, the one that the value goes further into
         first = max((e for e in errors if e["loc"][0] == first["loc"][0]), key=lambda e: len(e["loc"]))
     where = ".".join(str(part) for part in first["loc"] if part not in UNION)
-    if first["type"] == "extra_forbidden":
+    if first["type"] == "extra_forbidden" or _is_no_role(first["loc"], first["type"], root):
         *parents, key = [str(part) for part in first["loc"]]
         return f"unknown key '{where}'{nearest(key, _keys(root, parents))}"
     if first["type"] == "model_type":
@@ -421,6 +431,11 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     message = first["msg"].removeprefix("Value error, ")
     value = "" if isinstance(first["input"], dict) else _got(first["input"])
     return message if not where or message.startswith(f"{where}.") else f"{where}: {message}{value}"
+
+
+def _is_no_role(where: tuple[int | str, ...], kind: str, root: type[BaseModel]) -> bool:
+    """Whether a key that a section does not know has a value that no role's section is."""
+    return kind == "model_type" and len(where) == 2 and str(where[1]) not in _keys(root, [str(where[0])])
 
 
 def _keys(root: type[BaseModel], parents: list[str]) -> list[str]:

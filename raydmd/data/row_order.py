@@ -99,35 +99,34 @@ class RowOrder:
 
 
 class PromptOrder:
-    """The rows that a run's samples use, by iteration and update; the ODE pairs', by pair.
+    """The rows that a run's samples use, by iteration and draw; the ODE pairs', by pair.
 
-    Iteration n makes ``fake_updates + 1`` draws of ``batch.size`` samples: those of the fake's updates, which go on in
-    the stream ``fake``, then the generator's own, in the stream ``generator``. After any number of iterations two rows
-    have been used equally often, or one once more than the other, in either stream.
+    Each iteration makes the same draws, of ``batch.size`` samples each, and each draw goes on in its own stream. After
+    any number of iterations two rows have been used equally often, or one once more than the other, in every stream.
 
     Args:
-        recipe: its seed, batch and number of fake updates count.
+        recipe: its seed and batch count.
         groups: the table's row groups in file order.
+        draws: the stream of each draw of an iteration.
     """
 
-    def __init__(self, recipe: Recipe, groups: Sequence[RowGroup]) -> None:
-        self.size, self.updates = recipe.batch.size, recipe.method.fake_updates
-        self._fake = RowOrder(recipe.seed, "prompts/fake", groups)
-        self._generator = RowOrder(recipe.seed, "prompts/generator", groups)
+    def __init__(self, recipe: Recipe, groups: Sequence[RowGroup], draws: Sequence[str]) -> None:
+        self.size, self.draws = recipe.batch.size, tuple(draws)
+        self._streams = {name: RowOrder(recipe.seed, f"prompts/{name}", groups) for name in self.draws}
         self._pairs = RowOrder(recipe.seed, "prompts/pairs", groups)
 
-    def draw(self, iteration: int, update: int, start: int, count: int) -> np.ndarray:
+    def draw(self, iteration: int, number: int, start: int, count: int) -> np.ndarray:
         """Return the rows, int64 [count], of samples ``start .. start + count`` of one draw.
 
         Args:
             iteration: of the run.
-            update: the fake's update, from 0; ``fake_updates`` names the generator's own draw.
+            number: of the draw in the iteration.
             start: the first sample in the global batch.
             count: how many; not beyond the batch.
         """
-        if update < self.updates:
-            return self._fake.rows((iteration * self.updates + update) * self.size + start, count)
-        return self._generator.rows(iteration * self.size + start, count)
+        stream = self.draws[number]
+        before = iteration * self.draws.count(stream) + self.draws[:number].count(stream)
+        return self._streams[stream].rows(before * self.size + start, count)
 
     def samples(self, start: int, count: int) -> np.ndarray:
         """Return the rows, int64 [count], of the run's samples ``start .. start + count``, numbered draw by draw."""
@@ -135,7 +134,7 @@ class PromptOrder:
         while count:
             draw, at = divmod(start, self.size)
             taken = min(count, self.size - at)
-            parts.append(self.draw(*divmod(draw, self.updates + 1), at, taken))
+            parts.append(self.draw(*divmod(draw, len(self.draws)), at, taken))
             start, count = start + taken, count - taken
         return np.concatenate(parts)
 

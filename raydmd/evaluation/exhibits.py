@@ -67,7 +67,7 @@ class Exhibits:
         self.embedded = self.family.name in ("digits", "ring")
         self.device = "cpu" if self.embedded else sampling_device(run)
         self.teacher = run.teacher().to(self.device)
-        self.scorer = Scorer(run.recipe, self.family, self.teacher, self.device)
+        self.scorer = Scorer(run.recipe, self.family, self.teacher, device=self.device)
         self.points = in_plane(self.family)
         self.columns = 10 if self.family.name == "digits" else 4
         self.count = 1500 if self.points else 60 if self.family.name == "digits" else 8

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from raydmd.config.plugins import import_in_actor, load_entry_point, offered
 from raydmd.errors import UserError, nearest
 from raydmd.models.base import Family
 from raydmd.models.diffusers.qwen_image import QwenImageFamily
@@ -15,11 +16,27 @@ FAMILIES: dict[str, type[Family]] = {
 }
 
 
+GROUP = "raydmd.families"  # of entry points
+
+
+def register_family(family: type[Family]) -> type[Family]:
+    """Make a family known by its name; a plugin calls it when it is imported.
+
+    Raises:
+        UserError: another family has the name.
+    """
+    known = FAMILIES.setdefault(family.name, family)
+    if (known.__module__, known.__qualname__) != (family.__module__, family.__qualname__):
+        raise UserError(f"plugins: there is a family '{family.name}' already ({known.__module__}.{known.__qualname__})")
+    FAMILIES[family.name] = family
+    return family
+
+
 def build_family(name: str, path: str | None = None, options: Mapping[str, Any] | None = None) -> Family:
     """Build a family.
 
     Args:
-        name: one of ``FAMILIES``.
+        name: of this package, of an installed one that offers it, or of a plugin.
         path: its teacher's folder; None while there is none.
         options: its own settings (`Family.defaults` names them).
 
@@ -27,5 +44,9 @@ def build_family(name: str, path: str | None = None, options: Mapping[str, Any] 
         UserError: an unknown name or option.
     """
     if name not in FAMILIES:
-        raise UserError(f"teacher.family: no family '{name}'{nearest(name, FAMILIES)}")
+        import_in_actor()
+    if name not in FAMILIES and (found := load_entry_point(GROUP, name)) is not None:
+        register_family(found)
+    if name not in FAMILIES:
+        raise UserError(f"teacher.family: no family '{name}'{nearest(name, [*FAMILIES, *offered(GROUP)])}")
     return FAMILIES[name](path, options)

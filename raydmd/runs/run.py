@@ -10,9 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from raydmd.config.recipe import Recipe, load_recipe
+from raydmd.config.recipe import Recipe
 from raydmd.errors import UserError, nearest
 from raydmd.jsonl import read_lines
+from raydmd.methods.loading import load_strangers_recipe
+from raydmd.methods.registry import plan_phases
 from raydmd.models.adapter_files import check_adapter
 from raydmd.models.base import Denoiser, Family
 from raydmd.models.diffusers.hub import HUB, parse_hub_name
@@ -22,7 +24,6 @@ from raydmd.models.registry import build_family
 from raydmd.runs.expert_index import check_expert, read_index
 from raydmd.runs.folders import expert_file, own_teacher
 from raydmd.sampling.phase import Phase
-from raydmd.sampling.plan import plan_phases
 
 
 class Run:
@@ -37,7 +38,7 @@ class Run:
         if not (self.folder / "recipe.yaml").is_file():
             siblings = [path.parent.name for path in self.folder.parent.glob("*/recipe.yaml")]
             raise UserError(f"no run in '{folder}': it has no recipe.yaml{nearest(self.folder.name, siblings)}")
-        recipe = with_teacher(load_recipe(str(self.folder / "recipe.yaml")), self.folder)
+        recipe = with_teacher(load_strangers_recipe(self.folder / "recipe.yaml"), self.folder)
         self.recipe: Recipe = with_commit(recipe, self._written_fingerprint())
         self.family: Family = recipe_family(self.recipe)
         self.phases: list[Phase] = plan_phases(self.recipe, self.family.schedule.t_max)

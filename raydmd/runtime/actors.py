@@ -9,30 +9,36 @@ from raydmd.runtime.membership.role_workers import RoleWorkers
 from raydmd.runtime.workers.teacher_pool import ScorerPool
 from raydmd.runtime.workers.trainer_group import TrainerGroup
 
-TRAINERS = ("generator", "fake")  # the roles that have a state
-
 
 @dataclass
 class RunActors:
-    """Every actor of a run: the roles' workers, how they are called, and the run's helpers."""
+    """Every actor of a run: the roles' workers, how they are called, and the run's helpers.
+
+    Attributes:
+        role_workers: of every role.
+        groups: how trained roles are called.
+        pools: how frozen roles are called.
+        prompts: the prompt stream.
+        checkpoint_writer: writes manifests and experts.
+        control_caller: asks workers beside their work.
+    """
 
     role_workers: dict[str, RoleWorkers]
-    generators: TrainerGroup
-    fakes: TrainerGroup
-    scorers: ScorerPool
+    groups: dict[str, TrainerGroup]
+    pools: dict[str, ScorerPool]
     prompts: Any
     checkpoint_writer: Any
     control_caller: Any
 
     @property
-    def groups(self) -> dict[str, TrainerGroup]:
-        """The trained roles' groups."""
-        return {"generator": self.generators, "fake": self.fakes}
-
-    @property
     def sizes(self) -> dict[str, int]:
         """Workers at work, by role."""
-        return {role: len(self.role_workers[role].active) for role in ("teacher", "fake", "generator")}
+        return {role: len(workers.active) for role, workers in self.role_workers.items()}
+
+    @property
+    def queued(self) -> int:
+        """Micro-batches that no worker of a pool has begun to take."""
+        return sum(pool.depth for pool in self.pools.values())
 
     def close(self) -> None:
         """End every actor, so that the run holds nothing of a cluster that others use; nothing where Ray is gone."""

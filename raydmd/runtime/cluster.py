@@ -13,10 +13,13 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydmd import interrupts
+from raydmd.config.plugins import workers_environment
 from raydmd.config.recipe import Recipe
 from raydmd.console import notices_to
 from raydmd.data.prompts import PromptTable
 from raydmd.errors import RunError, UserError
+from raydmd.methods.program import MethodTrace, trace_method
+from raydmd.methods.registry import build_method
 from raydmd.runs.run import recipe_family
 from raydmd.runtime import cluster_address
 from raydmd.runtime.actors import RunActors
@@ -24,7 +27,6 @@ from raydmd.runtime.address import check_reachable
 from raydmd.runtime.checkpoint.manager import Archive, Writer
 from raydmd.runtime.checkpoint.plan import run_plan
 from raydmd.runtime.checkpoint.writer import CheckpointWriter
-from raydmd.runtime.controller import micro_batches
 from raydmd.runtime.membership.placement import wait_for_helpers, wait_for_workers
 from raydmd.runtime.membership.role_workers import RoleWorkers
 from raydmd.runtime.observability.recorder import Recorder
@@ -39,18 +41,18 @@ from raydmd.runtime.ray_compat import (
 )
 from raydmd.runtime.recovery.control_caller import ControlCaller
 from raydmd.runtime.recovery.ray_health import RayHealthMonitor
-from raydmd.runtime.workers.base import PARTS, WORKERS, Factory
+from raydmd.runtime.workers.base import Factory
 from raydmd.runtime.workers.helpers import start_helper
 from raydmd.runtime.workers.process_group import Rendezvous
 from raydmd.runtime.workers.teacher_pool import ScorerPool
 from raydmd.runtime.workers.trainer_group import TrainerGroup
 from raydmd.runtime.workers.wire import to_wire
-from raydmd.sampling.plan import plan_iterations, plan_phases
+from raydmd.training.messages import micro_batches
 
 
 def connect(recipe: Recipe, folder: Path) -> AbstractContextManager[RayHealthMonitor]:
     """Join or start a Ray as `joined` does, large enough for a recipe; what Ray says goes to ``folder``/run.log."""
-    roles = (recipe.runtime.teacher, recipe.runtime.fake, recipe.runtime.generator)
+    roles = [recipe.runtime.of(role) for role in build_method(recipe).roles]
     claimed = sum(role.cpus * role.max_workers for role in roles) + 2  # two more for Ray Data's tasks
     return joined(claimed, recipe.runtime.object_store_mb, folder / "run.log")
 
@@ -97,7 +99,7 @@ def join_or_start(claimed: float, object_store_mb: int) -> bool:
         if (address := cluster_address()) is not None:
             check_reachable(address)
             try:
-                ray.init(**quiet)
+                ray.init(runtime_env=workers_environment() or None, **quiet)
             except Exception as error:  # another Ray or Python there; no node of it here
                 raise UserError(f"RAY_ADDRESS: {' '.join(str(error).split())[:300]}") from None
             return False
@@ -112,6 +114,7 @@ def join_or_start(claimed: float, object_store_mb: int) -> bool:
                     object_store_memory=object_store_mb * 2**20,
                     include_dashboard=False,
                     _node_ip_address="127.0.0.1",
+                    runtime_env=workers_environment() or None,
                     **quiet,
                 )
         except Exception as error:  # Ray raises no other kind, e.g. on a machine that is too busy to start it in time
@@ -127,6 +130,7 @@ async def launch(
     parts: dict[str, Factory] | None = None,
     owner: str = "",
     status: StatusWriter | None = None,
+    trace: MethodTrace | None = None,
 ) -> RunActors:
     """Start every role's workers and wait until those are up that a run needs to begin.
 
@@ -135,9 +139,10 @@ async def launch(
         folder: the run's folder, on this node.
         prompts: the Parquet file of prompts.
         recorder: told what is waited for.
-        parts: what builds each role's part; default: the real ones.
+        parts: what builds a role's part, by role; default: as the method has it.
         owner: the token under which this driver holds the place of the checkpoints; default: it does not.
         status: shows the workers while they start.
+        trace: what the recipe's method does; default: it is made here.
 
     Raises:
         UserError: workers cannot be placed, or the place of the checkpoints not be reached.
@@ -148,17 +153,18 @@ async def launch(
     helper = partial(start_helper, scheduling_strategy=here)
     place = checkpoints(recipe, folder)
     writer = Writer(owner, Archive(place).writers()) if owner else None
-    plan = run_plan(recipe, plan_iterations(recipe, plan_phases(recipe)))
+    trace = trace or trace_method(recipe)
+    plan = run_plan(recipe, trace)
     rows = prompts if "://" in prompts else str(Path(prompts).resolve())
     family = recipe_family(recipe)
     row = to_wire(family.conditions(PromptTable(prompts, family.condition_columns).rows(0, 1)))
-    role_workers = {role: RoleWorkers(role, recipe, (parts or PARTS)[role], row=row) for role in WORKERS}
+    method = trace.method
+    role_workers = {role: RoleWorkers(role, recipe, (parts or {}).get(role), row=row) for role in method.roles}
     rendezvous = Rendezvous(ray.util.get_node_ip_address())
     actors = RunActors(
         role_workers=role_workers,
-        generators=TrainerGroup("generator", micro_batches(recipe), rendezvous),
-        fakes=TrainerGroup("fake", micro_batches(recipe), rendezvous),
-        scorers=ScorerPool(recipe.runtime.max_failures),
+        groups={role: TrainerGroup(role, micro_batches(recipe), rendezvous) for role in method.trained()},
+        pools={role: ScorerPool(recipe.runtime.max_failures) for role in method.frozen()},
         prompts=helper(PromptStream, recipe, rows),
         checkpoint_writer=helper(CheckpointWriter, str(folder.resolve()), place, recipe.checkpoint.keep, writer, plan),
         control_caller=helper(ControlCaller),

@@ -13,6 +13,7 @@ from raydmd.config.recipe import Recipe
 from raydmd.console import console as terminal
 from raydmd.errors import RunError, StorageError, UserError
 from raydmd.interrupts import graceful
+from raydmd.methods.program import MethodTrace, trace_method
 from raydmd.models.base import CONFIG_FILE
 from raydmd.models.embedded.prompts import ensure_embedded_prompts
 from raydmd.models.fingerprint import fingerprint_teacher
@@ -34,8 +35,6 @@ from raydmd.runtime.preparation import (
 from raydmd.runtime.pretrain import pretrain
 from raydmd.runtime.recovery.state import State
 from raydmd.runtime.workers.base import Factory
-from raydmd.sampling.phase import Phase
-from raydmd.sampling.plan import plan_iterations, plan_phases
 
 
 def distill(
@@ -56,7 +55,7 @@ def distill(
         folder: the run's folder.
         resume: ``auto`` continues what the folder holds, ``never`` refuses a folder that holds a run.
         console: where progress is shown.
-        parts: what builds each role's part; default: the real ones.
+        parts: what builds a role's part, by role; default: as the method has it.
         until: stop once this many iterations are committed.
 
     Raises:
@@ -95,16 +94,15 @@ def _claimed(
     def say(words: str) -> None:
         console.print(words, highlight=False, markup=False, soft_wrap=True)
 
-    phases = plan_phases(recipe, recipe_family(recipe).schedule.t_max)
-    lengths = plan_iterations(recipe, phases)
-    if done == sum(lengths) and has_experts(recipe, folder, len(phases), say, claim.owner):
+    trace = trace_method(recipe, recipe_family(recipe).schedule.t_max)
+    if done == trace.ends[-1] and has_experts(recipe, folder, len(trace.phases), say, claim.owner):
         console.print(f"{folder} is finished: nothing to do", highlight=False, soft_wrap=True)
         return True
     if own and done and not trained:
         raise UserError(f"--out {folder}: it lacks the teacher that the run trained; put it back: {folder}/teacher")
-    with connect(recipe, folder) as ray_health, StatusWriter(folder, done, lengths) as status:
+    with connect(recipe, folder) as ray_health, StatusWriter(folder, done, trace.ends) as status:
         try:
-            return _distill(recipe, folder, own, trained, phases, lengths, console, parts, until, claim, status)
+            return _distill(recipe, folder, own, trained, trace, console, parts, until, claim, status)
         except (RayError, RunError) as error:
             raise ray_health.error() or _explained(error, folder) from None
 
@@ -114,8 +112,7 @@ def _distill(
     folder: Path,
     own: bool,
     trained: bool,
-    phases: list[Phase],
-    lengths: list[int],
+    trace: MethodTrace,
     console: Console,
     parts: dict[str, Factory] | None,
     until: int | None,
@@ -129,14 +126,14 @@ def _distill(
         archive_teacher(recipe, folder, claim.owner)
     fingerprint = fingerprint_teacher(recipe_family(recipe))
     prompts = recipe.prompts.path or str(ensure_embedded_prompts(recipe_family(recipe), folder / "prompts"))
-    recorder = Recorder(folder, recipe, sum(lengths), console, claim, status.state)
+    recorder = Recorder(folder, recipe, trace.ends[-1], console, claim, status.state)
 
     async def main() -> Controller:
         since = time.perf_counter()
-        actors = await launch(recipe, folder, prompts, recorder, parts, claim.owner, status)
+        actors = await launch(recipe, folder, prompts, recorder, parts, claim.owner, status, trace)
         loop = asyncio.get_running_loop()
         try:
-            controller = Controller(recipe, phases, lengths, actors, recorder, until, since, fingerprint)
+            controller = Controller(recipe, trace, actors, recorder, until, since, fingerprint)
             status.controller = controller
 
             def stop() -> None:

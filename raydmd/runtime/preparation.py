@@ -7,11 +7,13 @@ from typing import Any
 import yaml
 
 from raydmd.atomic import remove_parts, write_text, writing
-from raydmd.config.recipe import Recipe, dump_recipe, parse_recipe
+from raydmd.config.recipe import Recipe, dump_recipe
 from raydmd.data.embedded import EMBEDDED
 from raydmd.errors import UserError
 from raydmd.jsonl import read_lines
 from raydmd.locations import KEY
+from raydmd.methods.loading import parse_recipe
+from raydmd.methods.program import trace_method
 from raydmd.models.base import CONFIG_FILE, WEIGHTS_FILE
 from raydmd.models.diffusers.hub import HUB, parse_hub_name, resolve_commit
 from raydmd.models.fingerprint import same_teacher
@@ -23,10 +25,9 @@ from raydmd.runtime.checkpoint.plan import run_plan
 from raydmd.runtime.checkpoint.storage import Store
 from raydmd.runtime.checkpoint.writer import keep_experts, spoilt_experts
 from raydmd.runtime.cluster import checkpoints
-from raydmd.sampling.plan import plan_iterations, plan_phases
 
 TEACHER = (f"teacher/{WEIGHTS_FILE}", f"teacher/{CONFIG_FILE}")  # in this order: with the last, it is whole
-FREE = {"name", "runtime", "checkpoint", "monitor", "evaluation"}  # may differ when a run is continued
+FREE = {"name", "runtime", "checkpoint", "monitor", "evaluation", "plugins"}  # may differ when a run is continued
 
 
 def pin_teacher(recipe: Recipe, folder: Path) -> Recipe:
@@ -166,9 +167,8 @@ def archive_teacher(recipe: Recipe, folder: Path, owner: str = "") -> None:
 
 
 def _archive(recipe: Recipe, folder: Path, owner: str) -> Archive:
-    lengths = plan_iterations(recipe, plan_phases(recipe))
-    writer = Writer(owner) if owner else None
-    return Archive(checkpoints(recipe, folder), recipe.checkpoint.keep, writer, folder, run_plan(recipe, lengths))
+    writer, plan = Writer(owner) if owner else None, run_plan(recipe, trace_method(recipe))
+    return Archive(checkpoints(recipe, folder), recipe.checkpoint.keep, writer, folder, plan)
 
 
 def _is_ours(path: Path) -> bool:

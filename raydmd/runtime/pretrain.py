@@ -23,11 +23,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_file
 
 from raydmd.atomic import remove_parts, storage_error, write_text, writing
-from raydmd.config.recipe import Recipe, parse_recipe
+from raydmd.config.recipe import Recipe
 from raydmd.console import console as terminal
 from raydmd.data.embedded import EMBEDDED
 from raydmd.errors import RunError, StorageError, UserError
 from raydmd.jsonl import LineWriter, mend_lines, read_lines
+from raydmd.methods.loading import parse_recipe
 from raydmd.models.base import EmbeddedFamily, save_teacher, save_weights
 from raydmd.progress import time_left
 from raydmd.runs.run import recipe_family

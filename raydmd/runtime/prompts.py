@@ -12,6 +12,7 @@ from raydmd.config.recipe import Recipe
 from raydmd.data.prompts import PromptTable
 from raydmd.data.row_order import PromptOrder
 from raydmd.errors import UserError
+from raydmd.methods.registry import build_method
 from raydmd.models.base import Family
 from raydmd.models.encoding import encode, encode_rows
 from raydmd.runs.run import recipe_family
@@ -29,7 +30,7 @@ class Reader:
 
     def __init__(self, recipe: Recipe, path: str, columns: list[str], first: int, end: int, chunk: int) -> None:
         self.table = PromptTable(path, columns)
-        self.order = PromptOrder(recipe, self.table.groups)
+        self.order = PromptOrder(recipe, self.table.groups, build_method(recipe).draws)
         self.first, self.end, self.chunk = first, end, chunk
 
     def __call__(self, numbers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -65,7 +66,8 @@ class PromptStream(Helper):
 
     def __init__(self, recipe: Recipe, path: str) -> None:
         self.recipe, self.path, self.family = recipe, path, recipe_family(recipe)
-        self.size, self.draws = recipe.batch.size, recipe.method.fake_updates + 1
+        self.size, self.streams = recipe.batch.size, build_method(recipe).draws
+        self.draws = len(self.streams)
         self.micro = recipe.batch.micro or recipe.batch.size
         self.columns = list(self.family.condition_columns)
         self._opened: tuple[PromptTable, PromptOrder] | None = None
@@ -88,7 +90,7 @@ class PromptStream(Helper):
 
     @tracked
     def take(self, iteration: int) -> list[Any]:
-        """Return the conditions of all the iteration's micro-batches: fake updates' first, then the generator's."""
+        """Return the conditions of all the iteration's micro-batches, draw by draw."""
         if iteration in self._taken:
             return self._taken[iteration]
         _, order = self._open()
@@ -133,7 +135,7 @@ class PromptStream(Helper):
             elif each * len(table) <= self.recipe.prompts.cache_mb * 2**20:
                 self._cache = self._encode_all(PromptTable(self.path, self.columns))
             self._chunk = max(1, min(CHUNK_ROWS, CHUNK_BYTES // max(each, 1)))
-            self._opened = table, PromptOrder(self.recipe, table.groups)
+            self._opened = table, PromptOrder(self.recipe, table.groups, self.streams)
         return self._opened
 
     def _encode(self, table: PromptTable, rows: np.ndarray) -> dict[str, np.ndarray]:

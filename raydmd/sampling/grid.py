@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from raydmd.config.recipe import Method
+from raydmd.config.recipe import MethodOptions
 from raydmd.diffusion.times import shift_time, step_grid, unshift_time
 from raydmd.errors import UserError
 
 SAME = 1e-9  # times that differ by less are one
 
 
-def count_steps(method: Method, usual: int) -> int:
+def count_steps(method: MethodOptions, usual: int) -> int:
     """Return the student's network calls: ``method.steps``, else as many as ``method.times`` has, else the usual.
 
     Raises:
@@ -22,7 +22,7 @@ def count_steps(method: Method, usual: int) -> int:
     return len(method.times)
 
 
-def count_phases(method: Method, usual: int) -> int:
+def count_phases(method: MethodOptions, usual: int) -> int:
     """Return how many experts there are: ``method.phases``, else one more than ``method.boundaries``, else the usual.
 
     Raises:
@@ -36,7 +36,7 @@ def count_phases(method: Method, usual: int) -> int:
     return count
 
 
-def phase_grids(method: Method, steps: int, count: int, t_max: float) -> list[list[float]]:
+def phase_grids(method: MethodOptions, steps: int, count: int, t_max: float) -> list[list[float]]:
     """Return each phase's falling times; the first begins at ``t_max``, each ends where the next begins, the last at 0.
 
     Without ``method.times`` the steps are even before the shift toward noise; without ``method.boundaries`` each phase

@@ -1,28 +1,30 @@
 """Settings that leave nothing to train on: refused before a run, though each of their numbers is in its range."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
-from raydmd.config.recipe import Method, Recipe
+from raydmd.config.recipe import MethodOptions, Recipe
 from raydmd.diffusion.times import interval_share
 from raydmd.errors import UserError
 from raydmd.models.base import Family
 from raydmd.sampling.phase import Phase
-from raydmd.sampling.plan import plan_iterations, plan_phases
+from raydmd.sampling.plan import plan_iterations
 
 LEAST_SHARE = 1e-6  # of the law of t: what a phase's interval needs to have
 LEAST_STEP = 1e-4  # of the time axis: a step of the student
 
 
-def check_method(recipe: Recipe, family: Family) -> None:
+def check_method(recipe: Recipe, family: Family, phases: Sequence[Phase]) -> None:
     """Refuse a method that trains nothing, or on something else than the teacher.
 
     Args:
         recipe: the run's recipe.
         family: the recipe's.
+        phases: its method's.
 
     Raises:
         UserError: guidance below 1, times of the scores at or near a phase's end, a weight that is zero, steps that
-            are none, and what `plan_phases` and `plan_iterations` refuse.
+            are none, and what `plan_iterations` refuses.
     """
     scale, method, t_max = recipe.teacher.guidance_scale, recipe.method, family.schedule.t_max
     if scale < 1 and family.condition_columns:
@@ -31,7 +33,6 @@ def check_method(recipe: Recipe, family: Family) -> None:
             f"teacher.guidance_scale: {scale:g} would distil {of}, since it is w in u + w (c - u); 1 means no guidance "
             f"(Self-Forcing and CausVid write c + w (c - u): their w is this one less 1, their 0 is 1 here)"
         )
-    phases = plan_phases(recipe, t_max)
     for phase in phases:
         for high, low in pairwise(phase.times):
             if high - low < LEAST_STEP * t_max:
@@ -43,7 +44,7 @@ def check_method(recipe: Recipe, family: Family) -> None:
     plan_iterations(recipe, phases)
 
 
-def _check_scores(method: Method, phase: Phase, family: Family) -> None:
+def _check_scores(method: MethodOptions, phase: Phase, family: Family) -> None:
     """Refuse times of the scores at which a phase learns nothing."""
     number, margin = phase.index + 1, method.score_margin * phase.t_max
     if phase.score_low == phase.score_high:

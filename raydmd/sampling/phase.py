@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from raydmd.config.recipe import Method
+from raydmd.config.recipe import MethodOptions
 from raydmd.diffusion.times import sample_times
 
 
@@ -39,7 +39,7 @@ class Phase:
         """The time s at which the phase's samples x_s live."""
         return self.times[-1]
 
-    def score_times(self, method: Method, u: torch.Tensor) -> torch.Tensor:
+    def score_times(self, method: MethodOptions, u: torch.Tensor) -> torch.Tensor:
         """Draw t ~ T(t; low, high) (Phased DMD Sec. 2.3.1) from uniform ``u`` [B]; float64 [B]."""
         if self.score_low == self.score_high:
             return torch.full_like(u, self.score_low)
@@ -55,7 +55,7 @@ class Phase:
 
 
 def make_phase(
-    method: Method, index: int, times: list[float], gradient: Literal["sgts", "vanilla"], t_max: float
+    method: MethodOptions, index: int, times: list[float], gradient: Literal["sgts", "vanilla"], t_max: float
 ) -> Phase:
     """Build a phase with the score interval that the recipe's switch asks for.
 

@@ -1,49 +1,34 @@
-"""From a recipe to its phases: the only place that knows the methods' names."""
+"""Checks of a run's phases against each other, and how many updates each has."""
+
+from collections.abc import Sequence
 
 from raydmd.config.recipe import Recipe
-from raydmd.errors import UserError, nearest
-from raydmd.methods import dmd, dmd_fewstep, dmd_sgts, phased
-from raydmd.sampling.grid import count_phases, count_steps
+from raydmd.errors import UserError
 from raydmd.sampling.phase import Phase
 
-METHODS = {"dmd": dmd, "dmd-fewstep": dmd_fewstep, "dmd-sgts": dmd_sgts, "phased": phased}
 
-
-def plan_phases(recipe: Recipe, t_max: float = 1.0) -> list[Phase]:
-    """Return the recipe's phases in the order in which they are trained.
+def check_intervals(recipe: Recipe, phases: Sequence[Phase]) -> None:
+    """Refuse phases whose scores have no time to be drawn at.
 
     Raises:
-        UserError: an unknown method, or numbers that do not go with it.
+        UserError: a phase's interval of t is empty.
     """
     method = recipe.method
-    if method.name not in METHODS:
-        raise UserError(f"method.name: no method '{method.name}'{nearest(method.name, METHODS)}")
-    module = METHODS[method.name]
-    steps, count = count_steps(method, module.STEPS), count_phases(method, module.PHASES)
-    if method.name == "dmd" and steps != 1:
-        raise UserError(f"method.steps: dmd has 1 step, not {steps}; for more, method.name: dmd-fewstep")
-    if method.name != "phased" and count != 1:
-        raise UserError(f"method.phases: {method.name} has 1 phase, not {count}; for more, method.name: phased")
-    if steps % count and (method.times is None or method.boundaries is None):
-        raise UserError(f"method.steps: {steps} steps do not divide into {count} phases")
-    if method.regression.weight and method.name != "dmd":
-        raise UserError(f"method.regression.weight: regression on ODE pairs goes with dmd, not {method.name}")
-    phases = module.phases(method, steps, count, t_max)
     for phase in phases:
         if phase.score_low == phase.score_high and phase.score_low <= phase.end:
             raise UserError(
                 f"method.fixed_t: {method.fixed_t} is not above the end {phase.end:.3f} of phase {phase.index + 1}, "
                 f"where nothing is noised and nothing learnt"
             )
-        if phase.score_low != phase.score_high and phase.score_low + method.score_margin * t_max >= phase.score_high:
+        margin = method.score_margin * phase.t_max
+        if phase.score_low != phase.score_high and phase.score_low + margin >= phase.score_high:
             raise UserError(
                 f"method.score_margin: {method.score_margin} leaves nothing of phase {phase.index + 1}'s interval "
                 f"({phase.score_low:.3f}, {phase.score_high:.3f})"
             )
-    return phases
 
 
-def plan_iterations(recipe: Recipe, phases: list[Phase]) -> list[int]:
+def plan_iterations(recipe: Recipe, phases: Sequence[Phase]) -> list[int]:
     """Return the generator updates of each phase.
 
     Raises:

@@ -312,5 +312,5 @@ def teacher_steps(run: Run, steps: int | None, device: torch.device) -> TeacherS
     Raises:
         UserError: it is missing.
     """
-    scorer = Scorer(run.recipe, run.family, run.teacher(), device)
+    scorer = Scorer(run.recipe, run.family, run.teacher(), device=device)
     return TeacherSteps(scorer, steps or run.recipe.teacher.steps)

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import torch
 
@@ -10,34 +10,16 @@ from raydmd.config.recipe import Recipe
 from raydmd.data.row_order import RowGroup, RowOrder
 from raydmd.data.trajectories import Pairs
 from raydmd.diffusion.random import Key, normal, uniform
-from raydmd.models.base import Conditions, Denoiser, Family
+from raydmd.models.base import Denoiser, Family
 from raydmd.models.experts import Experts
 from raydmd.objectives.distribution_matching import distribution_matching_gradient, surrogate_loss
 from raydmd.objectives.regression import regression_loss
-from raydmd.sampling.plan import plan_phases
+from raydmd.sampling.phase import Phase
 from raydmd.sampling.student import exit_step, rollout
 from raydmd.training.collective import Alone, Collective
-from raydmd.training.messages import BatchId, Noised, Samples, Score
+from raydmd.training.messages import BatchId, Noised, PromptBatch, Samples, Score, UpdateStats
 from raydmd.training.trainable_state import FlatParameters
 from raydmd.training.zeroed import by_role
-
-
-@dataclass(frozen=True)
-class GeneratorStats:
-    """Figures of one update.
-
-    Attributes:
-        norm: the gradient's, before clipping.
-        micro: per micro-batch (start, mean of |g|, x_s mean, x_s std).
-        version: updates made with it.
-        zeroed: samples of this replica's that were left out, their gradient not being finite, by the role that made
-            them.
-    """
-
-    norm: float
-    micro: list[tuple[int, float, float, float]]
-    version: int
-    zeroed: dict[str, int] = field(default_factory=dict)
 
 
 class Generator:
@@ -47,12 +29,18 @@ class Generator:
         recipe: the run's recipe.
         family: the kind of network.
         teacher: its weights, from which every expert starts.
+        phases: the run's phases.
         device: where it computes.
     """
 
-    def __init__(self, recipe: Recipe, family: Family, teacher: Denoiser, device: torch.device | str = "cpu") -> None:
+    figures: tuple[str, ...] = ("dm_gradient", "x_s_mean", "x_s_std")
+
+    def __init__(
+        self, recipe: Recipe, family: Family, teacher: Denoiser, phases: Sequence[Phase],
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
         self.recipe, self.family, self.device = recipe, family, torch.device(device)
-        self.phases = plan_phases(recipe, family.schedule.t_max)
+        self.phases = list(phases)
         kind = recipe.method.experts
         self.teacher = teacher.to(self.device)
         self.experts = Experts(
@@ -71,9 +59,14 @@ class Generator:
         self._kept: dict[int, tuple[torch.Tensor, Noised]] = {}
         self._entries: dict[tuple[int, int], torch.Tensor] = {}
 
-    def start_phase(self, index: int, iteration: int) -> None:
-        """Make expert ``index`` from the teacher and begin to train it at ``iteration``, with a new optimizer."""
-        self.phase, self.updates, self.ended = self.phases[index], iteration, False
+    def start_phase(self, index: int, updates: int) -> None:
+        """Make expert ``index`` from the teacher and begin to train it, with a new optimizer.
+
+        Args:
+            index: of the phase.
+            updates: made so far, over all phases.
+        """
+        self.phase, self.updates, self.ended = self.phases[index], updates, False
         self.experts.start(index)
         parameters = self.experts.trainable_parameters()
         self.flat = FlatParameters(parameters, self.recipe.optimizer.generator, self.recipe.ema)
@@ -97,20 +90,26 @@ class Generator:
         finally:
             self.flat.swap_average()
 
-    def prepare(self, iteration: int, update: int, start: int, count: int, conditions: Conditions) -> None:
-        """Make ahead what the frozen experts contribute to a rollout: it depends on no version of the weights."""
+    def prepare(self, iteration: int, *prompts: PromptBatch) -> None:
+        """Make ahead what the frozen experts contribute to an iteration's rollouts: no version of the weights counts.
+
+        Args:
+            iteration: of the run.
+            prompts: of a micro-batch of each draw.
+        """
         if self.phase.index:
-            draw = iteration * self.draws + update
-            self._entries[draw, start] = self._roll(self.phase.index, draw, start, count, conditions)
+            for update, batch in enumerate(prompts):
+                draw = iteration * self.draws + update
+                self._entries[draw, batch.start] = self._roll(self.phase.index, draw, batch)
 
-    def rollout(self, iteration: int, update: int, start: int, count: int, conditions: Conditions) -> Samples:
+    def rollout(self, iteration: int, update: int, prompts: PromptBatch) -> Samples:
         """Make the samples [count, ...] of fake update ``update``, without gradient."""
-        return self._samples(iteration, update, start, count, conditions, grad=False)
+        return self._samples(iteration, update, prompts, grad=False)
 
-    def propose(self, iteration: int, start: int, count: int, conditions: Conditions) -> Noised:
+    def propose(self, iteration: int, prompts: PromptBatch) -> Noised:
         """Make the generator's own samples, keep their graph, and noise them for scoring (Phased DMD Eq. 11)."""
-        samples = self._samples(iteration, self.draws - 1, start, count, conditions, grad=True)
-        method, schedule = self.recipe.method, self.family.schedule
+        samples = self._samples(iteration, self.draws - 1, prompts, grad=True)
+        method, schedule, start, count = self.recipe.method, self.family.schedule, prompts.start, prompts.count
         u = uniform(self._key("score-t", samples.batch_id.draw), start, count)
         t = self.phase.score_times(method, u)
         noise = normal(self._key("score-noise", samples.batch_id.draw), start, count, self.family.latent_shape)
@@ -119,9 +118,9 @@ class Generator:
         self._kept[start] = samples.x_s, proposal
         return proposal
 
-    def update(self, teacher: list[Score], fake: list[Score], collective: Collective | None = None) -> GeneratorStats:
+    def update(self, teacher: list[Score], fake: list[Score], collective: Collective | None = None) -> UpdateStats:
         """Apply the distribution-matching gradient to this replica's proposals, and step with the others'."""
-        method, gradients, figures, zeroed = self.recipe.method, [], [], Counter[str]()
+        method, gradients, micro, zeroed = self.recipe.method, [], [], Counter[str]()
         with self.flat.attempt():
             for number, (real, generated) in enumerate(zip(teacher, fake, strict=True), start=1):
                 x_s, proposal = self._kept.pop(real.batch_id.start)
@@ -147,36 +146,28 @@ class Generator:
                 loss.backward()
                 gradients.append(self.flat.take_gradient(last=number == len(teacher)))
                 mean, spread = float(x_s.detach().mean()), float(x_s.detach().std())
-                figures.append((proposal.batch_id.start, float(gradient.abs().mean()), mean, spread))
+                row = {"dm_gradient": float(gradient.abs().mean()), "x_s_mean": mean, "x_s_std": spread}
+                micro.append((proposal.batch_id.start, row))
             try:
                 norm = self.flat.step(gradients, self.recipe.batch.micros, collective or Alone())
             except FloatingPointError as error:
-                if not all(math.isfinite(mean) for _, _, mean, _ in figures):
+                if not all(math.isfinite(row["x_s_mean"]) for _, row in micro):
                     raise FloatingPointError(f"{error}: nor are the generator's own samples") from error
                 raise
         self.updates += 1
         self._kept.clear()  # of calls that were dropped and made again by another replica
         self._entries = {key: x for key, x in self._entries.items() if key[0] >= self.updates * self.draws}
-        return GeneratorStats(norm, figures, self.updates, dict(zeroed))
+        return UpdateStats(norm, micro, self.updates, dict(zeroed))
 
-    def _samples(
-        self, iteration: int, update: int, start: int, count: int, conditions: Conditions, grad: bool
-    ) -> Samples:
+    def _samples(self, iteration: int, update: int, prompts: PromptBatch, grad: bool) -> Samples:
         draw = iteration * self.draws + update
-        entry = self._entries.pop((draw, start), None)
-        x_s = self._roll(self.phase.index + 1, draw, start, count, conditions, entry, grad)
-        conditions = {name: value.to(self.device) for name, value in conditions.items()}
-        return Samples(BatchId(self.phase.index, draw, start, self.updates), x_s, conditions)
+        entry = self._entries.pop((draw, prompts.start), None)
+        x_s = self._roll(self.phase.index + 1, draw, prompts, entry, grad)
+        conditions = {name: value.to(self.device) for name, value in prompts.conditions.items()}
+        return Samples(BatchId(self.phase.index, draw, prompts.start, self.updates), x_s, conditions)
 
     def _roll(
-        self,
-        phases: int,
-        draw: int,
-        start: int,
-        count: int,
-        conditions: Conditions,
-        entry: torch.Tensor | None = None,
-        grad: bool = False,
+        self, phases: int, draw: int, prompts: PromptBatch, entry: torch.Tensor | None = None, grad: bool = False
     ) -> torch.Tensor:
         """Roll out through the first ``phases`` phases; the one in training is left at its exit step."""
         training = phases == self.phase.index + 1
@@ -185,9 +176,9 @@ class Generator:
             self.experts,
             self.phases[:phases],
             self._key("rollout", draw),
-            start,
-            {name: value.to(self.device) for name, value in conditions.items()},
-            count,
+            prompts.start,
+            {name: value.to(self.device) for name, value in prompts.conditions.items()},
+            prompts.count,
             solver=self.recipe.method.solver,
             leave=exit_step(self.phase, self._key("exit", draw)) if training else None,
             grad=grad,

@@ -1,10 +1,35 @@
 """What roles hand each other: a micro-batch's tensors, with the names and versions they were made under."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from raydmd.config.recipe import Recipe
 from raydmd.models.base import Conditions
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro-batch's place in the global batch."""
+
+    index: int
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """What a micro-batch is prompted with.
+
+    Attributes:
+        start: index of its first sample in the global batch.
+        count: its samples.
+        conditions: of each sample, [count, ...] by name.
+    """
+
+    start: int
+    count: int
+    conditions: Conditions
 
 
 @dataclass(frozen=True)
@@ -51,3 +76,27 @@ class Score:
 
     batch_id: BatchId
     prediction: torch.Tensor
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """Figures of one update of a trained role.
+
+    Attributes:
+        norm: the gradient's, before clipping.
+        micro: per micro-batch of this replica's: its start, and its figures by name.
+        version: updates made with it.
+        zeroed: samples of this replica's that were left out, their gradient not being finite, by the role that made
+            them.
+    """
+
+    norm: float
+    micro: list[tuple[int, dict[str, float]]]
+    version: int
+    zeroed: dict[str, int] = field(default_factory=dict)
+
+
+def micro_batches(recipe: Recipe) -> list[MicroBatch]:
+    """Cut the global batch as the recipe says."""
+    size = recipe.batch.micro or recipe.batch.size
+    return [MicroBatch(index, index * size, size) for index in range(recipe.batch.micros)]

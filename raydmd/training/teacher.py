@@ -1,5 +1,7 @@
 """The teacher's part: guided scores, its own many-step sampling, ODE pairs. Frozen and stateless."""
 
+from collections.abc import Sequence
+
 import torch
 
 from raydmd.config.recipe import Recipe
@@ -9,13 +11,26 @@ from raydmd.diffusion.solvers import integrate
 from raydmd.errors import RunError
 from raydmd.models.base import Conditions, Denoiser, Family
 from raydmd.objectives.distribution_matching import guided
+from raydmd.sampling.noise import initial_noise
+from raydmd.sampling.phase import Phase
 from raydmd.training.messages import Noised, Score
 
 
 class Scorer:
-    """The frozen teacher with classifier-free guidance, u + w (c - u)."""
+    """The frozen teacher with classifier-free guidance, u + w (c - u).
 
-    def __init__(self, recipe: Recipe, family: Family, teacher: Denoiser, device: torch.device | str = "cpu") -> None:
+    Args:
+        recipe: the run's recipe.
+        family: the kind of network.
+        teacher: its weights.
+        phases: the run's; a frozen teacher is the same in all.
+        device: where it computes.
+    """
+
+    def __init__(
+        self, recipe: Recipe, family: Family, teacher: Denoiser, phases: Sequence[Phase] = (),
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
         self.recipe, self.family, self.device = recipe, family, torch.device(device)
         self.network = teacher.to(self.device).requires_grad_(False).eval()
 
@@ -63,6 +78,11 @@ class Scorer:
             self.family.schedule, denoise, x.to(self.device), grid, self.family.prediction,
             "heun" if method == "heun" else "euler",
         )  # fmt: skip
+
+    def preview(self, count: int, conditions: Conditions) -> torch.Tensor:
+        """Return its own many-step pictures [count, C, H, W], from the noise of the students' previews."""
+        noise = initial_noise(self.family, self.recipe.seed, 0, count)
+        return self.family.decode(self.sample(noise, conditions, steps=self.recipe.teacher.steps)[-1])
 
     def pairs(self, start: int, count: int, conditions: Conditions) -> Pairs:
         """Make ODE pairs ``start .. start + count``: noise and the teacher's many-step result (DMD Sec. 3.3).

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from raydmd.config.recipe import Recipe, load_recipe
+from raydmd.config.recipe import Recipe
 from raydmd.errors import UserError, nearest
+from raydmd.methods.loading import load_recipe
 from raydmd.validation.document import read_documents
 from raydmd.validation.kuberay import KINDS, Commands, check_kuberay, check_serve_config
 from raydmd.validation.launcher import check_launcher, launcher_keys

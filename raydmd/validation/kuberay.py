@@ -11,8 +11,8 @@ from typing import Any
 import click
 from pydantic import BaseModel, ValidationError
 
-from raydmd.config.recipe import load_recipe
 from raydmd.errors import UserError, nearest
+from raydmd.methods.loading import load_recipe
 from raydmd.serving.settings import parse_serving
 from raydmd.validation.document import check_schema, closed, read_documents, with_defaults
 from raydmd.validation.ray_words import check_labels, check_runtime_env, check_start_params

@@ -32,7 +32,15 @@ from raydmd.errors import RunError, StorageError, UserError
 from raydmd.locations import KEY
 from raydmd.runs.folders import expert_file
 from raydmd.runtime.checkpoint.lock import read_owner
-from raydmd.runtime.checkpoint.manifest import FORMAT, Manifest, check_record, parse_manifest, read_sealed, sealed
+from raydmd.runtime.checkpoint.manifest import (
+    FORMAT,
+    UPGRADED,
+    Manifest,
+    check_record,
+    parse_manifest,
+    read_sealed,
+    sealed,
+)
 from raydmd.runtime.checkpoint.plan import RunPlan
 from raydmd.runtime.checkpoint.shards import PIECE, load_tensors, pieces
 from raydmd.runtime.checkpoint.storage import Store, one_line
@@ -264,7 +272,7 @@ class Archive:
 
     def _manifest(self, step: int) -> Manifest:
         tree = read_sealed(self.store.read(f"{_step(step)}.json"))
-        if tree.get("format") != FORMAT:
+        if tree.get("format") not in (UPGRADED, FORMAT):
             other = "an older" if tree.get("format", 0) < FORMAT else "a newer"
             told = f"{self.store}/{_step(step)}.json is of {other} version (format {tree.get('format')}, {FORMAT} here)"
             raise UserError(f"{KEY}: {told}; go on with that version of raydmd, or choose another place")

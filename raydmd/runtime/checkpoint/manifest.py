@@ -5,7 +5,8 @@ import json
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-FORMAT = 3
+FORMAT = 4
+UPGRADED = 3  # the older format that can be read, too
 
 
 @dataclass(frozen=True)
@@ -15,14 +16,12 @@ class Manifest:
     Attributes:
         iteration: iterations committed; the next one has this number.
         phase: index of the phase that the next iteration belongs to; the number of phases when all is done.
-        generator_version: generator updates made.
-        fake_version: fake updates made.
-        fake_cursor: position of the fake's rollouts in their stream of prompts, in samples: ``fake_version`` times
-            the batch's size. With the seed it says which rows come next (`raydmd.data.row_order`).
-        generator_cursor: the same of the generator's own batches: ``generator_version`` times the batch's size.
+        updates: updates made, by trained role.
+        cursors: samples taken from each stream of prompts. With the seed it says which rows come next
+            (`raydmd.data.row_order`).
         seed: the recipe's seed.
         experts: finished experts.
-        files: shard name ("generator", "fake", "expert-0", ...) to {"path", "sha256", "bytes"}.
+        files: shard name (a trained role, "expert-0", ...) to {"path", "sha256", "bytes"}.
         format: number of this record's layout.
         teacher: the teacher's fingerprint; "" where none was taken.
         writer: the token of the driver that wrote it.
@@ -30,10 +29,8 @@ class Manifest:
 
     iteration: int
     phase: int
-    generator_version: int
-    fake_version: int
-    fake_cursor: int
-    generator_cursor: int
+    updates: dict[str, int]
+    cursors: dict[str, int]
     seed: int
     experts: int
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -67,9 +64,21 @@ def read_sealed(content: bytes) -> dict[str, Any]:
     return tree
 
 
+def upgraded(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a manifest of format 3, whose roles and streams had keys of their own, in today's format.
+
+    Raises:
+        KeyError: it lacks one of them.
+    """
+    tree = {**tree, "format": FORMAT}
+    tree["updates"] = {role: tree.pop(f"{role}_version") for role in ("generator", "fake")}
+    tree["cursors"] = {stream: tree.pop(f"{stream}_cursor") for stream in ("fake", "generator")}
+    return tree
+
+
 def parse_manifest(tree: dict[str, Any]) -> Manifest:
     """Read a manifest's values: what is not exactly one is a ValueError, TypeError or KeyError."""
-    manifest = Manifest(**tree)
+    manifest = Manifest(**(upgraded(tree) if tree.get("format") == UPGRADED else tree))
     for each in fields(Manifest):
         value = getattr(manifest, each.name)
         if each.type is int and (type(value) is not int or value < 0):
@@ -78,6 +87,10 @@ def parse_manifest(tree: dict[str, Any]) -> Manifest:
             raise ValueError(f"{each.name} is {value!r}")
     if not isinstance(manifest.files, dict):
         raise ValueError("its files are not a record")
+    for name in ("updates", "cursors"):
+        counts = getattr(manifest, name)
+        if not isinstance(counts, dict) or any(type(value) is not int or value < 0 for value in counts.values()):
+            raise ValueError(f"{name} is {counts!r}")
     for name, record in manifest.files.items():
         check_record(name, record)
     for index in range(manifest.experts):

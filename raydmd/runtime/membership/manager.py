@@ -8,11 +8,12 @@ from typing import Any
 import ray
 from ray import ObjectRef
 
-from raydmd.runtime.actors import TRAINERS, RunActors
+from raydmd.runtime.actors import RunActors
 from raydmd.runtime.membership.role_workers import RoleWorkers, WorkerHandle
 from raydmd.runtime.observability.recorder import Recorder
 from raydmd.runtime.recovery.state import State
 from raydmd.runtime.workers.base import TrainerProgress
+from raydmd.runtime.workers.teacher_pool import ScorerPool
 
 PAUSE = 5.0  # seconds before its node goes away at which a role's last worker stops at the latest
 
@@ -23,7 +24,7 @@ class Progress:
 
     Attributes:
         committed: iterations that are committed.
-        scored: iterations that the teacher has scored.
+        scored: iterations for which the frozen roles have answered.
         iteration_seconds: how long the last one took.
         started: whether all workers were of one state once: the run has begun.
         owes_checkpoint: whether a manifest is due at the next edge.
@@ -44,11 +45,13 @@ class MembershipManager:
         actors: the run's actors.
         recorder: told what happens.
         progress: of the run.
+        student: the trained role that holds the experts.
     """
 
     actors: RunActors
     recorder: Recorder
     progress: Progress
+    student: str
     _leaving: set[str] = field(default_factory=set)
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
@@ -59,8 +62,8 @@ class MembershipManager:
             at: where each trained role stands once all calls made so far have run.
         """
         waits: list[ObjectRef] = []
-        for role in TRAINERS:
-            workers, group = self.actors.role_workers[role], self.actors.groups[role]
+        for role, group in self.actors.groups.items():
+            workers = self.actors.role_workers[role]
             leaving = [worker for worker in group.replicas if worker.leaving is not None]
             stay = [worker for worker in group.replicas if worker.leaving is None]
             enough = len(stay) + len(workers.arrived) >= workers.settings.min_workers
@@ -72,7 +75,7 @@ class MembershipManager:
             self.recorder.state.enter(State.RESIZING, f"{role}: {len(workers.arrived)} join, {len(leaving)} leave")
             donor = (stay or group.replicas)[0]
             newcomers = workers.admit()
-            waits += hand_over(donor, newcomers, at[role])
+            waits += hand_over(donor, newcomers, at[role], role == self.student)
             waits += group.form([worker for worker in workers.active if worker not in leaving])
             for worker in leaving:
                 self._retire(workers, worker, list(waits))
@@ -81,7 +84,7 @@ class MembershipManager:
 
     def must_pause(self) -> bool:
         """Whether a trained role's last worker has to go and nobody is there to take over."""
-        for role in TRAINERS:
+        for role in self.actors.groups:
             workers = self.actors.role_workers[role]
             if not workers.staying and any(self.must_go(worker) for worker in workers.active):
                 return True
@@ -92,18 +95,19 @@ class MembershipManager:
         left = float("inf") if worker.leaving is None else worker.leaving - time.time()
         return left < PAUSE + 3 * self.progress.iteration_seconds
 
-    def admit_teachers(self) -> None:
-        """Let scorers that have arrived take part at once: they have no state."""
-        workers = self.actors.role_workers["teacher"]
-        if self.progress.started and workers.arrived:
-            self.resized(workers, joined=self.admit(workers))
+    def admit_to_pools(self) -> None:
+        """Let workers of frozen roles that have arrived take part at once: they have no state."""
+        for role in self.actors.pools:
+            workers = self.actors.role_workers[role]
+            if self.progress.started and workers.arrived:
+                self.resized(workers, joined=self.admit(workers))
 
     def admit(self, workers: RoleWorkers) -> list[WorkerHandle]:
         """Give those that have arrived work; return them."""
         newcomers = workers.admit()
-        if workers.role == "teacher":
+        if (pool := self.actors.pools.get(workers.role)) is not None:
             for worker in newcomers:
-                self.actors.scorers.add(worker)
+                pool.add(worker)
         return newcomers
 
     async def _tell(
@@ -144,8 +148,8 @@ class MembershipManager:
             except ray.exceptions.RayError:
                 return
             try:
-                if worker.role == "teacher":
-                    while self.actors.scorers.holds(worker):
+                if (pool := self.actors.pools.get(worker.role)) is not None:
+                    while pool.holds(worker):
                         await asyncio.sleep(0.05)
                 else:
                     await worker.actor.progress.remote()
@@ -186,26 +190,33 @@ class MembershipManager:
                 if worker in workers.arrived:
                     workers.remove(worker)
                 workers.fill()
-            if role == "teacher":
-                self._leave_pool(workers)
+            if (pool := self.actors.pools.get(role)) is not None:
+                self._leave_pool(workers, pool)
 
-    def _leave_pool(self, workers: RoleWorkers) -> None:
-        """Let scorers on leaving nodes go, but the last one only when another is there: it has nothing to lose."""
+    def _leave_pool(self, workers: RoleWorkers, pool: ScorerPool) -> None:
+        """Let a pool's workers on leaving nodes go, the last one only when another is there: it has nothing to lose."""
         leaving = [worker for worker in workers.active if worker.leaving is not None]
         stay = len(workers.active) - len(leaving)
         for worker in leaving:
             if stay:
-                self.actors.scorers.remove(worker)
+                pool.remove(worker)
                 self._retire(workers, worker, [])
                 self.resized(workers, left=[worker])
 
 
-def hand_over(donor: WorkerHandle, to: list[WorkerHandle], at: TrainerProgress) -> list[ObjectRef]:
-    """Have workers take the donor's state; in order with all its calls."""
+def hand_over(donor: WorkerHandle, to: list[WorkerHandle], at: TrainerProgress, student: bool) -> list[ObjectRef]:
+    """Have workers take the donor's state; in order with all its calls.
+
+    Args:
+        donor: who has it.
+        to: who take it.
+        at: where the donor will stand.
+        student: whether the role holds the experts.
+    """
     if not to:
         return []
     more = []
-    if donor.role == "generator":
+    if student:
         experts = [donor.actor.expert.remote(index) for index in range(at.phase)]
         more = [donor.actor.pairs.remote(), *experts]
     state = donor.actor.state.remote(at.updates)

@@ -11,9 +11,10 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 
 from raydmd.config.recipe import Recipe
 from raydmd.errors import RunError, UserError
+from raydmd.methods.registry import build_method
 from raydmd.runtime.membership.placement import actor_options, describe, worker_device
 from raydmd.runtime.recovery.faults import cause_of
-from raydmd.runtime.workers.base import PARTS, WORKERS, Factory, Heartbeat, Identity
+from raydmd.runtime.workers.base import Factory, Heartbeat, Identity, worker_type
 from raydmd.runtime.workers.helpers import BESIDE
 
 AGAIN = 1.0  # seconds until a worker that failed while starting is asked for again; doubles each time...
@@ -61,7 +62,7 @@ class RoleWorkers:
     Args:
         role: its name.
         recipe: the run's recipe.
-        part: what builds the role's part.
+        part: what builds the role's part; default: as the recipe's method has it.
         changed: called when somebody has arrived or a start has failed for good.
         failure: why workers fail whenever they are started, where the role has fewer than its min.
         trouble: why they do, where it has its min and goes on; whoever tells of it sets it to None.
@@ -80,10 +81,10 @@ class RoleWorkers:
     row: Any = None
 
     def __post_init__(self) -> None:
-        self.settings = getattr(self.recipe.runtime, self.role)
+        self.settings = self.recipe.runtime.of(self.role)
         self.asks = describe(self.settings)
         remote: Any = ray.remote  # its types do not know of concurrency groups
-        self._kind = remote(concurrency_groups={BESIDE: 1})(WORKERS[self.role])
+        self._kind = remote(concurrency_groups={BESIDE: 1})(worker_type(build_method(self.recipe), self.role))
         self._numbers = 0
         self._coming: dict[Any, asyncio.Task[None]] = {}
         self._since: dict[Any, float] = {}
@@ -179,9 +180,8 @@ class RoleWorkers:
     def _ask(self) -> None:
         number, self._numbers = self._numbers, self._numbers + 1
         settings, runtime = self.settings, self.recipe.runtime
-        device, part = worker_device(settings, runtime.device), self.part or PARTS[self.role]
         actor = self._kind.options(**actor_options(settings)).remote(
-            self.recipe, number, settings.threads, device, part
+            self.role, self.recipe, number, settings.threads, worker_device(settings, runtime.device), self.part
         )
         self._since[actor] = time.monotonic()
         self._placed[actor] = self._since[actor]  # until Ray says that it has no room

@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from raydmd.atomic import replacing, storage_error, writing
 from raydmd.config.recipe import Recipe
 from raydmd.jsonl import LineWriter, mend_lines
+from raydmd.methods.program import trace_method
 from raydmd.progress import time_left
 from raydmd.runtime.checkpoint.lock import Claim
 from raydmd.runtime.observability.metrics import Metrics, run_label
@@ -50,13 +51,17 @@ class Recorder:
         state: RunState | None = None,
     ) -> None:  # fmt: skip
         self.folder, self.recipe, self.total, self.console, self.claim = folder, recipe, total, console, claim
-        self.state = state or RunState()
+        self.state, self.trace = state or RunState(), trace_method(recipe)
         self.last_commit: float | None = None
         self._repair("events.jsonl", lambda record: True if isinstance(record.get("event"), str) else None)
         self._events = LineWriter(folder / "events.jsonl")
         self._metrics: LineWriter | None = None
         self._board: SummaryWriter | None = None
         self.exported = Metrics(run_label(folder))
+        roles = self.trace.method.roles
+        self.shown = [  # what is drawn of a line
+            key for role in self.trace.method.trained() for key in (*roles[role].part.figures, f"{role}_grad_norm")
+        ]
         self._zeroed_event = self._zeroed_warning = -ZEROED_EVERY  # the iterations of the last ones
         self._since = time.perf_counter()
         self._recent: deque[float] = deque(maxlen=RECENT)  # seconds of the last iterations
@@ -134,27 +139,18 @@ class Recorder:
         busy = dict.fromkeys(workers, 0.0)
         for stats in call_stats:
             busy[stats.role] += stats.busy_seconds
-        fake = [r.figures for r in call_stats if r.role == "fake" and r.figures is not None]
-        generator = [r.figures for r in call_stats if r.role == "generator" and r.figures is not None]
-        micro = sorted(row for figures in generator for row in figures.micro)
-        losses = sorted(row for figures in fake for row in figures.losses)
-        rollouts = [made for r in call_stats if r.role == "fake" and r.figures is not None for made, _ in r.versions]
         zeroed: Counter[str] = Counter()
-        for figures in generator:
-            zeroed.update(figures.zeroed)
-        version = iteration + 1
-        line = {
-            "phase": phase + 1,
-            "iteration": iteration,
-            "generator_version": version,
-            "fake_version": version * self.recipe.method.fake_updates,
-            "loss_fake": _mean(loss for _, loss in losses),
-            "generator_grad_norm": _mean(figures.norm for figures in generator),
-            "fake_grad_norm": _mean(figures.norm for figures in fake),
-            "dm_gradient": _mean(row[1] for row in micro),
-            "x_s_mean": _mean(row[2] for row in micro),
-            "x_s_std": _mean(row[3] for row in micro),
-            "staleness": version - 1 - min(rollouts) if rollouts else None,
+        line: dict[str, Any] = {"phase": phase + 1, "iteration": iteration}
+        for role, version in self.trace.updates_before(iteration + 1).items():
+            updates = [s.figures for s in call_stats if s.role == role and s.figures is not None]
+            micro = [row for figures in updates for row in figures.micro]
+            line |= {f"{role}_version": version, f"{role}_grad_norm": _mean(figures.norm for figures in updates)}
+            for name in self.trace.method.roles[role].part.figures:
+                line[name] = _mean(value for _, value in sorted((start, row[name]) for start, row in micro))
+            for figures in updates:
+                zeroed.update(figures.zeroed)
+        line |= {
+            "staleness": max((stats.staleness for stats in call_stats), default=None),
             "samples": self.recipe.batch.size,
             "zeroed_samples": dict(zeroed),
             "seconds": seconds,
@@ -225,10 +221,10 @@ class Recorder:
             role: figures["busy_seconds"] / max(line["seconds"], 1e-9) / max(figures["workers"], 1)
             for role, figures in line["roles"].items()
         }
-        loss, norm = line["loss_fake"] or 0.0, line["generator_grad_norm"] or 0.0
-        figures = f"fake {loss:.3f}  |g| {norm:.3g}  busy " + " ".join(
-            f"{role[0].upper()} {min(share, 1):.0%}" for role, share in used.items()
-        )
+        losses = [f"{name.removeprefix('loss_')} {line[name] or 0.0:.3f}" for name in self.shown if "loss" in name]
+        norm = line[f"{self.trace.method.student}_grad_norm"] or 0.0
+        busy = [f"{role[0].upper()} {min(share, 1):.0%}" for role, share in used.items()]
+        figures = "  ".join([*losses, f"|g| {norm:.3g}", f"busy {' '.join(busy)}"])
         done = line["iteration"] + 1
         self._progress.update(self._task, completed=done, phase=f"phase {line['phase']}", figures=figures)
         if not self.console.is_terminal and (done % max(self.total // 10, 1) == 0 or done == self.total):
@@ -242,7 +238,7 @@ class Recorder:
 
     def _draw(self, line: dict[str, Any], used: dict[str, float]) -> None:
         if self._board is not None:
-            for key in ("loss_fake", "generator_grad_norm", "dm_gradient", "x_s_mean", "x_s_std", "seconds"):
+            for key in (*self.shown, "seconds"):
                 if line[key] is not None:
                     self._board.add_scalar(key, line[key], line["iteration"])
             for role, share in used.items():

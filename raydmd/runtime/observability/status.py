@@ -6,7 +6,6 @@ import threading
 import time
 from bisect import bisect_right
 from contextlib import suppress
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +34,7 @@ class StatusWriter:
     Args:
         folder: the run's folder.
         done: iterations that are committed already.
-        lengths: iterations of each phase.
+        ends: the iteration at which each phase ends.
 
     Attributes:
         state: the run's state.
@@ -43,8 +42,8 @@ class StatusWriter:
         controller: what trains; None: it has not begun.
     """
 
-    def __init__(self, folder: Path, done: int, lengths: list[int]) -> None:
-        self.folder, self.done, self.ends = folder, done, list(accumulate(lengths))
+    def __init__(self, folder: Path, done: int, ends: list[int]) -> None:
+        self.folder, self.done, self.ends = folder, done, ends
         self.state = RunState()
         self.actors: RunActors | None = None
         self.controller: Controller | None = None

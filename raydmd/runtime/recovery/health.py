@@ -29,7 +29,7 @@ class HealthMonitor:
     recovery: RecoveryManager
     _heard: dict[WorkerHandle, float] = field(default_factory=dict)
     _said: dict[str, int] = field(default_factory=dict)
-    _without: float = field(default_factory=time.monotonic)
+    _since: dict[str, float] = field(default_factory=dict)  # when each pool was last seen to have a worker
 
     async def run(self) -> None:
         """Look until cancelled.
@@ -62,7 +62,7 @@ class HealthMonitor:
                 self._say_who_waits(workers)
                 self._say_who_fails(workers)
             self.recovery.membership.leave_nodes(await asyncio.to_thread(draining_nodes))
-            self.recovery.membership.admit_teachers()
+            self.recovery.membership.admit_to_pools()
             self._give_up_waiting()
             self._leave_silent_helpers()
 
@@ -73,14 +73,16 @@ class HealthMonitor:
             raise Stopped
 
     def _give_up_waiting(self) -> None:
-        """End a run that has waited for a scorer for too long, or is to stop meanwhile."""
-        teachers, runtime = self.recovery.actors.role_workers["teacher"], self.recovery.recipe.runtime
-        if teachers.active or not self.recovery.progress.started:
-            self._without = time.monotonic()
-        elif self.recovery.stopping():
-            raise Stopped
-        elif time.monotonic() - self._without > runtime.placement_timeout:
-            raise RunError(f"no teacher came within {runtime.placement_timeout:g} s: {teachers.words()}")
+        """End a run that has waited for a worker of a frozen role for too long, or is to stop meanwhile."""
+        limit = self.recovery.recipe.runtime.placement_timeout
+        for role in self.recovery.actors.pools:
+            workers, now = self.recovery.actors.role_workers[role], time.monotonic()
+            if workers.active or not self.recovery.progress.started:
+                self._since[role] = now
+            elif self.recovery.stopping():
+                raise Stopped
+            elif now - self._since.setdefault(role, now) > limit:
+                raise RunError(f"no {role} came within {limit:g} s: {workers.words()}")
 
     async def _check_heartbeats(self) -> None:
         """Treat as dead who has not answered, or been in one call, for too long."""

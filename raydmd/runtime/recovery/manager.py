@@ -10,7 +10,8 @@ from ray import ObjectRef
 
 from raydmd.config.recipe import Recipe
 from raydmd.errors import RunError, StorageError, UserError
-from raydmd.runtime.actors import TRAINERS, RunActors
+from raydmd.methods.program import MethodTrace
+from raydmd.runtime.actors import RunActors
 from raydmd.runtime.checkpoint.queue import CheckpointQueue
 from raydmd.runtime.membership.manager import MembershipManager, Progress, hand_over
 from raydmd.runtime.membership.role_workers import RoleWorkers, WorkerHandle
@@ -20,7 +21,6 @@ from raydmd.runtime.recovery.helper_health import CALLER, PROMPTS, WRITER, Helpe
 from raydmd.runtime.recovery.state import State
 from raydmd.runtime.workers.base import CallStats, TrainerProgress
 from raydmd.runtime.workers.process_group import StepDropped
-from raydmd.sampling.plan import plan_phases
 
 ANSWER = 2.0  # seconds within which a living worker answers beside its work
 
@@ -31,12 +31,12 @@ class ResumePoint:
 
     Attributes:
         iteration: the next one.
-        fake_updates: optimizer steps of the fake score that are made.
+        updates: optimizer steps that are made, by trained role.
         experts: experts that are fixed and kept, when all went back to a manifest; None: the workers' own state holds.
     """
 
     iteration: int
-    fake_updates: int
+    updates: dict[str, int]
     experts: int | None
 
 
@@ -52,16 +52,18 @@ class _Loss:
 
 @dataclass
 class RecoveryManager:
-    """Recovers a run after losses; knows nothing of the algorithm but where a step's edge is.
+    """Recovers a run after losses; knows nothing of the method but its roles' updates.
 
     Args:
         recipe: the run's recipe.
+        trace: what its method does.
         actors: the run's actors.
         recorder: told what happens.
         stopping: says whether the run is to stop, so that waiting ends.
     """
 
     recipe: Recipe
+    trace: MethodTrace
     actors: RunActors
     recorder: Recorder
     stopping: Callable[[], bool]
@@ -76,7 +78,7 @@ class RecoveryManager:
 
     def __post_init__(self) -> None:
         self.progress = Progress()
-        self.membership = MembershipManager(self.actors, self.recorder, self.progress)
+        self.membership = MembershipManager(self.actors, self.recorder, self.progress, self.trace.method.student)
         self.changed = asyncio.Event()
         helpers = {
             WRITER: self.actors.checkpoint_writer,
@@ -89,7 +91,8 @@ class RecoveryManager:
         )
         for workers in self.actors.role_workers.values():
             workers.changed = self.changed.set
-        self.actors.scorers.lost = self.lost
+        for pool in self.actors.pools.values():
+            pool.lost = self.lost
 
     # what is lost
 
@@ -102,8 +105,8 @@ class RecoveryManager:
         loss = _Loss(worker, time.monotonic(), "it was leaving" if worker in workers.leaving else "")
         self._losses.append(loss)
         workers.remove(worker)
-        if worker.role == "teacher":
-            self.actors.scorers.remove(worker)
+        if (pool := self.actors.pools.get(worker.role)) is not None:
+            pool.remove(worker)
             loss.how = f"{'others' if workers.active else 'a new one'} took its micro-batches"
             loss.first = self.progress.scored  # what is scored already needs no scorer
         self._last = f"{worker.name}: {why}"
@@ -161,8 +164,8 @@ class RecoveryManager:
 
     def measure(self, call_stats: list[CallStats]) -> None:
         """Learn trainers' speeds from an iteration's statistics, for their shares of the batch."""
-        for role in TRAINERS:
-            for worker in self.actors.groups[role].replicas:
+        for role, group in self.actors.groups.items():
+            for worker in group.replicas:
                 mine = [r for r in call_stats if r.role == role and r.worker == worker.number]
                 busy, micros = sum(r.busy_seconds for r in mine), sum(r.micros for r in mine)
                 if micros:
@@ -187,20 +190,20 @@ class RecoveryManager:
         await self._staff()
         joined = {workers.role: self.membership.admit(workers) for workers in self.actors.role_workers.values()}
         best = {}
-        for role in TRAINERS:
+        for role in self.actors.groups:
             known = [progress_of[m] for m in self._with_state(role) if m in progress_of]
             best[role] = max(known, default=TrainerProgress(-1, 0))
-        generator, fake = best["generator"], best["fake"]
-        if not self._rewinding and self._agree(generator, fake):
+        if not self._rewinding and self._agree(best):
             await self._rejoin(progress_of, best)
             self._how = self._how or "the survivors went on"
-            resume_point = ResumePoint(generator.updates, fake.updates, None)
+            updates = {role: progress.updates for role, progress in best.items()}
+            resume_point = ResumePoint(self.trace.complete(updates), updates, None)
         else:
             resume_point = await self._rewind()
         for role, newcomers in joined.items():
             if newcomers and self.progress.started:
                 self.membership.resized(self.actors.role_workers[role], joined=newcomers)
-        for role in TRAINERS:
+        for role in self.actors.groups:
             for worker in list(self.actors.role_workers[role].leaving):
                 self.actors.role_workers[role].remove(worker)  # what it had to give, it gave
         self.progress.started, self.progress.scored = True, resume_point.iteration
@@ -211,18 +214,18 @@ class RecoveryManager:
 
     async def _drop_steps(self) -> None:
         """Free everyone who waits for a peer, and have calls of the old generation refused."""
-        for role in TRAINERS:
-            group, actors = self.actors.groups[role], [worker.actor for worker in self._with_state(role)]
+        for role, group in self.actors.groups.items():
+            actors = [worker.actor for worker in self._with_state(role)]
             if actors and group.generation:
                 await self.actors.control_caller.ask.remote(actors, "drop", (group.generation,), ANSWER)
 
     async def _ask_progress(self) -> dict[WorkerHandle, TrainerProgress]:
         """Ask every trainer where it stands, behind all calls that it still has; remove those who do not know."""
         found: dict[WorkerHandle, TrainerProgress] = {}
-        for worker in [worker for role in TRAINERS for worker in self.actors.role_workers[role].active]:
+        for worker in [worker for role in self.actors.groups for worker in self.actors.role_workers[role].active]:
             if worker.leaving is not None and self.membership.must_go(worker):
                 self.lost(worker, "its node goes away")
-        asked = [worker for role in TRAINERS for worker in self._with_state(role)]
+        asked = [worker for role in self.actors.groups for worker in self._with_state(role)]
         answers = await asyncio.gather(*(m.actor.progress.remote() for m in asked), return_exceptions=True)
         for worker, answer in zip(asked, answers, strict=True):
             if isinstance(answer, TrainerProgress):
@@ -260,25 +263,25 @@ class RecoveryManager:
         workers.fill()
         return len(workers.active) + len(workers.arrived) < workers.settings.min_workers
 
-    def _agree(self, generator: TrainerProgress, fake: TrainerProgress) -> bool:
-        """Whether these two can be of one run: the fake is at most an iteration, and what is stale, ahead."""
-        updates, ahead = self.recipe.method.fake_updates, 1 + self.recipe.runtime.max_staleness
-        first = generator.updates * updates
-        if generator.phase < 0 or fake.phase < 0:
+    def _agree(self, best: dict[str, TrainerProgress]) -> bool:
+        """Whether the trained roles can be of one run, and go on as they are."""
+        phases = {progress.phase for progress in best.values()}
+        updates = {role: progress.updates for role, progress in best.items()}
+        if min(phases) < 0:
             return False
-        if generator.phase != fake.phase:
-            return fake.updates == first  # at a phase's edge
-        return first <= fake.updates <= first + ahead * updates
+        if len(phases) > 1:  # at a phase's edge
+            return updates == self.trace.updates_before(self.trace.complete(updates))
+        return self.trace.consistent(updates, self.recipe.runtime.max_staleness)
 
     async def _rejoin(self, progress_of: dict[WorkerHandle, TrainerProgress], best: dict[str, TrainerProgress]) -> None:
         """Give those who are behind a survivor's state, and form the groups."""
         waits: list[ObjectRef] = []
-        for role in TRAINERS:
+        for role, group in self.actors.groups.items():
             workers, at = self.actors.role_workers[role].active, best[role]
             behind = [worker for worker in workers if progress_of.get(worker) != at]
             donor = next(worker for worker in self._with_state(role) if progress_of.get(worker) == at)
-            waits += hand_over(donor, behind, at)
-            waits += self.actors.groups[role].form(workers)
+            waits += hand_over(donor, behind, at, role == self.trace.method.student)
+            waits += group.form(workers)
         await asyncio.gather(*waits)
 
     def _with_state(self, role: str) -> list[WorkerHandle]:
@@ -294,7 +297,7 @@ class RecoveryManager:
         for words in skipped:
             self.recorder.say(words)
         iteration, phase, experts = (manifest.iteration, manifest.phase, manifest.experts) if manifest else (0, 0, 0)
-        fakes = manifest.fake_version if manifest else 0
+        updates = manifest.updates if manifest else self.trace.updates_before(0)
         lost = max(0, self.progress.committed - iteration)
         if self._losses or lost:
             self._steps_lost += lost
@@ -302,11 +305,12 @@ class RecoveryManager:
         self.progress.committed = iteration
         kept = [shards[f"expert-{index}"] for index in range(experts)]
         waits: list[ObjectRef] = []
-        for role, updates, more in (("generator", iteration, [None, *kept]), ("fake", fakes, [])):
+        for role, group in self.actors.groups.items():
             workers = self.actors.role_workers[role].active
-            if phase < len(plan_phases(self.recipe)):
-                waits += [m.actor.take_over.remote(phase, updates, shards.get(role), *more) for m in workers]
-            waits += self.actors.groups[role].form(workers)
+            more = [None, *kept] if role == self.trace.method.student else []
+            if phase < len(self.trace.phases):
+                waits += [m.actor.take_over.remote(phase, updates[role], shards.get(role), *more) for m in workers]
+            waits += group.form(workers)
         await asyncio.gather(*waits)
         self._rewinding = False
-        return ResumePoint(iteration, fakes, experts)
+        return ResumePoint(iteration, dict(updates), experts)

@@ -1,15 +1,15 @@
-"""The actors of the three roles: thin shells that run a role's part, refuse what is out of turn, and say what it cost.
+"""The actors of roles: thin shells that run a role's part, refuse what is out of turn, and say what it cost.
 
 Calls run one after another, in the order in which they were made. Two run beside them: ``heartbeat`` and ``drop``.
 """
 
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import ray
@@ -18,28 +18,18 @@ import torch
 from raydmd.config.recipe import Recipe
 from raydmd.data.trajectories import Pairs
 from raydmd.errors import RunError, UserError
+from raydmd.methods.base import Frozen, Method
+from raydmd.methods.registry import build_method, plan_phases
 from raydmd.runs.run import recipe_family
 from raydmd.runtime.checkpoint.shards import LabelledTensors
 from raydmd.runtime.workers.helpers import BESIDE
 from raydmd.runtime.workers.process_group import ProcessGroup, StepDropped
 from raydmd.runtime.workers.wire import from_wire, to_wire
-from raydmd.sampling.noise import initial_noise
 from raydmd.training.collective import Alone, Collective
-from raydmd.training.fake_score import Fake
 from raydmd.training.generator import Generator
-from raydmd.training.messages import Score
+from raydmd.training.messages import MicroBatch, PromptBatch, UpdateStats
 from raydmd.training.preview import preview
-from raydmd.training.teacher import Scorer
 from raydmd.training.trial import try_row
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """A micro-batch's place in the global batch."""
-
-    index: int
-    start: int
-    count: int
 
 
 @dataclass(frozen=True)
@@ -47,19 +37,19 @@ class CallStats:
     """What a call cost and reports: small, so that the controller may read it.
 
     Attributes:
-        role: teacher, fake or generator.
+        role: its name.
         worker: the worker's number.
         busy_seconds: time inside the call, but for what it waited for its peers.
-        figures: the part's own report, if any.
-        versions: generator and fake version of every micro-batch that the call took in or gave out.
+        figures: what an update reports.
+        staleness: updates of its role that were missing when it was made.
         micros: micro-batches that it worked on.
     """
 
     role: str
     worker: int
     busy_seconds: float
-    figures: Any = None
-    versions: tuple[tuple[int, int], ...] = ()
+    figures: UpdateStats | None = None
+    staleness: int = 0
     micros: int = 0
 
 
@@ -108,30 +98,37 @@ Factory = Callable[[Recipe, str], Any]  # (recipe, device) -> a role's part
 
 
 def make_part(part: type, recipe: Recipe, device: str) -> Any:
-    """Build a role's part (`Generator`, `Fake`, `Scorer`) with the recipe's family and teacher."""
+    """Build a role's part (`Generator`, `Fake`, `Scorer` ...) with the recipe's family, teacher and phases."""
     family = recipe_family(recipe)
-    return part(recipe, family, family.load_teacher(), device)
+    return part(recipe, family, family.load_teacher(), plan_phases(recipe, family.schedule.t_max), device)
 
 
-PARTS: dict[str, Factory] = {
-    "generator": partial(make_part, Generator),
-    "fake": partial(make_part, Fake),
-    "teacher": partial(make_part, Scorer),
-}
+def role_part(role: str, recipe: Recipe, device: str) -> Any:
+    """Build a role's part as the recipe's method has it."""
+    return make_part(build_method(recipe).roles[role].part, recipe, device)
 
 
 class Worker:
-    """What the roles' workers share: one part, one thread of calls."""
+    """What the roles' workers share: one part, one thread of calls.
 
-    role: str
+    Args:
+        role: its name in the recipe's method.
+        recipe: the run's recipe.
+        number: unique among all workers of the role in this run.
+        threads: torch threads.
+        device: where it computes.
+        factory: what builds the part; None: as the method has it.
+    """
 
-    def __init__(self, recipe: Recipe, number: int, threads: int, device: str, factory: Factory) -> None:
+    def __init__(
+        self, role: str, recipe: Recipe, number: int, threads: int, device: str, factory: Factory | None = None
+    ) -> None:
         torch.set_num_threads(threads)
         random.seed(recipe.seed)
-        self.number, self.recipe, self.device = number, recipe, device
+        self.role, self.number, self.recipe, self.device = role, number, recipe, device
         self._misfit: UserError | RunError | None = None
         try:
-            self.part = factory(recipe, device)
+            self.part = role_part(role, recipe, device) if factory is None else factory(recipe, device)
         except (UserError, RunError) as error:  # an actor whose constructor fails loses the error's kind
             self._misfit = error
         self.collective: Collective = Alone()
@@ -178,10 +175,10 @@ class Turn:
     def __init__(self, worker: Worker) -> None:
         self.worker, self.since, self.waited = worker, time.perf_counter(), self._waited(worker)
 
-    def stats(self, micros: int = 0, figures: Any = None, versions: list[tuple[int, int]] | None = None) -> CallStats:
+    def stats(self, micros: int = 0, figures: UpdateStats | None = None, staleness: int = 0) -> CallStats:
         """Say what the call has cost so far."""
         busy = time.perf_counter() - self.since - (self._waited(self.worker) - self.waited)
-        return CallStats(self.worker.role, self.worker.number, busy, figures, tuple(versions or ()), micros)
+        return CallStats(self.worker.role, self.worker.number, busy, figures, staleness, micros)
 
     @staticmethod
     def _waited(worker: Worker) -> float:
@@ -196,10 +193,10 @@ class TrainerWorker(Worker):
     on twice.
     """
 
-    part: Generator | Fake
-
-    def __init__(self, recipe: Recipe, number: int, threads: int, device: str, factory: Factory) -> None:
-        super().__init__(recipe, number, threads, device, factory)
+    def __init__(
+        self, role: str, recipe: Recipe, number: int, threads: int, device: str, factory: Factory | None = None
+    ) -> None:
+        super().__init__(role, recipe, number, threads, device, factory)
         self._generation, self._dropped, self._phase = 0, 0, -1
 
     def join(self, generation: int, address: tuple[str, int], rank: int, world: int) -> None:
@@ -240,12 +237,49 @@ class TrainerWorker(Worker):
         """Say how far this replica has come."""
         return TrainerProgress(self._phase, self.part.updates)
 
-    def start_phase(self, index: int, iteration: int) -> None:
-        """Begin phase ``index`` at ``iteration``, unless that is done."""
+    def start_phase(self, index: int, updates: int) -> None:
+        """Begin phase ``index`` after so many updates, unless that is done."""
         if self._phase != index:
             with self.turn("start_phase"):
-                self.part.start_phase(index, iteration)
+                self.part.start_phase(index, updates)
                 self._phase = index
+
+    def produce(
+        self, name: str, micros: list[MicroBatch], at: int, ahead: int, arguments: tuple[Any, ...], *inputs: Any
+    ) -> list[Any]:
+        """Call the part's ``name`` for each micro-batch; return the results, then the call's statistics."""
+        with self.step(name, at, ahead) as turn:
+            made = self._each(name, micros, arguments, inputs)
+            return [*to_wire(made), turn.stats(len(micros), staleness=at - self.part.updates)]
+
+    def prepare(
+        self, name: str, micros: list[MicroBatch], at: int, arguments: tuple[Any, ...], *inputs: Any
+    ) -> CallStats:
+        """Call the part's ``name`` for each micro-batch; what it makes, it keeps."""
+        with self.step(name, at) as turn:
+            self._each(name, micros, arguments, inputs)
+            return turn.stats(len(micros))
+
+    def update(self, micros: list[MicroBatch], at: int, count: int, *inputs: Any) -> CallStats:
+        """Make update ``at`` with the peers; the part takes ``count`` lists, each of one value a micro-batch."""
+        with self.step("update", at) as turn:
+            each = len(micros)
+            lists = [
+                [
+                    _received(micro, value)
+                    for micro, value in zip(micros, inputs[k * each : (k + 1) * each], strict=True)
+                ]
+                for k in range(count)
+            ]
+            return turn.stats(len(micros), self.part.update(*lists, self.collective))
+
+    def _each(
+        self, name: str, micros: list[MicroBatch], arguments: tuple[Any, ...], inputs: tuple[Any, ...]
+    ) -> list[Any]:
+        call, given = getattr(self.part, name), _split(inputs, len(micros))
+        return [
+            call(*arguments, *(_received(micro, each[number]) for each in given)) for number, micro in enumerate(micros)
+        ]
 
     def take_over(self, index: int, updates: int, state: Any) -> None:
         """Stand in phase ``index`` after ``updates`` steps, where ``state`` was given; None: at the phase's begin."""
@@ -268,14 +302,13 @@ class TrainerWorker(Worker):
             return to_wire(self.part.state())
 
 
-class GeneratorWorker(TrainerWorker):
-    """Rolls out and trains one replica of the generator."""
+class StudentWorker(TrainerWorker):
+    """One replica of the trained role that holds the experts."""
 
-    role = "generator"
     part: Generator
 
     def take_over(self, index: int, updates: int, state: Any, pairs: Any = None, *experts: Any) -> None:
-        """Take finished experts' weights and the regression's pairs, too."""
+        """Take finished experts' weights and the teacher's ODE pairs, too."""
         for number, weights in enumerate(experts):
             self.part.experts.start(number)
             self.part.experts.load_state(number, from_wire(weights))
@@ -289,51 +322,17 @@ class GeneratorWorker(TrainerWorker):
         return LabelledTensors(to_wire(experts.state(index)), experts.metadata())
 
     def pairs(self) -> Any:
-        """Return the regression's pairs, if there are any."""
+        """Return the teacher's ODE pairs, if there are any."""
         return None if self.part.pairs is None else to_wire(self.part.pairs)
 
     def load_pairs(self, *parts: Any) -> None:
         """Take the teacher's ODE pairs, in order."""
         self.part.pairs = Pairs.join([from_wire(part) for part in parts], self.device)
 
-    def prepare(self, micros: list[MicroBatch], iteration: int, *conditions: Any) -> CallStats:
-        """Make ahead the frozen experts' part of every rollout of an iteration; conditions go by draw, then micro."""
-        with self.step("prepare", iteration, ahead=1) as turn:
-            for number, condition in enumerate(conditions):
-                update, micro = number // len(micros), micros[number % len(micros)]
-                self.part.prepare(iteration, update, micro.start, micro.count, from_wire(condition))
-            return turn.stats(len(micros))
-
-    def rollout(self, micros: list[MicroBatch], iteration: int, update: int, *conditions: Any) -> list[Any]:
-        """Return the samples of each micro-batch of a fake update, then the call's statistics."""
-        made = []
-        with self.step("rollout", iteration, ahead=self.recipe.runtime.max_staleness) as turn:
-            for micro, condition in zip(micros, conditions, strict=True):
-                made.append(self.part.rollout(iteration, update, micro.start, micro.count, from_wire(condition)))
-            versions = [(samples.batch_id.generator_version, -1) for samples in made]
-            return [*to_wire(made), turn.stats(len(micros), versions=versions)]
-
-    def propose(self, micros: list[MicroBatch], iteration: int, *conditions: Any) -> list[Any]:
-        """Return the generator's own noised samples, whose graph is kept here, then the call's statistics."""
-        made = []
-        with self.step("propose", iteration) as turn:
-            for micro, condition in zip(micros, conditions, strict=True):
-                made.append(self.part.propose(iteration, micro.start, micro.count, from_wire(condition)))
-            versions = [(proposal.batch_id.generator_version, -1) for proposal in made]
-            return [*to_wire(made), turn.stats(len(micros), versions=versions)]
-
-    def update(self, micros: list[MicroBatch], iteration: int, *scores: Any) -> CallStats:
-        """Apply the gradient that the teacher's and the fake's scores (in that order) give."""
-        with self.step("update", iteration) as turn:
-            received: list[Score] = [from_wire(score) for score in scores]
-            figures = self.part.update(received[: len(micros)], received[len(micros) :], self.collective)
-            versions = [(score.batch_id.generator_version, score.batch_id.fake_version) for score in received]
-            return turn.stats(len(micros), figures, versions)
-
-    def end_phase(self, index: int, iteration: int) -> None:
+    def end_phase(self, index: int, updates: int) -> None:
         """Fix expert ``index`` at its averaged weights, unless that is done."""
         if self._phase == index:
-            with self.step("end_phase", iteration):
+            with self.step("end_phase", updates):
                 self.part.end_phase()
 
     def preview(self, count: int, conditions: Any, at: int) -> Any:
@@ -342,51 +341,30 @@ class GeneratorWorker(TrainerWorker):
             return to_wire(preview(self.part, from_wire(conditions), count))
 
 
-class FakeWorker(TrainerWorker):
-    """Trains one replica of the fake score."""
+class FrozenWorker(Worker):
+    """Answers for a frozen role."""
 
-    role = "fake"
-    part: Fake
-
-    def update(self, micros: list[MicroBatch], number: int, *samples: Any) -> CallStats:
-        """Make the run's fake update ``number`` on this replica's micro-batches."""
-        with self.step("update", number) as turn:
-            batches = [from_wire(batch) for batch in samples]
-            figures = self.part.update(batches, self.collective)
-            versions = [(b.batch_id.generator_version, figures.version) for b in batches]
-            return turn.stats(len(micros), figures, versions)
-
-    def score(self, micros: list[MicroBatch], number: int, *proposals: Any) -> list[Any]:
-        """Return the prediction on each proposal after ``number`` updates, then the call's statistics."""
-        with self.step("score", number) as turn:
-            scores = [self.part.score(from_wire(proposal)) for proposal in proposals]
-            versions = [(score.batch_id.generator_version, score.batch_id.fake_version) for score in scores]
-            return [*to_wire(scores), turn.stats(len(micros), versions=versions)]
+    def call(self, name: str, *inputs: Any) -> tuple[Any, CallStats]:
+        """Call the part's ``name``; return its result, and the call's statistics."""
+        with self.turn(name) as turn:
+            made = getattr(self.part, name)(*(from_wire(value) for value in inputs))
+            return to_wire(made), turn.stats(1)
 
 
-class TeacherWorker(Worker):
-    """Scores with the frozen teacher."""
-
-    role = "teacher"
-    part: Scorer
-
-    def score(self, proposal: Any) -> tuple[Any, CallStats]:
-        """Return the guided prediction on a proposal, and the call's statistics."""
-        with self.turn("score") as turn:
-            score = self.part.score(from_wire(proposal))
-            return to_wire(score), turn.stats(1, versions=[(score.batch_id.generator_version, -1)])
-
-    def preview(self, count: int, conditions: Any) -> tuple[Any, CallStats]:
-        """Return the teacher's own many-step pictures [count, C, H, W] for the students' seeds, and statistics."""
-        with self.turn("preview") as turn:
-            noise = initial_noise(self.part.family, self.recipe.seed, 0, count)
-            latents = self.part.sample(noise, from_wire(conditions), steps=self.recipe.teacher.steps)[-1]
-            return to_wire(self.part.family.decode(latents)), turn.stats()
-
-    def pairs(self, start: int, count: int, conditions: Any) -> tuple[Any, CallStats]:
-        """Return ODE pairs, and the call's statistics."""
-        with self.turn("pairs") as turn:
-            return to_wire(self.part.pairs(start, count, from_wire(conditions))), turn.stats()
+def worker_type(method: Method, role: str) -> type[Worker]:
+    """Return the class of a role's workers, which has the role's name, so that Ray shows whose an actor is."""
+    kind: type[Worker] = FrozenWorker if isinstance(method.roles[role], Frozen) else TrainerWorker
+    if role == method.student:
+        kind = StudentWorker
+    return type("".join(word.capitalize() for word in re.split("[-_]", role)) + "Worker", (kind,), {})
 
 
-WORKERS: dict[str, type[Worker]] = {"generator": GeneratorWorker, "fake": FakeWorker, "teacher": TeacherWorker}
+def _split(inputs: tuple[Any, ...], micros: int) -> list[tuple[Any, ...]]:
+    """Cut what a call was sent into its inputs, each of one value a micro-batch."""
+    return [inputs[at : at + micros] for at in range(0, len(inputs), micros)] if micros else []
+
+
+def _received(micro: MicroBatch, value: Any) -> Any:
+    """Return a role's message, or a micro-batch of prompts, which comes as its conditions."""
+    received = from_wire(value)
+    return PromptBatch(micro.start, micro.count, received) if isinstance(value, dict) else received

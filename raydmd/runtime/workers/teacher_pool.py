@@ -1,4 +1,4 @@
-"""The scorer pool: stateless workers that take micro-batches as they finish, and whose loss costs a micro-batch."""
+"""A frozen role's pool: workers without a state that take micro-batches as they finish; a loss costs one of those."""
 
 import asyncio
 import time
@@ -92,7 +92,7 @@ class ScorerPool:
         self._hand_out()
 
     async def map(self, method: str, inputs: list[tuple[Any, ...]]) -> Call:
-        """Call ``method(*input)`` for each input on whichever workers there are; return once all have answered.
+        """Call the parts' ``method(*input)`` for each input on whichever workers there are; return when all answered.
 
         Raises:
             ray.exceptions.RayError: an input failed for its own fault ``tries`` times, or is itself lost.
@@ -186,7 +186,7 @@ class ScorerPool:
 
     async def _work(self, seat: _Seat, job: _Job) -> None:
         try:
-            result, stats = getattr(seat.worker.actor, job.method).options(num_returns=2).remote(*job.arguments)
+            result, stats = seat.worker.actor.call.options(num_returns=2).remote(job.method, *job.arguments)
             cost = await stats
         except Exception as error:
             self._take_back(seat, job)

@@ -6,9 +6,9 @@ from typing import Any
 from ray import ObjectRef
 
 from raydmd.runtime.membership.role_workers import WorkerHandle
-from raydmd.runtime.workers.base import MicroBatch
 from raydmd.runtime.workers.process_group import Rendezvous
 from raydmd.runtime.workers.shares import better_counts, even_counts
+from raydmd.training.messages import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TrainerGroup:
     calls take of one another, are the schedule.
 
     Args:
-        role: generator or fake.
+        role: its name.
         micros: the micro-batches of the global batch.
         rendezvous: where replicas find each other.
     """
@@ -59,27 +59,39 @@ class TrainerGroup:
             at += count
         return shares
 
-    def produce(self, method: str, *extra: Any, inputs: list[ObjectRef]) -> Call:
-        """Call ``method(micros, *extra, *inputs of those)``: a result for each micro-batch and statistics come back."""
+    def produce(
+        self, name: str, at: int, ahead: int, arguments: tuple[Any, ...], inputs: list[list[ObjectRef]]
+    ) -> Call:
+        """Call the parts' ``name`` for every micro-batch; a result for each and statistics come back.
+
+        Args:
+            name: the part's method.
+            at: updates of the role that come before the call.
+            ahead: how many of them may be missing.
+            arguments: plain values, the same for all.
+            inputs: lists of one reference a micro-batch; a replica gets its own of the first list, of the next...
+        """
         results, call_stats = [], []
         for worker, share in self.shares():
             if share:
-                call = getattr(worker.actor, method).options(num_returns=len(share) + 1)
-                *made, stats = call.remote(share, *extra, *(inputs[micro.index] for micro in share))
+                call = worker.actor.produce.options(num_returns=len(share) + 1)
+                *made, stats = call.remote(name, share, at, ahead, arguments, *_own(share, inputs))
                 results += made
                 call_stats.append(stats)
         return Call(results, call_stats)
 
-    def consume(self, method: str, *extra: Any, inputs: list[list[ObjectRef]]) -> Call:
-        """Call ``method(micros, *extra, *inputs of those)`` on every replica; statistics come back.
+    def prepare(self, name: str, at: int, arguments: tuple[Any, ...], inputs: list[list[ObjectRef]]) -> Call:
+        """Do as `produce`; what the parts make, they keep."""
+        return Call([], [
+            worker.actor.prepare.remote(name, share, at, arguments, *_own(share, inputs))
+            for worker, share in self.shares()
+        ])  # fmt: skip
 
-        ``inputs`` are lists of one reference a micro-batch; a replica gets its own of the first list, of the next...
-        """
-        call_stats = []
-        for worker, share in self.shares():
-            mine = [given[micro.index] for given in inputs for micro in share]
-            call_stats.append(getattr(worker.actor, method).remote(share, *extra, *mine))
-        return Call([], call_stats)
+    def update(self, at: int, inputs: list[list[ObjectRef]]) -> Call:
+        """Make update ``at`` on every replica, which sum their gradients; statistics come back."""
+        return Call([], [
+            worker.actor.update.remote(share, at, len(inputs), *_own(share, inputs)) for worker, share in self.shares()
+        ])  # fmt: skip
 
     def all(self, method: str, *arguments: Any) -> list[ObjectRef]:
         """Call ``method(*arguments)`` on every replica."""
@@ -89,3 +101,7 @@ class TrainerGroup:
         """Call ``method(*arguments)`` on one replica, where all would answer the same; on one that stays, if any."""
         worker = next((worker for worker in self.replicas if worker.leaving is None), self.replicas[0])
         return getattr(worker.actor, method).remote(*arguments)
+
+
+def _own(share: list[MicroBatch], inputs: list[list[ObjectRef]]) -> list[ObjectRef]:
+    return [given[micro.index] for given in inputs for micro in share]
