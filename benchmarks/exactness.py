@@ -1,8 +1,8 @@
-"""Is a distillation on Ray the sequential reference's, to the bit?
+"""Is a distillation on Ray the local executor's, to the bit?
 
-Runs 20 iterations of the digits recipe (the papers' Adam betas, float32) with the reference trainer and on Ray, with
-one worker a role and with 2 generator, 2 fake and 3 scorer workers, and compares every weight: both experts, averaged
-as they are kept, and the fake score's last checkpoint.
+Runs 20 iterations of the digits recipe (the papers' Adam betas, float32) by every method, in one process and on Ray,
+with one worker a role and with 2 generator, 2 fake and 3 teacher workers, and compares every weight: all experts,
+averaged as they are kept, and every trained role's weights and moments in the middle of the last phase.
 
     python benchmarks/exactness.py --json exactness.json
 """
@@ -17,52 +17,59 @@ from safetensors.torch import load_file
 
 from raydmd.methods.loading import load_recipe
 from raydmd.methods.local import Reference, train
+from raydmd.methods.registry import METHODS, build_method
 from raydmd.runs.folders import expert_file
 from raydmd.runtime.launch import distill
 
-LAYOUTS = {"1": (1, 1, 1), "n": (2, 2, 3)}
+LAYOUTS = {"diff_1": (1, 1, 1), "diff_n": (2, 2, 3)}
 
 
-def difference(reference: Reference, middle: Reference, folder: Path) -> dict[str, float]:
-    """Return the largest difference in each expert, and in the trainers' state in the middle of the last phase."""
+def difference(reference: Reference, middle: Reference, folder: Path, at: int, trained: list[str]) -> dict[str, float]:
+    """Return the largest difference in each expert, and in each trained role's state after ``at`` iterations."""
     found = {}
     for index, expert in enumerate(reference.experts):
         other = load_file(expert_file(folder, index))
         found[f"expert {index + 1}"] = max(float((expert[name] - other[name]).abs().max()) for name in expert)
-    for role, part in middle.parts.items():
-        if not hasattr(part, "flat"):
-            continue
-        (shard,) = (folder / "checkpoints").glob(f"step-*15/{role}.safetensors")
-        state, ours = load_file(shard), part.flat.state()
+    for role in trained:
+        (shard,) = (folder / "checkpoints").glob(f"step-*{at}/{role}.safetensors")
+        state, ours = load_file(shard), middle.parts[role].flat.state()
         found[role] = max(float((ours[name] - state[name]).abs().max()) for name in ours)
     return found
 
 
 def main() -> None:
-    """Run all three, compare, print."""
+    """Run all, compare, print."""
     parser = arguments(__doc__)
     parser.add_argument("--iterations", type=int, default=20, help="iterations in all (default %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(1)  # as every role has
-    settings = [f"iterations={options.iterations}", "batch.micro=16", "monitor.samples_every=0", "checkpoint.every=5"]
-    recipe, family, teacher, prompts = open_recipe("digits", options.work, *settings)
-    reference = train(recipe, family, teacher, prompts)
-    middle = train(recipe, family, family.load_teacher(), prompts, iterations=options.iterations * 3 // 4)
-    figures: dict[str, Any] = {"iterations": options.iterations, "betas": list(recipe.optimizer.generator.betas)}
-    for name, (generators, fakes, scorers) in LAYOUTS.items():
-        folder = options.work / f"exactness-{name}"
-        shutil.rmtree(folder, ignore_errors=True)
-        workers = [
-            f"runtime.generator.max_workers={generators}",
-            f"runtime.fake.max_workers={fakes}",
-            f"runtime.teacher.max_workers={scorers}",
-        ]
-        on_ray = load_recipe("digits", [f"teacher.path={recipe.teacher.path}", *settings, *workers])
-        distill(on_ray, folder, console=console)
-        found = difference(reference, middle, folder)
-        figures[f"max_abs_diff_{name}"] = max(found.values())
-        figures[f"by_part_{name}"] = found
-    finish("Ray against the sequential reference", figures, options.json)
+    figures: dict[str, Any] = {}
+    for method in METHODS:
+        settings = [f"iterations={options.iterations}", "batch.micro=16", "monitor.samples_every=0",
+                    "checkpoint.every=5", f"method.name={method}"]  # fmt: skip
+        if method == "dmd":
+            settings += ["method.regression.weight=0.25", "method.regression.pairs=256"]
+        recipe, family, teacher, prompts = open_recipe("digits", options.work, *settings)
+        at, trained = options.iterations * 3 // 4, build_method(recipe).trained()
+        reference = train(recipe, family, teacher, prompts)
+        middle = train(recipe, family, family.load_teacher(), prompts, iterations=at)
+        figures[method] = {}
+        for name, (generators, fakes, teachers) in LAYOUTS.items():
+            folder = options.work / f"exactness-{method}-{name}"
+            shutil.rmtree(folder, ignore_errors=True)
+            workers = [
+                f"runtime.generator.max_workers={generators}",
+                f"runtime.fake.max_workers={fakes}",
+                f"runtime.teacher.max_workers={teachers}",
+            ]
+            on_ray = load_recipe("digits", [f"teacher.path={recipe.teacher.path}", *settings, *workers])
+            distill(on_ray, folder, console=console)
+            found = difference(reference, middle, folder, at, trained)
+            figures[method] |= {name: max(found.values()), f"{name}_by_part": found}
+            console.print(f"{method} {name}: {max(found.values()):g}", highlight=False)
+    worst = {f"{method} {name}": figures[method][name] for method in METHODS for name in LAYOUTS}
+    finish("Ray against the local executor: largest difference", worst, None)
+    finish("exactness", figures, options.json)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ Three measurements on the digits recipe at batch 256:
 
     over_critical_path      Ray with roles that sleep for as long as the real ones work, over the critical path of the
                             dependency graph of those sleeps: what the runtime itself costs
+    wall_over_measured_path Ray with the real roles over the critical path of its own calls, as each was measured: what
+                            is lost beside the work, with three busy processes on the machine's cores
     speedup_over_reference  the sequential reference over Ray with the real roles of one thread each; the reference on
                             one thread (_1) and on two (_2)
     reference_over_bare     the sequential reference over a loop written by hand (bare_loop.py), batch 64 and 256
@@ -18,7 +20,7 @@ import statistics
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from bare_loop import bare_loop
@@ -30,7 +32,10 @@ from raydmd.diffusion.random import Key
 from raydmd.jsonl import read_lines
 from raydmd.methods.local import train
 from raydmd.methods.registry import plan_phases
+from raydmd.runtime import launch
 from raydmd.runtime.launch import distill
+from raydmd.runtime.observability.recorder import Recorder
+from raydmd.runtime.workers.base import CallStats
 from raydmd.sampling.phase import Phase
 from raydmd.sampling.plan import plan_iterations
 from raydmd.sampling.student import exit_step
@@ -104,6 +109,38 @@ def critical_path(recipe: Recipe, costs: Costs) -> float:
     return generator
 
 
+def measured_path(calls: list[list[CallStats]]) -> float:
+    """Return the seconds of all iterations if messages took no time and each call took as long as it did.
+
+    Args:
+        calls: the calls of each iteration, of one worker a role.
+    """
+    generator = fake = teacher = 0.0
+    for made in calls:
+        spent: dict[tuple[str, str], list[float]] = {}
+        for stats in made:
+            spent.setdefault((stats.role, stats.call), []).append(stats.busy_seconds)
+        for rollout, update in zip(spent["generator", "rollout"], spent["fake", "update"], strict=True):
+            generator += rollout
+            fake = max(fake, generator) + update
+        generator += sum(spent["generator", "propose"])
+        teacher = max(teacher, generator) + sum(spent["teacher", "score"])
+        fake = max(fake, generator) + sum(spent["fake", "score"])
+        generator += sum(spent.get(("generator", "prepare"), []))
+        generator = max(generator, teacher, fake) + sum(spent["generator", "update"])
+    return generator
+
+
+class Watched(Recorder):
+    """A recorder that keeps the statistics of every call."""
+
+    calls: ClassVar[list[list[CallStats]]] = []
+
+    def iteration(self, phase: int, iteration: int, call_stats: list[CallStats], *more: Any) -> dict[str, Any]:
+        self.calls.append(call_stats)
+        return super().iteration(phase, iteration, call_stats, *more)
+
+
 class _Weightless:
     """What a sleeping role has to save."""
 
@@ -172,6 +209,7 @@ class SleepingScorer(Sleeper):
 def on_ray(recipe: Recipe, folder: Path, parts: Any = None) -> list[float]:
     """Return the seconds of each iteration on Ray."""
     shutil.rmtree(folder, ignore_errors=True)
+    Watched.calls.clear()
     distill(recipe, folder, console=QUIET, parts=parts)
     return [line["seconds"] for line in read_lines(folder / "metrics.jsonl")]
 
@@ -196,6 +234,7 @@ def settled(seconds: list[float], recipe: Recipe, skip: int = 3) -> float:
 
 def main() -> None:
     """Measure all, print, write."""
+    launch.Recorder = Watched  # type: ignore[misc]
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each comparison (default %(default)s)")
     parser.add_argument("--iterations", type=int, default=40, help="iterations of a run (default %(default)s)")
@@ -220,13 +259,11 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"critical_path": [path]}
     for _ in range(options.rounds):
         asleep = statistics.mean(on_ray(recipe, folder, parts)[1:])
+        awake = on_ray(recipe, folder)
+        ratios.setdefault("wall_over_measured_path", []).append(sum(awake[1:]) / measured_path(Watched.calls[1:]))
         ray, one, two = (
             settled(result, recipe)
-            for result in (
-                on_ray(recipe, folder),
-                sequential(recipe, family, prompts, 1),
-                sequential(recipe, family, prompts, 2),
-            )
+            for result in (awake, sequential(recipe, family, prompts, 1), sequential(recipe, family, prompts, 2))
         )
         ratios.setdefault("over_critical_path", []).append(asleep / path)
         ratios.setdefault("speedup_over_reference_1", []).append(one / ray)

@@ -36,6 +36,12 @@ def rays_listen_on_loopback_only() -> Iterator[None]:
         assert elsewhere == []
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test by the folder that it is in."""
+    for item in items:
+        item.add_marker(item.path.relative_to(Path(__file__).parent).parts[0])
+
+
 SMALL = {
     "ring": ["teacher.options={width: 32, depth: 2}", "pretrain.batch=64", "pretrain.micro=64"],
     "digits": ["teacher.options={width: 32, depth: 1, ratio: 2}", "pretrain.batch=32", "pretrain.micro=32"],

@@ -33,8 +33,9 @@ from raydmd.evaluation.prompts import in_turn
 from raydmd.models.base import Conditions, Denoiser, Family
 from raydmd.models.experts import Experts
 from raydmd.runs.run import Run
-from raydmd.sampling.noise import StudentSamples, sample_student
+from raydmd.sampling.noise import starting_latents
 from raydmd.sampling.phase import Phase
+from raydmd.sampling.student import StudentSamples, sample_student
 from raydmd.training.teacher import Scorer
 
 Figures = dict[str, Any]
@@ -226,8 +227,8 @@ def teacher_samples(
 ) -> Tensor:
     """Return the teacher's samples [count, ...] from the noise of one stream of ``seed``."""
     family, steps = scorer.family, steps or scorer.recipe.teacher.steps
-    noise = normal(Key(seed, 0, f"evaluation/{stream}", 0), 0, count, family.latent_shape)
-    noise = noise * float(family.schedule.sigma(family.schedule.t_max))
+    numbers = normal(Key(seed, 0, f"evaluation/{stream}", 0), 0, count, family.latent_shape)
+    noise = starting_latents(family, numbers)
     return complete(scorer, noise, conditions, batch=batch, steps=steps, method=method)
 
 

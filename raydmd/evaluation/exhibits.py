@@ -18,8 +18,9 @@ from raydmd.evaluation.pictures import Limits, grid, in_plane, limits_of, png, s
 from raydmd.evaluation.prompts import in_turn, words_in_turn
 from raydmd.models.diffusers.hub import HUB
 from raydmd.runs.run import Run
-from raydmd.sampling.noise import StudentSamples, initial_noise, sample_student
+from raydmd.sampling.noise import initial_noise
 from raydmd.sampling.phase import Phase
+from raydmd.sampling.student import StudentSamples, sample_student
 from raydmd.training.teacher import Scorer
 
 SEED = 0

@@ -16,7 +16,7 @@ from raydmd.evaluation.prompts import from_text, own_prompts
 from raydmd.evaluation.videos import FPS, video
 from raydmd.models.base import Family
 from raydmd.runs.run import Run
-from raydmd.sampling.noise import sample_student
+from raydmd.sampling.student import sample_student
 
 Pictures = Tensor | np.ndarray
 Limits = tuple[float, float, float, float]

@@ -35,7 +35,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), plugins: Seque
 
 
 def load_strangers_recipe(path: Path) -> Recipe:
-    """Read the recipe of a run's folder without importing its plugins: a stranger's folder must not run code.
+    """Read a recipe, as of a run's folder, without importing its plugins: a stranger's must not run code.
 
     Raises:
         UserError: as `load_recipe`; its method or family comes from a plugin that was not given.
@@ -47,7 +47,7 @@ def load_strangers_recipe(path: Path) -> Recipe:
         if not (named := _named(tree)):
             raise
         words = " ".join(f"--plugin {name}" for name in named)
-        told = f"the run had plugins, which are not imported from its folder; give them again: {words}"
+        told = f"it names plugins, which are not imported from here; give them: {words}"
         raise UserError(f"{error} ({told})") from None
 
 

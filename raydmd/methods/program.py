@@ -1,13 +1,16 @@
 """A method's iteration as a list of calls, made without doing any of them: what the executors and recovery go by."""
 
+import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
 from raydmd.config.recipe import Recipe
 from raydmd.methods.base import Frozen, Method
+from raydmd.methods.loading import parse_recipe
 from raydmd.methods.registry import build_method
 from raydmd.sampling.phase import Phase
 from raydmd.sampling.plan import plan_iterations
@@ -178,11 +181,10 @@ class MethodTrace:
         Args:
             updates: made, by trained role.
         """
-        return min(self._complete(role, made) for role, made in updates.items())
-
-    def _complete(self, role: str, made: int) -> int:
-        numbers = range(self.ends[-1] + 1)
-        return bisect_right(numbers, made, key=lambda n: self.updates_before(n)[role]) - 1
+        n, total = 0, self.ends[-1]
+        while n < total and all(self.updates_before(n + 1)[role] <= made for role, made in updates.items()):
+            n += 1
+        return n
 
     def consistent(self, updates: Mapping[str, int], max_staleness: int = 0) -> bool:
         """Whether a run can go on from trained roles that have made so many updates each.
@@ -218,6 +220,13 @@ def trace_method(recipe: Recipe, t_max: float = 1.0) -> MethodTrace:
     Raises:
         UserError: a method, phases or iterations that do not go together.
     """
-    method = build_method(recipe)
+    return _trace(recipe.model_dump_json(), t_max)
+
+
+@lru_cache(maxsize=4)
+def _trace(recipe: str, t_max: float) -> MethodTrace:
+    """Trace a recipe, as JSON: a long run's iterations are counted once in a process."""
+    parsed = parse_recipe(json.loads(recipe), "recipe")
+    method = build_method(parsed)
     phases = method.phases(t_max)
-    return MethodTrace(method, phases, list(accumulate(plan_iterations(recipe, phases))))
+    return MethodTrace(method, phases, list(accumulate(plan_iterations(parsed, phases))))

@@ -31,10 +31,11 @@ from raydmd.runtime.membership.placement import wait_for_helpers, wait_for_worke
 from raydmd.runtime.membership.role_workers import RoleWorkers
 from raydmd.runtime.observability.recorder import Recorder
 from raydmd.runtime.observability.status import StatusWriter
-from raydmd.runtime.own_ray import in_a_group_of_its_own, make_room_for_sockets
+from raydmd.runtime.own_ray import make_room_for_sockets
 from raydmd.runtime.prompts import PromptStream
 from raydmd.runtime.ray_compat import (
     adopt_orphans,
+    in_a_group_of_its_own,
     no_accidental_start,
     own_signals,
     quiet_dead_workers,

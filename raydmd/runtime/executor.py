@@ -11,6 +11,7 @@ from raydmd.config.recipe import Recipe
 from raydmd.methods.program import CallNode, MethodTrace, Node, PromptsNode, Trace
 from raydmd.runtime.actors import RunActors
 from raydmd.runtime.workers.trainer_group import Call
+from raydmd.training.messages import micro_batches
 
 
 class RayExecutor:
@@ -37,6 +38,7 @@ class RayExecutor:
         answered: Callable[[int], None],
     ) -> None:  # fmt: skip
         self.recipe, self.trace, self.actors, self.note, self.answered = recipe, trace, actors, note, answered
+        self.micros = micro_batches(recipe)
         self.forget({})
 
     def forget(self, updates: dict[str, int]) -> None:
@@ -92,8 +94,9 @@ class RayExecutor:
         """Give a frozen role's micro-batches to its pool, once what they take is there."""
         await self._ask_frozen(n, call)
         await asyncio.gather(*(ref for node in call.inputs if isinstance(node, CallNode) for ref in self._waits[node]))
-        inputs = zip(*(self._results(node) for node in call.inputs), strict=True)
-        sent = await self.actors.pools[call.role].map(call.name, [(*call.arguments, *each) for each in inputs])
+        inputs = zip(self.micros, *(self._results(node) for node in call.inputs), strict=True)
+        jobs = [(micro, *call.arguments, *each) for micro, *each in inputs]
+        sent = await self.actors.pools[call.role].map(call.name, jobs)
         self._made[call], self._waits[call] = sent.results, []
         self.note(n, sent)
 

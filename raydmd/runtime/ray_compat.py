@@ -6,6 +6,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import ray
@@ -123,3 +124,47 @@ def no_accidental_start() -> None:
 
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # of processes that are started from here
     auto_init_hook.enable_auto_connect = False
+
+
+@contextmanager
+def in_a_group_of_its_own() -> Iterator[None]:
+    """Start Ray's processes in process groups of their own for the time of the block.
+
+    A signal that a terminal, a service manager or `timeout` sends to this command's group then ends this process alone,
+    which ends Ray: else Ray's would be gone before the command has let go of what runs on it. They still die with
+    this process, however it ends.
+    """
+    from ray._private import services
+
+    module: Any = services
+    before = module.ConsolePopen
+    module.ConsolePopen = partial(before, process_group=0)
+    try:
+        yield
+    finally:
+        module.ConsolePopen = before
+
+
+def actor_record(actor: Any) -> dict[str, Any]:
+    """Return what Ray's control store knows of an actor: ``State``, ``Pid`` (0 before it has a process) and more."""
+    from ray._private.state import state
+
+    return dict(state.actor_table(actor._actor_id.hex(), None, None))
+
+
+def draining_nodes() -> dict[str, float]:
+    """Return the nodes that Ray is told will go away, with the time.time() of their end (infinity: no date)."""
+    from ray._private.state import state
+
+    return {node: at / 1000 if at else float("inf") for node, at in state.get_draining_nodes().items()}
+
+
+def pending_requests() -> Iterator[tuple[dict[str, float], list[str], int]]:
+    """Yield what Ray's nodes lack room for: resources by name, keys of the labels asked for, how many such requests."""
+    from ray.autoscaler.v2.sdk import get_cluster_resource_state
+
+    gcs = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
+    for pending in get_cluster_resource_state(gcs).pending_resource_requests:
+        selectors = pending.request.label_selectors
+        keys = [constraint.label_key for each in selectors[:1] for constraint in each.label_constraints]
+        yield dict(pending.request.resources_bundle), keys, pending.count

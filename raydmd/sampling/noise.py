@@ -1,29 +1,9 @@
-"""Sampling from a trained student: sample i of a seed is the same picture alone or in any batch."""
-
-from dataclasses import dataclass
+"""The noise that samples begin from and that steps add: sample i of a seed has the same alone or in any batch."""
 
 import torch
 
 from raydmd.diffusion.random import Key, normal
-from raydmd.models.base import Conditions, Family
-from raydmd.models.experts import Experts
-from raydmd.sampling.phase import Phase
-from raydmd.sampling.student import steps
-
-
-@dataclass(frozen=True)
-class StudentSamples:
-    """Latents on their way from noise to data.
-
-    Attributes:
-        latents: the result at t = 0 (or at the end of the last phase given), [N, ...].
-        boundaries: x_s at each phase's end, [N, ...] each; the last is ``latents``.
-        path: (index of the expert that made it, time, latents [N, ...]), from the initial noise on.
-    """
-
-    latents: torch.Tensor
-    boundaries: list[torch.Tensor]
-    path: list[tuple[int, float, torch.Tensor]]
+from raydmd.models.base import Family
 
 
 def sample_key(seed: int) -> Key:
@@ -31,35 +11,16 @@ def sample_key(seed: int) -> Key:
     return Key(seed, 0, "sample", 0)
 
 
-def initial_noise(family: Family, seed: int, start: int, count: int) -> torch.Tensor:
-    """Return the noise [count, ...] from which samples ``start .. start + count`` of ``seed`` begin."""
-    noise = normal(sample_key(seed), start, count, family.latent_shape)
+def renoise_key(key: Key, number: int) -> Key:
+    """Return the name of the noise that step ``number`` (from 1, over all phases) adds where steps renoise."""
+    return Key(key.seed, key.phase, f"{key.stream}/renoise-{number}", key.update)
+
+
+def starting_latents(family: Family, noise: torch.Tensor) -> torch.Tensor:
+    """Return the latents at the schedule's noisiest time that normal numbers [B, ...] are: 1 times them but for EDM."""
     return noise * float(family.schedule.sigma(family.schedule.t_max))
 
 
-@torch.no_grad()
-def sample_student(
-    family: Family,
-    experts: Experts,
-    phases: list[Phase],
-    conditions: Conditions,
-    count: int,
-    *,
-    seed: int = 0,
-    start: int = 0,
-    solver: str = "euler",
-    device: torch.device | str = "cpu",
-) -> StudentSamples:
-    """Sample ``count`` latents; number i of the result is sample ``start + i`` of ``seed``.
-
-    They begin from `initial_noise`.
-    """
-    key = sample_key(seed)
-    times = [phases[0].times[0], *(t for phase in phases for t in phase.times[1:])]
-    made = steps(family, experts, phases, key, start, conditions, count, solver=solver, device=device)
-    path = [(expert, t, x.cpu()) for t, (expert, x) in zip(times, made, strict=True)]
-    ends, at = [], 0
-    for phase in phases:
-        at += phase.steps
-        ends.append(path[at][2])
-    return StudentSamples(path[-1][2], ends, path)
+def initial_noise(family: Family, seed: int, start: int, count: int) -> torch.Tensor:
+    """Return the latents [count, ...] from which samples ``start .. start + count`` of ``seed`` begin."""
+    return starting_latents(family, normal(sample_key(seed), start, count, family.latent_shape))

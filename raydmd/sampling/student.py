@@ -1,6 +1,9 @@
-"""Rollouts of the experts from noise to a phase's end (Phased DMD Sec. 2.2-2.3, Fig. 1)."""
+"""The few-step sampler, and rollouts of the experts from noise to a phase's end (Phased DMD Sec. 2.2-2.3, Fig. 1)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -8,7 +11,8 @@ import torch
 from raydmd.diffusion.random import Key, integer, normal
 from raydmd.diffusion.solvers import euler_step, renoise_step
 from raydmd.models.base import Conditions, Family
-from raydmd.models.experts import Experts
+from raydmd.models.experts import Expert, Experts
+from raydmd.sampling.noise import renoise_key, sample_key, starting_latents
 from raydmd.sampling.phase import Phase
 
 
@@ -22,9 +26,59 @@ def truncated(phase: Phase, leave: int) -> tuple[float, ...]:
     return (*phase.times[:leave], phase.end)
 
 
-def renoise_key(key: Key, number: int) -> Key:
-    """Return the name of the noise that step ``number`` (from 1, over all phases) adds where steps renoise."""
-    return Key(key.seed, key.phase, f"{key.stream}/renoise-{number}", key.update)
+@dataclass(frozen=True)
+class Move:
+    """One step of a solver.
+
+    Attributes:
+        number: of the step on the whole way, from 1.
+        t: the time before it.
+        t_next: the time after it.
+        before: latents at ``t``, [B, ...].
+        prediction: the network's on them.
+        latents: those at ``t_next``.
+    """
+
+    number: int
+    t: float
+    t_next: float
+    before: torch.Tensor
+    prediction: torch.Tensor
+    latents: torch.Tensor
+
+
+def walk(
+    family: Family,
+    denoise: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    times: Sequence[float],
+    x: torch.Tensor,
+    *,
+    renoise: Callable[[int], torch.Tensor] | None = None,
+    first: int = 1,
+    keeps: Sequence[bool] | None = None,
+) -> Iterator[Move]:
+    """Make a network's steps from ``x`` one by one: the loop of training, previews, `generate`, evaluation and serving.
+
+    Args:
+        family: the network's.
+        denoise: its prediction on latents [B, ...] at times [B] (float64).
+        times: the step grid, falling.
+        x: latents [B, ...] at ``times[0]``.
+        renoise: gives the noise [B, ...] that a step adds, by its number; None: Euler's steps, which add none.
+        first: number of the first step.
+        keeps: for each step, whether its graph is kept; None: as it is outside.
+    """
+    schedule, source = family.schedule, family.prediction
+    for index, (t, t_next) in enumerate(pairwise(times)):
+        number = first + index
+        with nullcontext() if keeps is None else torch.set_grad_enabled(keeps[index]):
+            prediction = denoise(x, torch.full((len(x),), t, dtype=torch.float64, device=x.device))
+            if renoise is None:
+                latents = euler_step(schedule, prediction, x, t, t_next, source)
+            else:
+                latents = renoise_step(schedule, prediction, x, t, t_next, source, renoise(number))
+        yield Move(number, t, t_next, x, prediction, latents)
+        x = latents
 
 
 def rollout(
@@ -74,27 +128,73 @@ def steps(
 
     With ``entry``, the latents at which the last of ``phases`` begins, from there.
     """
-    schedule, shape, number = family.schedule, family.latent_shape, 0
+    shape, number = family.latent_shape, 0
     if entry is None:
-        x = normal(key, start, count, shape).to(device)
-        x = x * float(schedule.sigma(schedule.t_max))  # 1 but for EDM
+        x = starting_latents(family, normal(key, start, count, shape).to(device))
     else:
         x, number = entry, sum(phase.steps for phase in phases[:-1])
         phases = phases[-1:]
+
+    def renoise(number: int) -> torch.Tensor:
+        return normal(renoise_key(key, number), start, count, shape).to(device)
+
     yield phases[0].index, x
     for phase in phases:
-        last_phase = phase is phases[-1]
+        last_phase, expert = phase is phases[-1], experts.expert(phase.index)
         times = truncated(phase, leave) if last_phase and leave else phase.times
-        denoise = experts.expert(phase.index)
-        for step, (t, t_next) in enumerate(pairwise(times), start=1):
-            keep = grad and last_phase and (phase.gradient == "vanilla" or step == len(times) - 1)
-            with torch.set_grad_enabled(keep):
-                at = torch.full((count,), t, dtype=torch.float64, device=device)
-                prediction = denoise(x, at, conditions)
-                number += 1
-                if solver == "euler":
-                    x = euler_step(schedule, prediction, x, t, t_next, family.prediction)
-                else:
-                    noise = normal(renoise_key(key, number), start, count, shape).to(device)
-                    x = renoise_step(schedule, prediction, x, t, t_next, family.prediction, noise)
+        calls = len(times) - 1
+        keeps = [grad and last_phase and (phase.gradient == "vanilla" or step == calls) for step in range(1, calls + 1)]
+        moves = walk(
+            family, partial(_predict, expert, conditions), times, x,
+            renoise=None if solver == "euler" else renoise, first=number + 1, keeps=keeps,
+        )  # fmt: skip
+        for move in moves:
+            number, x = move.number, move.latents
             yield phase.index, x
+
+
+def _predict(network: Expert, conditions: Conditions, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return network(x, t, conditions)
+
+
+@dataclass(frozen=True)
+class StudentSamples:
+    """Latents on their way from noise to data.
+
+    Attributes:
+        latents: the result at t = 0 (or at the end of the last phase given), [N, ...].
+        boundaries: x_s at each phase's end, [N, ...] each; the last is ``latents``.
+        path: (index of the expert that made it, time, latents [N, ...]), from the initial noise on.
+    """
+
+    latents: torch.Tensor
+    boundaries: list[torch.Tensor]
+    path: list[tuple[int, float, torch.Tensor]]
+
+
+@torch.no_grad()
+def sample_student(
+    family: Family,
+    experts: Experts,
+    phases: list[Phase],
+    conditions: Conditions,
+    count: int,
+    *,
+    seed: int = 0,
+    start: int = 0,
+    solver: str = "euler",
+    device: torch.device | str = "cpu",
+) -> StudentSamples:
+    """Sample ``count`` latents; number i of the result is sample ``start + i`` of ``seed``.
+
+    They begin from `initial_noise`.
+    """
+    key = sample_key(seed)
+    times = [phases[0].times[0], *(t for phase in phases for t in phase.times[1:])]
+    made = steps(family, experts, phases, key, start, conditions, count, solver=solver, device=device)
+    path = [(expert, t, x.cpu()) for t, (expert, x) in zip(times, made, strict=True)]
+    ends, at = [], 0
+    for phase in phases:
+        at += phase.steps
+        ends.append(path[at][2])
+    return StudentSamples(path[-1][2], ends, path)

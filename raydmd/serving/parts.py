@@ -1,10 +1,8 @@
 """The parts of a picture's way: text to conditions, each expert's steps, the teacher's, latents to files."""
 
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,6 @@ from torch import Tensor
 
 from raydmd.config.recipe import Recipe
 from raydmd.diffusion.random import normal
-from raydmd.diffusion.solvers import euler_step, renoise_step
 from raydmd.errors import UserError
 from raydmd.evaluation.pictures import finite_samples, from_pixels, png_text
 from raydmd.evaluation.prompts import from_text, own_prompts
@@ -22,9 +19,9 @@ from raydmd.evaluation.videos import video
 from raydmd.models.base import Conditions, Family
 from raydmd.models.experts import Expert, fuse_lora
 from raydmd.runs.run import Run
-from raydmd.sampling.noise import sample_key
+from raydmd.sampling.noise import renoise_key, sample_key, starting_latents
 from raydmd.sampling.phase import Phase
-from raydmd.sampling.student import renoise_key
+from raydmd.sampling.student import Move, walk
 from raydmd.serving.contract import BadRequest, Format, Size
 from raydmd.serving.settings import Weights
 from raydmd.training.teacher import Scorer
@@ -48,18 +45,7 @@ class Noise:
 
 def initial(family: Family, noises: list[Noise], shape: tuple[int, ...]) -> Tensor:
     """Return the latents [B, *shape] from which samples begin, as `sampling.noise.initial_noise` has them."""
-    return torch.stack([noise.draw(shape) for noise in noises]) * float(family.schedule.sigma(family.schedule.t_max))
-
-
-@dataclass(frozen=True)
-class Move:
-    """A step that was made: its number on the whole way (from 1), latents after it, what gives the predicted x_0."""
-
-    number: int
-    t: float
-    t_next: float
-    latents: Tensor
-    clean: Callable[[], Tensor]
+    return starting_latents(family, torch.stack([noise.draw(shape) for noise in noises]))
 
 
 class Encoder:
@@ -151,18 +137,16 @@ class Steps:
 
     def walk(self, x: Tensor, conditions: Conditions, noises: list[Noise]) -> Iterator[Move]:
         """Make the steps from ``x`` [B, ...] one by one."""
-        schedule, source = self.family.schedule, self.family.prediction
         x, conditions = x.to(self.device), {name: value.to(self.device) for name, value in conditions.items()}
-        for number, (t, t_next) in enumerate(pairwise(self.phase.times), start=self.first):
-            at = torch.full((len(x),), t, dtype=torch.float64, device=self.device)
-            prediction = self.network(x, at, conditions)
-            clean = partial(_clean, self.family, prediction, x, t)
-            if self.solver == "euler":
-                x = euler_step(schedule, prediction, x, t, t_next, source)
-            else:
-                again = torch.stack([noise.draw(tuple(x.shape[1:]), number) for noise in noises]).to(self.device)
-                x = renoise_step(schedule, prediction, x, t, t_next, source, again)
-            yield Move(number, t, t_next, x, clean)
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            return self.network(x, t, conditions)
+
+        def renoise(number: int) -> Tensor:
+            return torch.stack([noise.draw(tuple(x.shape[1:]), number) for noise in noises]).to(self.device)
+
+        fresh = None if self.solver == "euler" else renoise
+        yield from walk(self.family, denoise, self.phase.times, x, renoise=fresh, first=self.first)
 
 
 class TeacherSteps:
@@ -188,19 +172,17 @@ class TeacherSteps:
 
     def walk(self, x: Tensor, conditions: Conditions, noises: list[Noise]) -> Iterator[Move]:
         """Make the steps from ``x`` [B, ...] one by one."""
-        schedule, source = self.family.schedule, self.family.prediction
         x = x.to(self.scorer.device)
-        times = self.scorer.times(self.steps, tuple(x.shape[1:]))
-        for number, (t, t_next) in enumerate(pairwise(times), start=1):
-            at = torch.full((len(x),), t, dtype=torch.float64)
-            prediction = self.scorer.predict(x, at, conditions, self.guidance_scale)
-            clean = partial(_clean, self.family, prediction, x, t)
-            x = euler_step(schedule, prediction, x, t, t_next, source)
-            yield Move(number, t, t_next, x, clean)
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return self.scorer.predict(x, t, conditions, self.guidance_scale)
+
+        yield from walk(self.family, predict, self.scorer.times(self.steps, tuple(x.shape[1:])), x)
 
 
-def _clean(family: Family, prediction: Tensor, x: Tensor, t: float) -> Tensor:
-    return family.schedule.denoised_pair(prediction, x, t, family.prediction)[0]
+def denoised(family: Family, move: Move) -> Tensor:
+    """Return the x_0 [B, ...] that a step's network predicts."""
+    return family.schedule.denoised_pair(move.prediction, move.before, move.t, family.prediction)[0]
 
 
 def expert_networks(run: Run, indices: list[int], weights: Weights | None, device: torch.device) -> dict[int, Expert]:

@@ -24,6 +24,7 @@ from raydmd.serving.parts import (
     Noise,
     Steps,
     TeacherSteps,
+    denoised,
     expert_networks,
     initial,
     teacher_steps,
@@ -365,7 +366,7 @@ def _do(
                 x, took = move.latents, time.perf_counter() - step_began
                 if any(job.preview for job in jobs):
                     step = Step(move.number, total, part, move.t, move.t_next, took, ())
-                    _show(engine, step, move.clean(), jobs, say)
+                    _show(engine, step, denoised(engine.family, move), jobs, say)
                 step_began = time.perf_counter()
         elif part == "decode":
             assert engine.decoder is not None

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from raydmd.models.base import Conditions
-from raydmd.sampling.noise import sample_student
+from raydmd.sampling.student import sample_student
 from raydmd.training.generator import Generator
 
 

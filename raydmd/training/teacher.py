@@ -7,12 +7,12 @@ import torch
 from raydmd.config.recipe import Recipe
 from raydmd.data.trajectories import Pairs
 from raydmd.diffusion.random import Key, normal
-from raydmd.diffusion.solvers import integrate
 from raydmd.errors import RunError
 from raydmd.models.base import Conditions, Denoiser, Family
 from raydmd.objectives.distribution_matching import guided
-from raydmd.sampling.noise import initial_noise
+from raydmd.sampling.noise import initial_noise, starting_latents
 from raydmd.sampling.phase import Phase
+from raydmd.sampling.teacher import cut_grid, follow_ode
 from raydmd.training.messages import Noised, Score
 
 
@@ -67,17 +67,13 @@ class Scorer:
 
         The grid is the teacher's own of ``steps`` steps, cut at ``start``. Returns [points, B, ...].
         """
-        t_max = self.family.schedule.t_max
-        start = t_max if start is None else start
-        grid = [start, *(t for t in self.times(steps, tuple(x.shape[1:])) if t < start - 1e-9)]
+        start = self.family.schedule.t_max if start is None else start
+        times = cut_grid(self.times(steps, tuple(x.shape[1:])), start)
 
-        def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
-            return self.predict(x, torch.full((x.shape[0],), t, dtype=torch.float64), conditions)
+        def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.predict(x, t, conditions)
 
-        return integrate(
-            self.family.schedule, denoise, x.to(self.device), grid, self.family.prediction,
-            "heun" if method == "heun" else "euler",
-        )  # fmt: skip
+        return follow_ode(self.family, predict, x.to(self.device), times, "heun" if method == "heun" else "euler")
 
     def preview(self, count: int, conditions: Conditions) -> torch.Tensor:
         """Return its own many-step pictures [count, C, H, W], from the noise of the students' previews."""
@@ -90,8 +86,8 @@ class Scorer:
         Raises:
             RunError: a result is not finite.
         """
-        noise = normal(Key(self.recipe.seed, 0, "pairs", 0), start, count, self.family.latent_shape)
-        noise = noise * float(self.family.schedule.sigma(self.family.schedule.t_max))
+        numbers = normal(Key(self.recipe.seed, 0, "pairs", 0), start, count, self.family.latent_shape)
+        noise = starting_latents(self.family, numbers)
         result = self.sample(noise, conditions, steps=self.recipe.teacher.steps)[-1]
         if broken := int((~result.isfinite()).flatten(1).any(1).sum()):
             raise RunError(

@@ -12,7 +12,7 @@ import yaml
 
 from raydmd.config.recipe import Recipe
 from raydmd.errors import UserError, nearest
-from raydmd.methods.loading import load_recipe
+from raydmd.methods.loading import load_strangers_recipe
 from raydmd.validation.document import read_documents
 from raydmd.validation.kuberay import KINDS, Commands, check_kuberay, check_serve_config
 from raydmd.validation.launcher import check_launcher, launcher_keys
@@ -125,6 +125,6 @@ def _recipe(path: Path) -> list[str]:
     from raydmd.recipe_check import check_offline
 
     try:
-        return check_offline(load_recipe(str(path)))
+        return check_offline(load_strangers_recipe(path))
     except UserError as error:
         raise UserError(str(error).removeprefix(f"{path}: ")) from None

@@ -3,11 +3,8 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import ray
-from ray._private.state import state
-from ray.autoscaler.v2.sdk import get_cluster_resource_state
-
 from raydmd.config.recipe import Role
+from raydmd.runtime.ray_compat import actor_record, pending_requests
 
 if TYPE_CHECKING:
     from raydmd.runtime.membership.role_workers import RoleWorkers
@@ -36,18 +33,15 @@ def find_unplaced(role_workers: "Iterable[RoleWorkers]") -> dict[str, set[Any]]:
 
 
 def _has_process(actor: Any) -> bool:
-    return bool(state.actor_table(actor._actor_id.hex(), None, None).get("Pid"))
+    return bool(actor_record(actor).get("Pid"))
 
 
 def _lacking() -> dict[Shape, int]:
     """Return how many requests of each shape wait for room on a node."""
     found: dict[Shape, int] = {}
-    gcs = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
-    for pending in get_cluster_resource_state(gcs).pending_resource_requests:
-        amounts = frozenset((name, amount) for name, amount in pending.request.resources_bundle.items() if amount)
-        selectors = pending.request.label_selectors
-        keys = frozenset(constraint.label_key for each in selectors[:1] for constraint in each.label_constraints)
-        found[amounts, keys] = found.get((amounts, keys), 0) + pending.count
+    for resources, labels, count in pending_requests():
+        shape = frozenset((name, amount) for name, amount in resources.items() if amount), frozenset(labels)
+        found[shape] = found.get(shape, 0) + count
     return found
 
 

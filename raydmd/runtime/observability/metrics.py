@@ -101,7 +101,7 @@ class Metrics:
 
         Args:
             role: whose worker was lost.
-            how: what was done: a word or two, one of a few.
+            how: what was done: a code of `raydmd.runtime.recovery.manager`.
             seconds: from the loss to the next work.
             steps_lost: committed steps that were taken back.
         """

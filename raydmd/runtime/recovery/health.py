@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray._private.state import state
 from ray.exceptions import ActorUnavailableError
 
 from raydmd.errors import RunError
 from raydmd.runtime.checkpoint.queue import STOP_PATIENCE_S
 from raydmd.runtime.membership.role_workers import RoleWorkers, WorkerHandle
 from raydmd.runtime.membership.unplaced import find_unplaced
+from raydmd.runtime.ray_compat import draining_nodes
 from raydmd.runtime.recovery.faults import Stopped, in_words, is_gone
 from raydmd.runtime.recovery.helper_health import CALLER, PROMPTS, WRITER
 from raydmd.runtime.recovery.manager import RecoveryManager
@@ -157,8 +157,3 @@ class HealthMonitor:
             why, recorder = in_words(error), self.recovery.recorder
             recorder.say(f"going on without: a {workers.role} worker does not start: {why}")
             recorder.event("start-failed", role=workers.role, why=why)
-
-
-def draining_nodes() -> dict[str, float]:
-    """Return the nodes that Ray is told will go away, with the time.time() of their end (infinity: no date)."""
-    return {node: at / 1000 if at else float("inf") for node, at in state.get_draining_nodes().items()}

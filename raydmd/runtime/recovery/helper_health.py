@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray._private.state import state
 
 from raydmd.runtime.observability.recorder import Recorder
+from raydmd.runtime.ray_compat import actor_record
 from raydmd.runtime.workers.helpers import HelperHeartbeat
 
 WRITER, PROMPTS, CALLER = "checkpoint writer", "prompt stream", "control caller"
@@ -81,7 +81,7 @@ class HelperMonitor:
         if health.lost is None:
             health.lost = health.heard
         if health.last is None:  # so that an answer of the process that is killed now is known as such
-            health.last = HelperHeartbeat(int(_table(self.helpers[name]).get("Pid") or 0), None, 0)
+            health.last = HelperHeartbeat(int(actor_record(self.helpers[name]).get("Pid") or 0), None, 0)
         health.starting = time.monotonic()
         self._tell(name, why)
         ray.kill(self.helpers[name], no_restart=False)
@@ -110,8 +110,4 @@ class HelperMonitor:
 
 def _is_up(actor: Any) -> bool:
     """Whether Ray takes an actor's process to be there and past its start."""
-    return _table(actor).get("State") == "ALIVE"
-
-
-def _table(actor: Any) -> dict[str, Any]:
-    return dict(state.actor_table(actor._actor_id.hex(), None, None))
+    return actor_record(actor).get("State") == "ALIVE"

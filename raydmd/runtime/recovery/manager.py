@@ -22,6 +22,12 @@ from raydmd.runtime.recovery.state import State
 from raydmd.runtime.workers.base import CallStats, TrainerProgress
 from raydmd.runtime.workers.process_group import StepDropped
 
+HOW = {  # a recovery's code to what is shown of it
+    "rescheduled": "other workers took its micro-batches",
+    "reformed": "the survivors went on",
+    "rolled_back": "all went back to the last manifest",
+    "drained": "it was leaving",
+}
 ANSWER = 2.0  # seconds within which a living worker answers beside its work
 
 
@@ -102,12 +108,12 @@ class RecoveryManager:
         if worker not in workers.everyone:
             return
         why = error if isinstance(error, str) else in_words(error)
-        loss = _Loss(worker, time.monotonic(), "it was leaving" if worker in workers.leaving else "")
+        loss = _Loss(worker, time.monotonic(), "drained" if worker in workers.leaving else "")
         self._losses.append(loss)
         workers.remove(worker)
         if (pool := self.actors.pools.get(worker.role)) is not None:
             pool.remove(worker)
-            loss.how = f"{'others' if workers.active else 'a new one'} took its micro-batches"
+            loss.how = "rescheduled"
             loss.first = self.progress.scored  # what is scored already needs no scorer
         self._last = f"{worker.name}: {why}"
         self.recorder.say(f"lost {self._last}")
@@ -135,7 +141,7 @@ class RecoveryManager:
                 steps_lost=lost, how=how, iteration=iteration,
             )  # fmt: skip
             self.recorder.recovered(roles, how, taken, lost)
-            self.recorder.say(f"recovered after {taken:.2f} s, {lost} steps lost: {how}")
+            self.recorder.say(f"recovered after {taken:.2f} s, {lost} steps lost: {HOW[how]}")
             self._steps_lost, self._how = 0, ""
 
     def check_errors(self, errors: list[BaseException]) -> None:
@@ -195,7 +201,7 @@ class RecoveryManager:
             best[role] = max(known, default=TrainerProgress(-1, 0))
         if not self._rewinding and self._agree(best):
             await self._rejoin(progress_of, best)
-            self._how = self._how or "the survivors went on"
+            self._how = self._how or "reformed"
             updates = {role: progress.updates for role, progress in best.items()}
             resume_point = ResumePoint(self.trace.complete(updates), updates, None)
         else:
@@ -301,7 +307,7 @@ class RecoveryManager:
         lost = max(0, self.progress.committed - iteration)
         if self._losses or lost:
             self._steps_lost += lost
-            self._how = "all went back to the last manifest"
+            self._how = "rolled_back"
         self.progress.committed = iteration
         kept = [shards[f"expert-{index}"] for index in range(experts)]
         waits: list[ObjectRef] = []

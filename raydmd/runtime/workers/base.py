@@ -43,6 +43,7 @@ class CallStats:
         figures: what an update reports.
         staleness: updates of its role that were missing when it was made.
         micros: micro-batches that it worked on.
+        call: the part's method.
     """
 
     role: str
@@ -51,6 +52,7 @@ class CallStats:
     figures: UpdateStats | None = None
     staleness: int = 0
     micros: int = 0
+    call: str = ""
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ class Worker:
         """Run a call's body; what it yields makes the call's statistics."""
         self._turn = (method, time.monotonic())
         try:
-            yield Turn(self)
+            yield Turn(self, method)
         finally:
             self._turn = None
 
@@ -172,13 +174,14 @@ class Worker:
 class Turn:
     """One call's time."""
 
-    def __init__(self, worker: Worker) -> None:
-        self.worker, self.since, self.waited = worker, time.perf_counter(), self._waited(worker)
+    def __init__(self, worker: Worker, call: str) -> None:
+        self.worker, self.call = worker, call
+        self.since, self.waited = time.perf_counter(), self._waited(worker)
 
     def stats(self, micros: int = 0, figures: UpdateStats | None = None, staleness: int = 0) -> CallStats:
         """Say what the call has cost so far."""
         busy = time.perf_counter() - self.since - (self._waited(self.worker) - self.waited)
-        return CallStats(self.worker.role, self.worker.number, busy, figures, staleness, micros)
+        return CallStats(self.worker.role, self.worker.number, busy, figures, staleness, micros, self.call)
 
     @staticmethod
     def _waited(worker: Worker) -> float:
@@ -345,10 +348,17 @@ class FrozenWorker(Worker):
     """Answers for a frozen role."""
 
     def call(self, name: str, *inputs: Any) -> tuple[Any, CallStats]:
-        """Call the part's ``name``; return its result, and the call's statistics."""
+        """Call the part's ``name``; return its result, and the call's statistics.
+
+        Args:
+            name: the part's method.
+            inputs: what it takes; where a `MicroBatch` is before them, they are of that micro-batch.
+        """
+        micro = inputs[0] if inputs and isinstance(inputs[0], MicroBatch) else None
         with self.turn(name) as turn:
-            made = getattr(self.part, name)(*(from_wire(value) for value in inputs))
-            return to_wire(made), turn.stats(1)
+            given = inputs if micro is None else inputs[1:]
+            received = [from_wire(value) if micro is None else _received(micro, value) for value in given]
+            return to_wire(getattr(self.part, name)(*received)), turn.stats(1)
 
 
 def worker_type(method: Method, role: str) -> type[Worker]:

@@ -1,0 +1,37 @@
+"""The many-step sampler: the teacher's own times, and its probability-flow ODE."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from raydmd.diffusion.solvers import integrate
+from raydmd.models.base import Family
+
+
+def cut_grid(times: list[float], start: float) -> list[float]:
+    """Return a falling grid from ``start`` on."""
+    return [start, *(t for t in times if t < start - 1e-9)]
+
+
+def follow_ode(
+    family: Family,
+    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    times: list[float],
+    method: Literal["euler", "heun"] = "heun",
+) -> torch.Tensor:
+    """Follow the PF-ODE from ``x`` [B, ...] at ``times[0]`` down; every state, [points, B, ...].
+
+    Args:
+        family: the network's.
+        predict: its guided prediction on latents [B, ...] at times [B] (float64).
+        x: where it begins.
+        times: falling.
+        method: Heun's has two calls a step, but for the last.
+    """
+
+    def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
+        return predict(x, torch.full((x.shape[0],), t, dtype=torch.float64))
+
+    return integrate(family.schedule, denoise, x, times, family.prediction, method)
