@@ -18,9 +18,9 @@ def check_reachable(address: str) -> None:
     """Refuse an address at which no Ray answers; Ray itself would try for minutes, and then end the process.
 
     Raises:
-        UserError: it is of no such form, nothing listens there, or what does is no Ray.
+        UserError: it is of no such form, no Ray answers there, or one that demands another token.
     """
-    from raydmd.runtime.ray_compat import check_token, gcs_answers, resolved
+    from raydmd.runtime.ray_compat import check_token, gcs_answers, refused, resolved
 
     if "://" in address:
         raise UserError(
@@ -41,3 +41,8 @@ def check_reachable(address: str) -> None:
         raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers {there} ({error})") from None
     if not gcs_answers(f"{host}:{port}", ANSWER_S):
         raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers {there} (what listens there is silent)")
+    if refused(f"{host}:{port}", ANSWER_S):
+        raise UserError(
+            f"RAY_ADDRESS {address}: the cluster demands a token that this process does not give: set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token)"
+        )

@@ -91,6 +91,23 @@ def gcs_answers(address: str, timeout_s: float) -> bool:
         channel.close()
 
 
+def refused(address: str, timeout_s: float) -> bool:
+    """Whether the Ray at HOST:PORT demands a token that this process does not give; silence is no refusal."""
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest  # type: ignore[attr-defined]
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+    channel = init_grpc_channel(address)
+    try:
+        NodeInfoGcsServiceStub(channel).GetClusterId(GetClusterIdRequest(), timeout=timeout_s)
+    except grpc.RpcError as error:
+        return error.code() == grpc.StatusCode.UNAUTHENTICATED
+    finally:
+        channel.close()
+    return False
+
+
 def check_token() -> None:
     """Raise RuntimeError where the cluster demands a token and none is found; Ray's native code ends the process."""
     from ray._private.authentication import authentication_token_setup as authentication

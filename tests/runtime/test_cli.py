@@ -266,7 +266,7 @@ sys.stdin.read()
 """
 
 
-def test_a_cluster_of_another_version(here: Path, teachers: dict[str, Path]) -> None:
+def test_a_cluster_that_is_not_as_this_process_takes_it(here: Path, teachers: dict[str, Path]) -> None:
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(here), **token}
     command, pipe = [sys.executable, "-c", ANOTHER], subprocess.PIPE
@@ -277,10 +277,14 @@ def test_a_cluster_of_another_version(here: Path, teachers: dict[str, Path]) -> 
             loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # where that head is
             line = joined(here, teachers["ring"], RAY_ADDRESS=address, **loopback, **token)
             elsewhere = joined(here, teachers["ring"], RAY_ADDRESS=address, **token)  # Ray asks this node's address
+            no_token = joined(here, teachers["ring"], RAY_ADDRESS=address, **loopback)
+            another = token | {"RAY_AUTH_TOKEN": secrets.token_hex(16)}
+            other_token = joined(here, teachers["ring"], RAY_ADDRESS=address, **loopback, **another)
         finally:
             head.communicate()  # at the end of its input it goes
     assert "Version mismatch" in line and "Ray: 1.0.0" in line
     assert address in elsewhere and "where Ray looks for it" in elsewhere
+    assert no_token == other_token and f"{address}: the cluster demands a token" in no_token
 
 
 @pytest.mark.parametrize(

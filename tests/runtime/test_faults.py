@@ -18,13 +18,14 @@ import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.errors import RunError
 from raydmd.jsonl import read_lines
 from raydmd.methods.program import trace_method
+from raydmd.models.experts import Experts
 from raydmd.runtime.actors import RunActors
 from raydmd.runtime.launch import distill
 from raydmd.runtime.membership.role_workers import RoleWorkers
 from raydmd.runtime.observability.recorder import Recorder
 from raydmd.runtime.recovery.faults import cause_of, own_fault
 from raydmd.runtime.recovery.manager import RecoveryManager
-from raydmd.runtime.workers.base import TrainerProgress, TrainerWorker, make_part
+from raydmd.runtime.workers.base import StudentWorker, TrainerProgress, TrainerWorker, make_part
 from raydmd.runtime.workers.process_group import Rendezvous, StepDropped
 from raydmd.runtime.workers.teacher_pool import ScorerPool
 from raydmd.runtime.workers.trainer_group import TrainerGroup
@@ -250,6 +251,28 @@ def test_a_trainer_that_has_half_a_state_stands_nowhere(quick: Any, monkeypatch:
     assert worker.progress().phase == -1
     worker.take_over(0, 5, state)
     assert worker.progress() == TrainerProgress(0, 5)
+    with monkeypatch.context() as patched:
+        patched.setattr(FlatParameters, "__init__", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+        with pytest.raises(MemoryError):
+            worker.start_phase(1, 5)
+    assert worker.progress().phase == -1
+    worker.start_phase(1, 5)
+    assert worker.progress() == TrainerProgress(1, 5)
+
+
+def test_a_student_that_has_half_its_experts_stands_nowhere(quick: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = quick("ring")
+    donor, worker = (StudentWorker("generator", recipe, n, torch.get_num_threads(), "cpu") for n in range(2))
+    donor.take_over(0, 0, None)
+    expert, state = donor.expert(0), donor.state(0)
+    worker.take_over(0, 0, None)
+    with monkeypatch.context() as patched:
+        patched.setattr(Experts, "load_state", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+        with pytest.raises(MemoryError):
+            worker.take_over(1, 5, state, None, expert)
+    assert worker.progress().phase == -1
+    worker.take_over(1, 5, state, None, expert)
+    assert worker.progress() == TrainerProgress(1, 5)
 
 
 def test_whose_fault_an_error_is(here: None) -> None:

@@ -130,7 +130,8 @@ def test_a_plugins_file_reaches_the_workers_of_another_node(
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(tree))
     arguments = ["distill", str(tmp_path / "two.yaml"), "--plugin", str(place), "--out", str(tmp_path / "run")]
     on_loopback = {"RAY_ADDRESS": two_nodes.address, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-    with command(arguments, tmp_path / "log", **on_loopback) as run:
+    token = {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH_")}
+    with command(arguments, tmp_path / "log", **on_loopback, **token) as run:
         code, output = run.ended(240)
     assert code == 0, output
     assert_same_bits(tmp_path / "run", locally(recipe, prompts))

@@ -244,6 +244,7 @@ class TrainerWorker(Worker):
         """Begin phase ``index`` after so many updates, unless that is done."""
         if self._phase != index:
             with self.turn("start_phase"):
+                self._phase = -1  # it stands nowhere until all of the phase's part is made
                 self.part.start_phase(index, updates)
                 self._phase = index
 
@@ -312,6 +313,7 @@ class StudentWorker(TrainerWorker):
 
     def take_over(self, index: int, updates: int, state: Any, pairs: Any = None, *experts: Any) -> None:
         """Take finished experts' weights and the teacher's ODE pairs, too."""
+        self._phase = -1
         for number, weights in enumerate(experts):
             self.part.experts.start(number)
             self.part.experts.load_state(number, from_wire(weights))
