@@ -78,14 +78,15 @@ def flush_streams() -> None:
 
 
 @contextmanager
-def notices_to(file: Path) -> Iterator[None]:
-    """While inside, append to ``file`` what libraries say: their loggers, warnings, Ray's and native code's stderr.
+def notices_to(file: Path) -> Iterator[TextIO | None]:
+    """While inside, append to ``file`` what libraries say: their loggers, warnings and native code's stderr.
 
-    The terminal so has the command's own lines only. Does nothing in a process whose streams are not held. After an
+    The terminal so has the command's own lines only. Yields the open file; None, and nothing is done, in a process
+    whose streams are not held. After an
     exception native code goes on writing there: threads of a Ray that was lost may have more to say.
     """
     if not _held:
-        yield
+        yield None
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     log = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -101,8 +102,7 @@ def notices_to(file: Path) -> Iterator[None]:
     logging.getLogger("raydmd").setLevel(logging.INFO)
     logging.captureWarnings(True)
     try:
-        with _ray_prints_to(stream):
-            yield
+        yield stream
         os.dup2(before, 2)
     finally:
         logging.captureWarnings(False)
@@ -112,24 +112,3 @@ def notices_to(file: Path) -> Iterator[None]:
         stream.close()
         if file.stat().st_size == 0:
             file.unlink()
-
-
-@contextmanager
-def _ray_prints_to(stream: TextIO) -> Iterator[None]:
-    """While inside, write to ``stream`` what Ray's driver prints of its nodes ("(raylet) ...", the autoscaler)."""
-    from ray._private import worker
-
-    module: Any = worker
-    before = getattr(module, "print_worker_logs", None)
-    if before is None:
-        yield
-        return
-
-    def kept(data: Any, print_file: Any, ignore_prefix: bool = False) -> None:
-        before(data, stream, ignore_prefix)
-
-    module.print_worker_logs = kept
-    try:
-        yield
-    finally:
-        module.print_worker_logs = before

@@ -9,7 +9,10 @@ ANSWER_S = 5.0  # within which a cluster's control store answers when it is aske
 
 
 def check_cluster() -> None:
-    """Refuse a RAY_ADDRESS at which no Ray answers, as `check_reachable` does."""
+    """Refuse an installed Ray of another version, and a RAY_ADDRESS at which no Ray answers (see `check_reachable`)."""
+    from raydmd.runtime.ray_compat import check_version
+
+    check_version()
     if (address := cluster_address()) is not None:
         check_reachable(address)
 

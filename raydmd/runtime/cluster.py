@@ -35,6 +35,8 @@ from raydmd.runtime.own_ray import make_room_for_sockets
 from raydmd.runtime.prompts import PromptStream
 from raydmd.runtime.ray_compat import (
     adopt_orphans,
+    check_version,
+    driver_prints_to,
     in_a_group_of_its_own,
     no_accidental_start,
     own_signals,
@@ -71,11 +73,12 @@ def joined(claimed: float, object_store_mb: int, log: Path) -> Iterator[RayHealt
         log: file that is given what Ray says.
 
     Raises:
-        UserError: RAY_ADDRESS names no cluster that can be joined; said within 15 s.
+        UserError: RAY_ADDRESS names no cluster that can be joined; said within 15 s. This Ray is of a version that is
+            not known.
         RunError: Ray does not start here.
     """
     inner = ray.is_initialized()
-    with nullcontext() if inner else notices_to(log):
+    with nullcontext() if inner else notices_to(log) as stream, driver_prints_to(stream):
         owned = join_or_start(claimed, object_store_mb)
         monitor = RayHealthMonitor()
         if not inner:
@@ -91,6 +94,7 @@ def joined(claimed: float, object_store_mb: int, log: Path) -> Iterator[RayHealt
 def join_or_start(claimed: float, object_store_mb: int) -> bool:
     """Do what `joined` says; return whether a Ray was started, which the caller then shuts down."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    check_version()
     quiet_dead_workers()
     no_accidental_start()
     if ray.is_initialized():

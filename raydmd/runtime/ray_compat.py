@@ -1,19 +1,35 @@
-"""What the runtime needs of Ray's private parts, each with what happens where a Ray has it no more."""
+"""All that raydmd needs of Ray's private parts, and the versions of Ray that have them."""
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TextIO
 
 import ray
 
 from raydmd import interrupts
+from raydmd.errors import UserError
 
+OLDEST, NEWEST = (2, 57), (2, 60)  # Ray's versions; pyproject.toml allows the same
 SUBREAPER = 36  # prctl's PR_SET_CHILD_SUBREAPER
+
+
+def check_version() -> None:
+    """Refuse a Ray whose private parts are not known.
+
+    Raises:
+        UserError: names the versions that work.
+    """
+    found = tuple(int(part) for part in re.findall(r"\d+", ray.__version__)[:2])
+    if not OLDEST <= found <= NEWEST:
+        (major, first), (_, last) = OLDEST, NEWEST
+        wanted = f"'ray[train,data,serve]>={major}.{first},<{major}.{last + 1}'"
+        raise UserError(f"Ray {ray.__version__}: it is to be {major}.{first} to {major}.{last}; pip install {wanted}")
 
 
 @contextmanager
@@ -185,3 +201,78 @@ def pending_requests() -> Iterator[tuple[dict[str, float], list[str], int]]:
         selectors = pending.request.label_selectors
         keys = [constraint.label_key for each in selectors[:1] for constraint in each.label_constraints]
         yield dict(pending.request.resources_bundle), keys, pending.count
+
+
+@contextmanager
+def driver_prints_to(stream: TextIO | None) -> Iterator[None]:
+    """While inside, write to ``stream`` what Ray's driver prints of its nodes ("(raylet) ...", the autoscaler)."""
+    from ray._private import worker
+
+    module: Any = worker
+    before = module.print_worker_logs
+
+    def kept(data: Any, print_file: Any, ignore_prefix: bool = False) -> None:
+        before(data, stream or print_file, ignore_prefix)
+
+    module.print_worker_logs = kept
+    try:
+        yield
+    finally:
+        module.print_worker_logs = before
+
+
+def node_labels() -> frozenset[str]:
+    """Return the node labels that Ray keeps for itself: ``ray.io/...``."""
+    from ray import _raylet
+
+    names = {getattr(_raylet, name) for name in dir(_raylet) if re.fullmatch(r"RAY_NODE_\w+_KEY", name)}
+    return frozenset(str(name) for name in names)
+
+
+def check_label(key: str, value: str) -> None:
+    """Check a node label's syntax.
+
+    Raises:
+        ValueError: Ray does not take it.
+    """
+    from ray._private.label_utils import validate_label_key, validate_label_value
+
+    validate_label_key(key)
+    validate_label_value(value)
+
+
+def check_cluster_config(document: dict[str, Any]) -> None:
+    """Let Ray's cluster launcher complete and check the content of a cluster's file, which it may change.
+
+    Raises:
+        Exception: of many kinds, jsonschema's ValidationError among them: the launcher does not take it.
+    """
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    validate_config(prepare_config(document))
+
+
+def serve_haproxy() -> Any:
+    """Return the module of Ray Serve that runs HAProxy; its ``HAProxyApi`` is what the controller's actor uses."""
+    from ray.serve._private import haproxy
+
+    return haproxy
+
+
+def keep_replica_at_home() -> None:
+    """Bind this replica's gRPC server to the node's address; to be called in a deployment's constructor.
+
+    Every replica opens one on all interfaces, for handles that ask for gRPC (none does here), and unpickles what comes.
+    """
+    from ray.serve._private import replica as serve_replica
+
+    module: Any = serve_replica
+    add, address = module.add_port_to_grpc_server, ray.util.get_node_ip_address()
+    if not hasattr(add, "keeps"):
+        host = f"[{address}]" if ":" in address else address
+
+        def add_at_home(server: Any, where: str) -> Any:
+            return add(server, where.replace("[::]", host))
+
+        add_at_home.keeps = True  # type: ignore[attr-defined]
+        module.add_port_to_grpc_server = add_at_home

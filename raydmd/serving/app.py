@@ -15,10 +15,10 @@ from ray.serve.handle import DeploymentHandle
 
 from raydmd.errors import PortableError, UserError, portable
 from raydmd.runs.run import Run
+from raydmd.runtime.ray_compat import keep_replica_at_home
 from raydmd.serving.card import Offer, experts_of, read_offer
 from raydmd.serving.contract import Unavailable
 from raydmd.serving.log import write_log
-from raydmd.serving.loopback import keep_replica_at_home
 from raydmd.serving.pipeline import TEACHER_PARTS, Link, Lost, Pipeline, stages_of
 from raydmd.serving.reload import ask_stages, follow
 from raydmd.serving.settings import Replicas, Serving, parse_serving, read_keys

@@ -4,14 +4,15 @@ import asyncio
 import logging
 from typing import Any
 
-from ray.serve._private import haproxy
+from raydmd.runtime.ray_compat import serve_haproxy
 
+haproxy = serve_haproxy()
 logger = logging.getLogger("ray.serve")
 
 PAUSE = 0.2  # seconds, between two tries to start it
 
 
-class WatchedHAProxy(haproxy.HAProxyApi):
+class WatchedHAProxy(haproxy.HAProxyApi):  # type: ignore[name-defined]
     """Ray's HAProxy, watched by the process that started it.
 
     Ray itself looks at it now and then, and replaces the actor in the end: half a minute in which nobody is answered.
@@ -73,5 +74,4 @@ def watch_haproxy() -> None:
     Called in the controller, which is told of it by `haproxy.SETTINGS`. The actor's class goes to its process with the
     names that it uses here.
     """
-    module: Any = haproxy
-    module.HAProxyApi = WatchedHAProxy
+    haproxy.HAProxyApi = WatchedHAProxy

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raydmd.errors import UserError, nearest
+from raydmd.runtime.ray_compat import check_cluster_config
 from raydmd.validation.document import check_schema
 from raydmd.validation.ray_words import check_labels, check_start_command
 
@@ -115,14 +116,13 @@ def _is_spot(config: dict[str, Any], cloud: str) -> bool:
 def _ask_ray(document: dict[str, Any]) -> None:
     """Let Ray itself complete and check the file."""
     import jsonschema
-    from ray.autoscaler._private.util import prepare_config, validate_config
 
     logger = logging.getLogger("ray.autoscaler")
     level = logger.level
     logger.setLevel(logging.ERROR)  # what it remarks on the way is no error
     try:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            validate_config(prepare_config(copy.deepcopy(document)))
+            check_cluster_config(copy.deepcopy(document))
     except jsonschema.ValidationError as error:
         raise UserError(f"{'.'.join(str(part) for part in error.absolute_path)}: {error.message[:200]}") from None
     except (ValueError, KeyError, AssertionError, RuntimeError, NotImplementedError, ImportError) as error:

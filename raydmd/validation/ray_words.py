@@ -1,13 +1,13 @@
 """What Ray itself knows of node labels, the options of `ray start` and environments, asked of the installed Ray."""
 
 import json
-import re
 import shlex
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from raydmd.errors import UserError, nearest
+from raydmd.runtime.ray_compat import check_label, node_labels
 
 MARKETS = ("spot", "on-demand")
 
@@ -20,35 +20,24 @@ def start_options() -> frozenset[str]:
     return frozenset(name.lstrip("-") for option in start.params for name in (*option.opts, *option.secondary_opts))
 
 
-@cache
-def known_labels() -> frozenset[str]:
-    """Return the node labels that Ray keeps for itself: ``ray.io/...``."""
-    from ray import _raylet
-
-    names = {getattr(_raylet, name) for name in dir(_raylet) if re.fullmatch(r"RAY_NODE_\w+_KEY", name)}
-    return frozenset(str(name) for name in names)
-
-
 def check_labels(labels: Mapping[str, Any], where: str) -> None:
     """Check a node's labels: Ray's syntax, Ray's own keys, the market's name.
 
     Raises:
         UserError: names the label.
     """
-    from ray._private.label_utils import validate_label_key, validate_label_value
-
+    known = node_labels()
     for key, value in labels.items():
         if not isinstance(value, str):
             raise UserError(f"{where}.{key}: {value!r} is not of type string; put it in quotes")
         try:
-            validate_label_key(key)
-            validate_label_value(value)
+            check_label(key, value)
         except ValueError as error:
             raise UserError(f"{where}.{key}: {' '.join(str(error).split())}") from None
-        if key.startswith("ray.io/") and key not in known_labels():
-            raise UserError(f"unknown label '{where}.{key}'{nearest(key, sorted(known_labels()))}")
-        near = nearest(key, known_labels())
-        if "/" not in key and near.startswith("; did") and key in {name.partition("/")[2] for name in known_labels()}:
+        if key.startswith("ray.io/") and key not in known:
+            raise UserError(f"unknown label '{where}.{key}'{nearest(key, sorted(known))}")
+        near = nearest(key, known)
+        if "/" not in key and near.startswith("; did") and key in {name.partition("/")[2] for name in known}:
             raise UserError(f"{where}.{key}: Ray's own label has the prefix ray.io/{near}")
         if key == "ray.io/market-type" and value not in MARKETS:
             raise UserError(f"{where}.{key}: '{value}' is unknown{nearest(value, MARKETS)}")
