@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Set up an environment (default .venv; ENV=DIR for another) and run style, types and tests in it.
+# Set up an environment (default .venv; ENV=DIR for another) and run style, types and tests in it. Without arguments for
+# pytest, also those tests that depend on Ray's private parts, with the oldest Ray that pyproject.toml allows.
 set -euo pipefail
 cd "$(dirname "$0")"
 ENV=${ENV:-.venv}
@@ -9,3 +10,12 @@ ENV=${ENV:-.venv}
 "$ENV/bin/ruff" format --check .
 "$ENV/bin/mypy"
 "$ENV/bin/python" -m pytest -q -n "${JOBS:-2}" --dist loadfile "$@"
+[ $# -eq 0 ] || exit 0
+
+oldest=$(sed -n 's/.*"ray\[.*\]>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+packages=$("$ENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+"$ENV/bin/python" -m venv "$ENV/oldest-ray"  # Ray alone is in it; all else is the environment's
+own=$("$ENV/oldest-ray/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+echo "import site; site.addsitedir('$packages')" > "$own/base.pth"
+"$ENV/oldest-ray/bin/python" -m pip install --quiet --no-deps "ray==$oldest"
+"$ENV/oldest-ray/bin/python" -m pytest -q -n "${JOBS:-2}" -m ray_private

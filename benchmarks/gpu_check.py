@@ -39,7 +39,7 @@ SHARE = 0.2  # of the GPU, a worker
 
 def half_precision(device: str, work: Path) -> dict[str, float]:
     """Compare half precision with float32 on tiny networks of diffusers' own classes."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "unit"))
     from test_families_diffusers import CLASSES, CONFIGS, NAMES, STATISTICS, VAES, family_of, inputs
 
     from raydmd.models.experts import Experts

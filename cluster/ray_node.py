@@ -64,6 +64,19 @@ def is_local(address: str) -> bool:
         return False
 
 
+def draining_nodes(gcs: Any) -> dict[str, int]:
+    """Return the ids of the nodes that leave, with their deadlines in milliseconds since the epoch, 0 for none."""
+    if hasattr(gcs, "get_draining_nodes"):
+        return dict(gcs.get_draining_nodes(timeout=TIMEOUT))
+    from ray._raylet import GcsClientOptions, GlobalStateAccessor  # type: ignore[attr-defined]
+
+    options = GcsClientOptions.create(gcs.address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=True)
+    accessor = GlobalStateAccessor(options)  # before Ray 2.60
+    if not accessor.connect():
+        raise OSError("the GCS does not answer")
+    return dict(accessor.get_draining_nodes())
+
+
 @dataclass
 class LocalNode:
     """This host's node of the Ray whose GCS is at ``address``; what is None is found, anew each time."""
@@ -78,7 +91,9 @@ class LocalNode:
         from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
         with ray_errors():
-            authentication.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+            module: Any = authentication
+            if hasattr(module, "maybe_enable_token_auth_if_token_available"):  # an older Ray takes no file by itself
+                module.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
             # Ray's native code ends the process where a token is missing: ask first.
             authentication.ensure_token_if_auth_enabled(None, create_token_if_missing=False)
             # Not Ray's canonical address: that turns a loopback address into another interface's.
@@ -116,7 +131,7 @@ class LocalNode:
         gcs = self.connect()
         node_id, deadline_ms = self.find(gcs), int(deadline * 1000)
         with ray_errors():
-            standing = gcs.get_draining_nodes(timeout=TIMEOUT).get(node_id, 0)  # 0 also means: no deadline
+            standing = draining_nodes(gcs).get(node_id, 0)  # 0 also means: no deadline
             nearer = not 0 < standing <= deadline_ms
             if nearer:
                 message = f"spot notice: {cloud} {kind}"

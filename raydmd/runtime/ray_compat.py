@@ -1,4 +1,7 @@
-"""All that raydmd needs of Ray's private parts, and the versions of Ray that have them."""
+"""All that raydmd needs of Ray's private parts, and the versions of Ray that have them.
+
+``cluster/ray_node.py`` has what it needs itself: it runs on nodes that may have no raydmd.
+"""
 
 import ctypes
 import os
@@ -15,7 +18,7 @@ import ray
 from raydmd import interrupts
 from raydmd.errors import UserError
 
-OLDEST, NEWEST = (2, 57), (2, 60)  # Ray's versions; pyproject.toml allows the same
+OLDEST, NEWEST = (2, 58), (2, 60)  # Ray's versions; pyproject.toml allows the same
 SUBREAPER = 36  # prctl's PR_SET_CHILD_SUBREAPER
 
 

@@ -112,6 +112,7 @@ def test_a_node_type_that_ray_would_refuse_starts_nothing() -> None:
     assert psutil.Process().children() == before
 
 
+@pytest.mark.ray_private
 def test_a_run_distils_on_nodes_that_come_for_it(
     quick, prompts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -266,6 +266,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.ray_private
 def test_a_cluster_that_is_not_as_this_process_takes_it(here: Path, teachers: dict[str, Path]) -> None:
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(here), **token}

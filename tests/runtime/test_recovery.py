@@ -154,6 +154,7 @@ def test_nodes_vanish_and_appear(nodes: Any, quick: Any, prompts: Any, tmp_path:
     assert_bits_of_the_reference(story, prompts)
 
 
+@pytest.mark.ray_private
 def test_work_leaves_a_draining_node(nodes: Any, quick: Any, prompts: Any, tmp_path: Path) -> None:
     """A notice for a node of each role's second worker; then for the only node, with nowhere to go until one comes."""
     first, second = add_node(nodes, room("-d")), add_node(nodes, room("-d"))

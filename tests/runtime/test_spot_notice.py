@@ -137,6 +137,7 @@ def zulu(when: datetime) -> str:
     return when.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+@pytest.mark.ray_private
 def test_aws_recommendation_then_termination(cluster: Cluster, worker: Worker, tmp_path: Path) -> None:
     second = worker.new_actor()
     assert ray.get(second.ping.remote()) != worker.pid  # until the notice, another actor is taken

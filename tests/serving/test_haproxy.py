@@ -305,6 +305,7 @@ def test_forwarded_headers_are_the_proxy_s_own(origin: tuple[str, Origin], monke
         trusted()
 
 
+@pytest.mark.ray_private
 def test_it_is_started_again_when_it_ends_by_itself(origin: tuple[str, Origin]) -> None:
     with haproxy(origin[0]) as (client, proxy):
         for number in range(2):

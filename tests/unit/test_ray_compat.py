@@ -15,6 +15,7 @@ from raydmd.errors import UserError
 from raydmd.runtime.ray_compat import NEWEST, OLDEST, check_version
 from raydmd.serving.haproxy import SETTINGS
 
+pytestmark = pytest.mark.ray_private
 ROOT = Path(__file__).parents[2]
 NAMES = {
     "ray._private.utils": ["set_sigterm_handler"],
