@@ -130,10 +130,9 @@ class Cell:
 def source() -> str:
     """Return a hash of the package's version and of all its source that a figure depends on."""
     root = Path(raydmd.__file__).parent
-    parts = ("config.py", "data", "diffusion", "evaluation", "methods", "models", "objectives")
+    parts = ("config", "data", "diffusion", "evaluation", "methods", "models", "objectives", "sampling", "training")
     drawn = {"report.py", "exhibits.py", "pictures.py", "curves.py"}  # of the evaluation, what only shows figures
-    files = [root / name for name in parts if name.endswith(".py")]
-    files += [file for name in parts for file in (root / name).glob("*.py") if file.name not in drawn]
+    files = [file for name in parts for file in (root / name).rglob("*.py") if file.name not in drawn]
     digest = hashlib.blake2b(raydmd.__version__.encode(), digest_size=16)
     for file in sorted(files):
         digest.update(file.read_bytes())
