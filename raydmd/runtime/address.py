@@ -1,5 +1,6 @@
 """Whether the cluster that RAY_ADDRESS names can be there at all; told before anything that takes time."""
 
+import os
 import socket
 
 from raydmd.errors import UserError
@@ -44,7 +45,8 @@ def check_reachable(address: str) -> None:
         raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers {there} ({error})") from None
     if not gcs_answers(f"{host}:{port}", ANSWER_S):
         raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers {there} (what listens there is silent)")
-    if refused(f"{host}:{port}", ANSWER_S):
+    finds_token = address == "auto" and "RAY_AUTH_MODE" not in os.environ  # Ray then looks for one by itself
+    if not finds_token and refused(f"{host}:{port}", ANSWER_S):
         raise UserError(
             f"RAY_ADDRESS {address}: the cluster demands a token that this process does not give: set "
             "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token)"

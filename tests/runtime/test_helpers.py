@@ -96,6 +96,7 @@ def test_a_phase_goes_on_without_storage_that_hangs(here: None, quick: Any, prom
         assert (late["phase"], late["iteration"]) == (1, 6)
         story.go_on(20)
         assert all(event["iteration"] < 6 for event in story.events("checkpoint"))
+        story.until(lambda: story.events("helper-lost", helper="checkpoint writer"))
         assert "save_expert" in story.events("helper-lost", helper="checkpoint writer")[0]["why"]
         hanging.pipe.unlink()
         story.until(lambda: story.events("checkpoint"))

@@ -40,7 +40,8 @@ from pathlib import Path
 from raydmd.console import console, errors, hold_streams, notices_to
 hold_streams()
 import ray
-with notices_to(Path("run.log")):
+from raydmd.runtime.ray_compat import driver_prints_to
+with notices_to(Path("run.log")) as stream, driver_prints_to(stream):
     os.write(2, b"[native E] raylet\\n")
     logging.getLogger("ray").handlers.clear()  # as ray.init does
     logging.getLogger("ray.train").warning("a logger of Ray")
