@@ -9,7 +9,7 @@ ENV=${ENV:-.venv}
 "$ENV/bin/ruff" check .
 "$ENV/bin/ruff" format --check .
 "$ENV/bin/mypy"
-"$ENV/bin/python" -m pytest -q -n "${JOBS:-2}" --dist loadfile "$@"
+"$ENV/bin/python" -m pytest -q -n "${JOBS:-2}" --dist loadfile --no-loadscope-reorder "$@"
 [ $# -eq 0 ] || exit 0
 
 oldest=$(sed -n 's/.*"ray\[.*\]>=\([0-9.]*\),.*/\1/p' pyproject.toml)
