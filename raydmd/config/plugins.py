@@ -59,6 +59,12 @@ def workers_environment() -> dict[str, Any]:
     return {"env_vars": variables, **({"py_modules": files} if files else {})}
 
 
+def nodes_environment() -> dict[str, str]:
+    """Return the variables with which processes that have this machine's files import this process' plugins."""
+    names = [str(Path(name).resolve()) if name.endswith(SUFFIX) else name for name in _imported]
+    return {VARIABLE: ",".join(names)} if names else {}
+
+
 def load_entry_point(group: str, name: str) -> Any:
     """Return what an installed package offers under a name; None: none does.
 

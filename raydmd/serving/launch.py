@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 from rich.console import Console
 
+from raydmd.config.plugins import nodes_environment
 from raydmd.errors import RunError, UserError
 from raydmd.interrupts import graceful
 from raydmd.runs.run import Run
@@ -48,17 +49,18 @@ def config_of(serving: Serving, host: str, port: int) -> str:
         UserError: the run cannot be served.
     """
     read_card(serving)
+    application: dict[str, Any] = {
+        "name": APP,
+        "route_prefix": "/",
+        "import_path": "raydmd.serving.app:build",
+        "args": serving.model_dump(mode="json", exclude_defaults=True),
+    }
+    if variables := nodes_environment():  # a plugin's file is where the run is: on every node
+        application["runtime_env"] = {"env_vars": variables}
     tree = {
         "proxy_location": "EveryNode",
         "http_options": {"host": host, "port": port},
-        "applications": [
-            {
-                "name": APP,
-                "route_prefix": "/",
-                "import_path": "raydmd.serving.app:build",
-                "args": serving.model_dump(mode="json", exclude_defaults=True),
-            }
-        ],
+        "applications": [application],
     }
     return "# serve run FILE, serve deploy FILE, or a RayService's serveConfigV2\n" + yaml.safe_dump(
         tree, sort_keys=False

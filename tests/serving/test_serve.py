@@ -373,6 +373,29 @@ def test_a_config_for_serve_deploy(folder: Path, tmp_path: Path, capsys: pytest.
     assert application.args["run"] == str(folder) and application.args["stages"] == {"expert": {"max": 3}}
 
 
+def test_a_plugins_method_is_served_where_its_file_is_given(
+    quick: Callable[..., Recipe], prompts: Any, tmp_path: Path
+) -> None:
+    """The replicas import it, too: Ray sends them the file; a configuration names it for nodes that have it."""
+    plugin = tmp_path / "own_phased.py"
+    plugin.write_text(
+        "from raydmd.methods.phased import PhasedDMD\nfrom raydmd.methods.registry import register_method\n\n\n"
+        "@register_method\nclass Own(PhasedDMD):\n    name = 'own-phased'\n"
+    )
+    run = make_run(quick("digits"), tmp_path / "run", prompts("digits")).folder
+    tree = yaml.safe_load((run / "recipe.yaml").read_text())
+    tree["method"]["name"], tree["plugins"] = "own-phased", [str(plugin)]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    with server(run, tmp_path / "log", "--plugin", str(plugin)) as started:
+        assert ask(started.url, 3, 7).status_code == 200
+        assert started.stop() == (0, [])
+    words = ["serve", str(run), "--plugin", str(plugin), "--config-out", str(tmp_path / "serve.yaml")]
+    done = subprocess.run([sys.executable, "-m", "raydmd", *words], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0
+    config = ServeDeploySchema.model_validate(yaml.safe_load((tmp_path / "serve.yaml").read_text()))
+    assert config.applications[0].runtime_env == {"env_vars": {"RAYDMD_PLUGINS": str(plugin)}}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
