@@ -147,6 +147,9 @@ class _Weightless:
     def state(self, index: int = 0) -> dict[str, torch.Tensor]:
         return {"weight": torch.zeros(1)}
 
+    def metadata(self) -> dict[str, str]:
+        return {}
+
 
 class Sleeper:
     """A role whose work is to sleep; its messages have the real shapes."""
