@@ -116,7 +116,6 @@ class Method(ABC):
     def prepare(self, run: Program, n: int) -> None:
         """Make calls that help iteration ``n`` and depend on no weights in training; they may be left out."""
         return
-        return
 
     def trained(self) -> list[str]:
         """Return the names of the roles that have a state."""

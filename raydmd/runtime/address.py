@@ -24,7 +24,7 @@ def check_reachable(address: str) -> None:
     Raises:
         UserError: it is of no such form, no Ray answers there, or one that demands another token.
     """
-    from raydmd.runtime.ray_compat import check_token, gcs_answers, refused, resolved
+    from raydmd.runtime.ray_compat import check_token, demands_other_token, gcs_answers, resolved
 
     if "://" in address:
         raise UserError(
@@ -46,7 +46,7 @@ def check_reachable(address: str) -> None:
     if not gcs_answers(f"{host}:{port}", ANSWER_S):
         raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers {there} (what listens there is silent)")
     finds_token = address == "auto" and "RAY_AUTH_MODE" not in os.environ  # Ray then looks for one by itself
-    if not finds_token and refused(f"{host}:{port}", ANSWER_S):
+    if not finds_token and demands_other_token(f"{host}:{port}", ANSWER_S):
         raise UserError(
             f"RAY_ADDRESS {address}: the cluster demands a token that this process does not give: set "
             "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token)"

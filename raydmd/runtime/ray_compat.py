@@ -110,7 +110,7 @@ def gcs_answers(address: str, timeout_s: float) -> bool:
         channel.close()
 
 
-def refused(address: str, timeout_s: float) -> bool:
+def demands_other_token(address: str, timeout_s: float) -> bool:
     """Whether the Ray at HOST:PORT demands a token that this process does not give; silence is no refusal."""
     import grpc
     from ray._private.grpc_utils import init_grpc_channel
