@@ -148,8 +148,8 @@ def _received(number: int, frame: Any) -> None:
         _state.number = number
         raise KeyboardInterrupt
     if _state.ending or (_state.installed and _state.number is not None):
-        first = _state.number if _state.number is not None else number
-        end_at_once(1 if _state.failure is not None else EXIT_CODES[signal.Signals(first)])
+        _state.number = _state.number if _state.number is not None else number
+        _end_in_words()
     again, _state.number = _state.number is not None, number
     if _state.callback is not None and not again:
         _state.callback()
@@ -165,15 +165,27 @@ def _end_after(seconds: float) -> None:
 
     def wait() -> None:
         time.sleep(seconds)
-        if _state.failure is not None:
-            print(f"raydmd: {_state.failure}", file=sys.stderr)
-        end_at_once(1 if _state.failure is not None else exit_code())
+        _end_in_words()
 
     threading.Thread(target=wait, daemon=True).start()
 
 
+def _end_in_words() -> None:
+    """End the process at once; say why on stderr, unless the command has returned and said it already.
+
+    The words go past Python's stream, whose lock the thread that is ended may hold.
+    """
+    words = str(_state.failure) if _state.failure is not None else "interrupted"
+    if not _state.ending:
+        try:
+            os.write(sys.stderr.fileno(), f"raydmd: {words}\n".encode(errors="backslashreplace"))
+        except (AttributeError, OSError, ValueError):  # no stderr, or nobody reads it
+            pass
+    end_at_once(1 if _state.failure is not None else exit_code())
+
+
 def _unraisable(unraisable: Any) -> None:
-    """Send an interrupt again that arrived where nothing can be raised (a finalizer), and was dropped there."""
+    """End the process at an interrupt that arrived where nothing can be raised (a finalizer), and was dropped there."""
     if unraisable.exc_type is KeyboardInterrupt:
-        end_at_once(1 if _state.failure is not None else exit_code())
+        _end_in_words()
     sys.__unraisablehook__(unraisable)
