@@ -34,6 +34,19 @@ class Denoiser(nn.Module, ABC):
         """Recompute activations in the backward pass through ``run(module, *args)``; False where it is not used."""
         return False
 
+    def feature_blocks(self) -> Mapping[str, nn.Module]:
+        """Return the blocks whose outputs a discriminator may read, by name, in order; by default there are none."""
+        return {}
+
+    def feature_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of a block's features on a sample of ``latent_shape``: C, or C and the tokens' grid."""
+        raise NotImplementedError
+
+    def feature_map(self, output: Any, shape: tuple[int, ...]) -> Tensor:
+        """Turn a block's output, by default tokens [B, N, C] in the grid's order, into features [B, *shape]."""
+        tokens: Tensor = output
+        return tokens.transpose(1, 2).reshape(len(tokens), *shape)
+
 
 class Family(ABC):
     """A kind of network: its shapes, its schedule, its conditions, and where its teacher comes from.
@@ -74,6 +87,14 @@ class Family(ABC):
         Raises:
             UserError: the path is missing, or holds something else.
         """
+
+    def outline(self) -> Denoiser:
+        """Return the teacher's network for a look at its parts, where it can be without its weights.
+
+        Raises:
+            UserError: what `load_teacher` raises.
+        """
+        return self.load_teacher()
 
     def check_teacher(self) -> None:
         """Refuse a teacher that does not fit, in seconds. By default it is loaded, which is right for small ones.
@@ -123,6 +144,28 @@ class Family(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Turn latents [B, *latent_shape] into pictures [B, 1 or 3, H, W] in [0, 1]; points stay as they are."""
 
+    def check_pixels(self, key: str) -> None:
+        """Refuse what needs pixels, where there are none: by default, always.
+
+        Args:
+            key: of the recipe, that asks for them.
+
+        Raises:
+            UserError: the family's samples are not pictures, or it lacks what decodes them.
+        """
+        raise UserError(f"{key}: family '{self.name}' has no pixels: its samples are not pictures")
+
+    def to_pixels(self, latents: Tensor) -> Tensor:
+        """Decode latents [B, *latent_shape] to pixels [B, F, 1 or 3, H, W], F frames, 1 of a picture.
+
+        They are about -1 to 1, not clamped, so that they can be differentiated everywhere by the latents, and by these
+        alone. What uses pixels asks `check_pixels` first.
+
+        Raises:
+            UserError: the family's samples are not pictures.
+        """
+        raise UserError(f"family '{self.name}' has no pixels: its samples are not pictures")
+
     @property
     def reads_text(self) -> bool:
         """Whether `encode_prompts` takes any text; else prompts come from a table, or are the family's own."""
@@ -150,6 +193,25 @@ class Family(ABC):
             UserError: fewer than 1 step, or the model names a sampler that is not followed here.
         """
         return step_grid(steps, 1.0 if shift is None else shift, self.schedule.t_max)
+
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the pictures that `encode_pixels` takes.
+
+        Raises:
+            UserError: the family encodes none.
+        """
+        raise UserError(f"family '{self.name}' does not encode pictures into its latents")
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Turn pictures [B, *picture_shape] in [-1, 1] into latents [B, *latent_shape], without gradient.
+
+        `decode` takes them back to the same pictures, in [0, 1].
+
+        Raises:
+            UserError: the family encodes none.
+        """
+        raise UserError(f"family '{self.name}' does not encode pictures into its latents")
 
     @property
     def frames(self) -> int:
@@ -193,6 +255,10 @@ class EmbeddedFamily(Family):
     @abstractmethod
     def new_network(self, seed: int = 0) -> Denoiser:
         """Build the untrained network of ``options``; the same seed gives the same weights."""
+
+    def outline(self) -> Denoiser:
+        """Return an untrained network."""
+        return self.new_network()
 
     def shape_for(self, width: int, height: int) -> tuple[int, ...]:
         """Return the latents' shape: a picture may be asked for enlarged by a whole factor, without smoothing."""

@@ -17,7 +17,7 @@ from raydmd.models.diffusers.config_files import read_config
 from raydmd.models.diffusers.hub import HUB
 from raydmd.models.diffusers.sampler_grid import SamplerGrid, sampler_grid
 from raydmd.models.diffusers.teacher_folder import CONFIG, TeacherFolder, find_teacher
-from raydmd.models.diffusers.vae import VaeConfig, decode_latents, decoding_dtype, vae_config
+from raydmd.models.diffusers.vae import VaeConfig, decode_latents, decode_pixels, decoding_dtype, vae_config
 from raydmd.models.diffusers.weight_files import check_weights, meta_network, read_json, variant_of, weight_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -113,6 +113,13 @@ class PretrainedFamily(Family):
         if self.options["gradient_checkpointing"]:
             network.checkpoint_activations(checkpoint)
         return network
+
+    def outline(self) -> Denoiser:
+        """Return the transformer of the config on the meta device."""
+        import diffusers
+
+        file = self.teacher_folder().transformer / CONFIG
+        return self._wrap(meta_network(file, getattr(diffusers, self.transformer_class)))
 
     def check_teacher(self) -> None:
         """Refuse a folder that would not be used whole, or does not fit, by its configs and its weights' headers.
@@ -213,6 +220,22 @@ class PretrainedFamily(Family):
         """Return ``prompt_embeds`` [B, L, D], float32, and what belongs to it."""
         raise NotImplementedError
 
+    def check_pixels(self, key: str) -> None:
+        """Refuse a teacher without a VAE."""
+        if self.path is None or not self._has_part("vae"):
+            raise UserError(f"{key}: the teacher '{self.path}' has no VAE (vae/{CONFIG}), without which there are no "
+                            f"pixels")  # fmt: skip
+
+    def to_pixels(self, latents: Tensor) -> Tensor:
+        """Return pixels [B, F, 3, H, W] by the VAE beside the transformer, which is frozen.
+
+        Raises:
+            UserError: there is none.
+        """
+        if (vae := self._load_vae()) is None:
+            self.check_pixels("teacher.path")
+        return decode_pixels(vae.to(latents.device), self.vae_config, _with_frames(latents))
+
     def decode(self, latents: Tensor) -> Tensor:
         """Return pictures [B, 3, H, W] in [0, 1] (a video's middle frame), by the VAE beside the transformer.
 
@@ -226,9 +249,7 @@ class PretrainedFamily(Family):
 
     def decode_video(self, latents: Tensor) -> Tensor:
         """Return frames [B, F, 3, H, W] in [0, 1], by the VAE; without one, the latents' first three channels."""
-        if latents.ndim == 4:
-            latents = latents[:, :, None]
-        vae = self._load_vae()
+        latents, vae = _with_frames(latents), self._load_vae()
         if vae is None:
             shown = latents[:, :3].float()
             low, high = shown.amin((1, 2, 3, 4), keepdim=True), shown.amax((1, 2, 3, 4), keepdim=True)
@@ -361,6 +382,11 @@ class PretrainedFamily(Family):
             return kind.from_pretrained(folder, torch_dtype=dtype, variant=variant, use_safetensors=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"teacher.path: cannot load '{folder}': {one_line(error)}") from error
+
+
+def _with_frames(latents: Tensor) -> Tensor:
+    """Return latents [B, C, f, h, w], of one frame where they have none."""
+    return latents[:, :, None] if latents.ndim == 4 else latents
 
 
 def checkpoint(module: nn.Module, *args: Any) -> Any:

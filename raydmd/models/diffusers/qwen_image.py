@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raydmd.errors import UserError
@@ -48,6 +48,19 @@ class QwenImageDenoiser(PretrainedDenoiser):
             return_dict=False,
         )[0]
         return unpack(tokens, latents.shape, patch).to(latents.dtype)
+
+    def feature_blocks(self) -> Mapping[str, nn.Module]:
+        """Return the transformer's blocks."""
+        return {f"blocks.{number}": block for number, block in enumerate(self.transformer.transformer_blocks)}
+
+    def feature_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the width, and the picture's tokens along height and width."""
+        patch = self.transformer.config.patch_size
+        return self.transformer.inner_dim, latent_shape[-2] // patch, latent_shape[-1] // patch
+
+    def feature_map(self, output: Any, shape: tuple[int, ...]) -> Tensor:
+        """Take the picture's tokens, the second of a block's two outputs."""
+        return super().feature_map(output[1], shape)
 
 
 class QwenImageFamily(PretrainedFamily):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raydmd.diffusion.schedule import at_least_float32
 from raydmd.errors import UserError
 
 FILE = "vae/config.json"
@@ -79,14 +80,34 @@ def decoding_dtype(dtype: torch.dtype) -> torch.dtype:
 def decode_latents(vae: Any, config: VaeConfig, latents: Tensor) -> Tensor:
     """Return frames [B, F, 3, H, W] in [0, 1] of latents [B, C, f, h, w] as the network sees them.
 
-    They are scaled to the VAE's own statistics first. A value that is not finite comes out as NaN.
+    A value that is not finite comes out as NaN.
     """
+    frames = decode_pixels(vae, config, latents).clamp(-1, 1)
+    return torch.where(frames.isfinite(), (frames / 2 + 0.5).clamp(0, 1), torch.nan)
+
+
+def decode_pixels(vae: Any, config: VaeConfig, latents: Tensor) -> Tensor:
+    """Return frames [B, F, 3, H, W], about -1 to 1, of latents [B, C, f, h, w] as the network sees them.
+
+    They are scaled to the VAE's own statistics first. The VAE's own ``decode`` clamps, and what lies outside would have
+    no gradient: so its decoder's outputs, one a latent frame, are taken from before.
+    """
+    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+    made: list[Tensor] = []
     mean, std = (
         torch.tensor(numbers, device=latents.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
         for numbers in (config.mean, config.std)
     )
-    frames = vae.decode(latents.to(vae.dtype) * std + mean, return_dict=False)[0].float()
-    return torch.where(frames.isfinite(), (frames / 2 + 0.5).clamp(0, 1), torch.nan).transpose(1, 2)
+    handle = vae.decoder.register_forward_hook(lambda module, given, output: made.append(output))
+    try:
+        vae.decode(latents.to(vae.dtype) * std + mean, return_dict=False)
+    finally:
+        handle.remove()
+    frames = torch.cat(made, dim=2)
+    if (patch := vae.config.get("patch_size")) is not None:
+        frames = unpatchify(frames, patch_size=patch)
+    return at_least_float32(frames).transpose(1, 2)
 
 
 def _whole(config: Mapping[str, Any], key: str) -> int:

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raydmd.errors import UserError
 from raydmd.models.base import Conditions, require_column
@@ -33,6 +33,16 @@ class WanDenoiser(PretrainedDenoiser):
             return_dict=False,
         )[0]
         return flow.to(latents.dtype)
+
+    def feature_blocks(self) -> Mapping[str, nn.Module]:
+        """Return the transformer's blocks."""
+        return {f"blocks.{number}": block for number, block in enumerate(self.transformer.blocks)}
+
+    def feature_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the width, and the tokens along frames, height and width."""
+        config = self.transformer.config
+        grid = [side // patch for side, patch in zip(latent_shape[1:], config.patch_size, strict=True)]
+        return config.num_attention_heads * config.attention_head_dim, *grid
 
 
 class WanFamily(PretrainedFamily):

@@ -109,6 +109,14 @@ class DigitsDiT(Denoiser):
         x = self.patch_out(torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale))
         return x.view(batch, g, g, p, p).permute(0, 1, 3, 2, 4).reshape(latents.shape)
 
+    def feature_blocks(self) -> Mapping[str, nn.Module]:
+        """Return the transformer's blocks."""
+        return {f"blocks.{number}": block for number, block in enumerate(self.blocks)}
+
+    def feature_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return width, grid, grid."""
+        return self.patch_in.out_features, self.grid, self.grid
+
 
 class DigitsFamily(EmbeddedFamily):
     """scikit-learn's 8x8 digits, conditioned on the class (column ``label``), rectified flow."""
@@ -140,6 +148,22 @@ class DigitsFamily(EmbeddedFamily):
         """Return the null label for the same batch."""
         return {"label": torch.full_like(conditions["label"], NULL_LABEL)}
 
+    def check_pixels(self, key: str) -> None:
+        """Allow them."""
+
+    def to_pixels(self, latents: Tensor) -> Tensor:
+        """Return pixels [B, 1, 1, 8, 8], ink at 1."""
+        return (latents / PIXEL_SCALE)[:, None]
+
     def decode(self, latents: Tensor) -> Tensor:
         """Return pictures [B, 1, 8, 8] in [0, 1], ink at 1."""
-        return (latents / PIXEL_SCALE + 1).div(2).clamp(0, 1)
+        return (self.to_pixels(latents)[:, 0] + 1).div(2).clamp(0, 1)
+
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """Grey, 8 x 8."""
+        return 1, SIZE, SIZE
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Return latents [B, 1, 8, 8] of grey pictures in [-1, 1], ink at 1."""
+        return PIXEL_SCALE * pixels

@@ -46,6 +46,7 @@ class PointsMLP(Denoiser):
             raise UserError(f"teacher.options: width {width}, depth {depth}, features {features} (even) are above 0")
         # A smooth network in t: wave lengths from about 4 units of time down to a tenth of one.
         self.register_buffer("frequencies", geometric(1.5, 64.0, features // 2), persistent=False)
+        self.width = width
         sizes = [dimensions + features, *[width] * depth, dimensions]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -57,6 +58,18 @@ class PointsMLP(Denoiser):
         for layer in self.layers[:-1]:
             x = F.silu(layer(x))
         return self.layers[-1](x)
+
+    def feature_blocks(self) -> Mapping[str, nn.Module]:
+        """Return the hidden layers."""
+        return {f"layers.{number}": layer for number, layer in enumerate(self.layers[:-1])}
+
+    def feature_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the width."""
+        return (self.width,)
+
+    def feature_map(self, output: Any, shape: tuple[int, ...]) -> Tensor:
+        """Return a layer's output [B, width], activated."""
+        return F.silu(output)
 
 
 class RingFamily(EmbeddedFamily):

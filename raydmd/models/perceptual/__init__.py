@@ -1,0 +1,1 @@
+"""Pixels seen by pretrained networks: LPIPS, and frozen backbones that a discriminator's heads read."""
