@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
@@ -72,6 +72,8 @@ class Regression(Section):
 
     weight: float = Field(0.0, ge=0)
     pairs: Positive = Field(1024, description="number of (noise, teacher's result) pairs made before training")
+    distance: Literal["l2", "lpips"] = Field("l2", description="l2: of latents; lpips: of decoded pictures, DMD's own")
+    network: Literal["vgg", "alex"] = Field("vgg", description="trunk of lpips; DMD's is vgg, alex is quicker")
 
 
 class Experts(Section):
@@ -84,6 +86,9 @@ class Experts(Section):
 
 class MethodOptions(Section):
     """Which distillation; the switches are the papers' ablations. A method may have further options of its own."""
+
+    folders: ClassVar[tuple[str, ...]] = ()
+    """Dotted keys below ``method`` that hold folders, which a run takes by their absolute paths."""
 
     name: str = Field(description="dmd | dmd-fewstep | dmd-sgts | phased, or a plugin's")
     steps: Positive | None = Field(None, description="network calls of the student; null: 4, or 1 for dmd")
@@ -104,10 +109,14 @@ class MethodOptions(Section):
     score_margin: float = Field(0.02, ge=0, lt=0.5, description="t keeps this far above the phase's end")
     fake_target: Literal["subinterval", "naive"] = "subinterval"
     clamp: float | None = Field(10.0, description="largest 1/sigma_{t|s}^2 in the fake score's loss", gt=0)
-    gradient_weight: Literal["normalized", "raw"] = "normalized"
+    gradient_weight: Literal["normalized", "raw", "sigma_over_alpha", "sigma_cubed_over_alpha"] = "normalized"
     fake_updates: Positive = Field(5, description="fake-score updates to one of the generator")
     regression: Regression = Regression()
     experts: Experts = Experts()
+
+    def absolute(self) -> Self:
+        """Return the options with local paths made absolute; by default they have none."""
+        return self
 
     @model_validator(mode="after")
     def _times_fall(self) -> Self:
@@ -199,6 +208,21 @@ class Prompts(Section):
     path: str | None = Field(None, description="Parquet; null: those that ship with the embedded family")
     cache_mb: NonNegative = Field(256, description="encoded prompts are kept when they fit in this many MB of memory")
     encoders: Positive = Field(1, description="actors that encode prompts where they do not fit")
+
+
+class PairsFolder(Section):
+    """Where the teacher's ODE pairs come from."""
+
+    path: str | None = Field(
+        None,
+        description="a folder of `raydmd pairs`, where all machines see it; null: the run has its teacher make them",
+    )
+
+    @model_validator(mode="after")
+    def _path_is_a_folder(self) -> Self:
+        if self.path is not None and (not self.path.strip() or "://" in self.path):
+            raise ValueError("pairs.path: a folder on storage that all machines share is needed, not a URI")
+        return self
 
 
 class Role(Section):
@@ -295,6 +319,7 @@ class Recipe(Section):
     optimizer: Optimizers = Optimizers()
     batch: Batch = Batch()
     prompts: Prompts = Prompts()
+    pairs: PairsFolder = PairsFolder()
     runtime: Runtime = Runtime()
     checkpoint: Checkpoint = Checkpoint()
     monitor: Monitor = Monitor()
@@ -313,7 +338,7 @@ def recipes_folder() -> Path:
 
 def shipped_recipes() -> dict[str, Path]:
     """Return the shipped recipes by name."""
-    return {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}
+    return {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def read_tree(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:

@@ -9,7 +9,7 @@ Eq. 7 with Eq. 8 to the letter has a further alpha_t: with w_t = (sigma_t^2 / al
 mean |x - teacher|.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ from torch.nn.functional import mse_loss
 
 from raydmd.diffusion.schedule import Prediction, Schedule, Time, at_least_float32, broadcast
 
-Weight = Literal["normalized", "raw"]
-"""The weight of the gradient over time: that of DMD's code (DMD Eqs. 7 and 8 without their alpha_t), or the bare Phased
-DMD Eq. 11."""
+Weight = Literal["normalized", "raw", "sigma_over_alpha", "sigma_cubed_over_alpha"]
+"""The weight of the gradient over time: that of DMD's code (DMD Eqs. 7 and 8 without their alpha_t), Phased DMD Eq. 11
+bare, or that with the w_t of DreamFusion and ProlificDreamer to which DMD's Table 2 compares its own."""
 
 
 def guided(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
@@ -35,6 +35,12 @@ def raw_weight(schedule: Schedule, t: Time, s: Time) -> Tensor:
     """w_{t|s} = alpha_{t|s} / (sigma_t + sigma_t^2 / alpha_t), float64 (Phased DMD Eq. 11); 0 where alpha_t = 0."""
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     return schedule.bridge(s, t).alpha * alpha / (sigma * (alpha + sigma))
+
+
+def weight_over_time(schedule: Schedule, t: Time, s: Time, power: int) -> Tensor:
+    """alpha_{t|s} w_t / (sigma_t + sigma_t^2 / alpha_t) with w_t = sigma_t^power / alpha_t, float64 (DMD Table 2)."""
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    return schedule.bridge(s, t).alpha * sigma ** (power - 1) / (alpha + sigma)
 
 
 def distribution_matching_gradient(
@@ -58,6 +64,8 @@ def distribution_matching_gradient(
 
         w_{t|s} (T - F)  =  alpha_{t|s} (score_fake - score_teacher)
 
+    sigma_over_alpha, sigma_cubed_over_alpha: the same times sigma_t / alpha_t or sigma_t^3 / alpha_t.
+
     normalized (the weight of DMD's code, which is DMD's Eqs. 7 and 8 without their factor alpha_t; with the posterior
     mean of x_s for that of x_0, the two being one at s = 0):
 
@@ -71,17 +79,21 @@ def distribution_matching_gradient(
     """
     with torch.no_grad():
         x_s, x_t, teacher, fake = (at_least_float32(x) for x in (x_s, x_t, teacher, fake))
-        if weight == "raw":
+        if weight in ("raw", "sigma_over_alpha", "sigma_cubed_over_alpha"):
             teacher_flow = schedule.convert(teacher, x_t, t, prediction, "flow")
             fake_flow = schedule.convert(fake, x_t, t, prediction, "flow")
-            gradient = broadcast(raw_weight(schedule, t, s), x_t) * (teacher_flow - fake_flow)
+            powers = {"sigma_over_alpha": 1, "sigma_cubed_over_alpha": 3}
+            over_time = (
+                weight_over_time(schedule, t, s, powers[weight]) if weight in powers else raw_weight(schedule, t, s)
+            )
+            gradient = broadcast(over_time, x_t) * (teacher_flow - fake_flow)
         elif weight == "normalized":
             teacher_mean = schedule.posterior_mean(teacher, x_t, t, prediction, s)
             fake_mean = schedule.posterior_mean(fake, x_t, t, prediction, s)
             distance = (x_s - teacher_mean).abs().flatten(1).mean(1)
             gradient = (fake_mean - teacher_mean) / (broadcast(distance, x_s) + eps)
         else:
-            raise ValueError(f"unknown weight {weight!r}: one of normalized, raw")
+            raise ValueError(f"unknown weight {weight!r}: one of {', '.join(get_args(Weight))}")
         finite = gradient.isfinite().flatten(1).all(1)
         return torch.where(finite.reshape(-1, *[1] * (x_s.ndim - 1)), gradient, 0.0), ~finite
 

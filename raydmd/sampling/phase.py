@@ -1,6 +1,6 @@
 """A phase of distillation: which steps an expert makes, where its samples end, which t its scores see."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -67,3 +67,15 @@ def make_phase(
         assert method.fixed_t is not None
         low = high = method.fixed_t * t_max
     return Phase(index, tuple(times), low, high, t_max, method.gradient or gradient)
+
+
+def segment_of(phase: Phase, step: int, method: MethodOptions) -> Phase:
+    """Return the way from a phase's begin to the end of its ``step``-th step, 1..steps, as a phase of its own.
+
+    Its scores see t from that step's own interval where ``score_interval`` is ``disjoint`` (TDM Sec. 4.1), up to the
+    noisiest where it is ``nested``, and the fixed one.
+    """
+    end = phase.times[step]
+    high = phase.times[step - 1] if method.score_interval == "disjoint" else phase.score_high
+    low = phase.score_low if method.score_interval == "fixed" else end
+    return replace(phase, times=phase.times[: step + 1], score_low=low, score_high=high)

@@ -4,20 +4,22 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from raydmd.config.recipe import Recipe
 from raydmd.diffusion.random import Key, normal, uniform
-from raydmd.models.base import Denoiser, Family
+from raydmd.models.base import Conditions, Denoiser, Family
 from raydmd.objectives.score_matching import score_matching_loss
 from raydmd.sampling.phase import Phase
 from raydmd.training.collective import Alone, Collective
-from raydmd.training.messages import Noised, Samples, Score, UpdateStats
+from raydmd.training.messages import BatchId, Samples, UpdateStats
+from raydmd.training.score_network import ScoreNetwork
 from raydmd.training.trainable_state import FlatParameters
 
 
-class Fake:
+class Fake(ScoreNetwork):
     """Tracks the score of the generator's distribution at x_t, t > s; re-made from the teacher each phase.
 
     Args:
@@ -51,41 +53,27 @@ class Fake:
         self.network = copy.deepcopy(self.teacher).to(self.device).requires_grad_(True)
         self.flat = FlatParameters(dict(self.network.named_parameters()), self.recipe.optimizer.of(self.role))
 
-    def update(self, batches: list[Samples], collective: Collective | None = None) -> UpdateStats:
+    def update(self, *inputs: list[Any], collective: Collective | None = None) -> UpdateStats:
         """Train on this replica's micro-batches of x_s (Phased DMD Eq. 13), and step with the others'.
+
+        Args:
+            inputs: what `losses` takes, a list for each, of one entry a micro-batch; the samples come first.
+            collective: the peers.
 
         Raises:
             FloatingPointError: the gradient is not finite; the message names the role whose fault it is.
         """
-        method, schedule, gradients, micro = self.recipe.method, self.family.schedule, [], []
+        gradients, micro = [], []
         with self.flat.attempt():
-            for number, samples in enumerate(batches, start=1):
-                batch_id, x_s = samples.batch_id, samples.x_s.to(self.device)
-                count = x_s.shape[0]
-                t = self.phase.score_times(method, uniform(self._key("fake-t", batch_id.draw), batch_id.start, count))
-                noise = normal(self._key("fake-noise", batch_id.draw), batch_id.start, count, self.family.latent_shape)
-                noise = noise.to(self.device)
-                x_t = schedule.diffuse(x_s, noise, t, self.phase.end)
-                conditions = {name: value.to(self.device) for name, value in samples.conditions.items()}
-                output = self.network(x_t, t.to(self.device), conditions)
-                loss = score_matching_loss(
-                    schedule,
-                    output,
-                    x_s,
-                    noise,
-                    t,
-                    self.phase.end,
-                    self.family.prediction,
-                    clamp=method.clamp,
-                    target=method.fake_target,
-                )
+            for number, (samples, *more) in enumerate(zip(*inputs, strict=True), start=1):
+                loss, row = self.losses(samples, *more)
                 (loss.sum() / self.recipe.batch.size).backward()
-                gradients.append(self.flat.take_gradient(last=number == len(batches)))
-                micro.append((batch_id.start, {self.figures[0]: float(loss.detach().mean())}))
+                gradients.append(self.flat.take_gradient(last=number == len(inputs[0])))
+                micro.append((samples.batch_id.start, row))
             try:
                 norm = self.flat.step(gradients, self.recipe.batch.micros, collective or Alone())
             except FloatingPointError as error:
-                broken = sum(int((~samples.x_s.isfinite()).flatten(1).any(1).sum()) for samples in batches)
+                broken = sum(int((~samples.x_s.isfinite()).flatten(1).any(1).sum()) for samples in inputs[0])
                 if broken:
                     raise FloatingPointError(f"{error}: the generator made {broken} samples that are not") from error
                 if not all(math.isfinite(value) for _, row in micro for value in row.values()):
@@ -94,17 +82,59 @@ class Fake:
         self.updates += 1
         return UpdateStats(norm, micro, self.updates)
 
+    def losses(self, samples: Samples) -> tuple[torch.Tensor, dict[str, float]]:
+        """Return the loss of each sample, [B], and the micro-batch's figures."""
+        x_s, noise, t, x_t = self.noised(samples)
+        output = self.predict(x_t, t.to(self.device), self.there(samples.conditions))
+        loss = self.matching_loss(samples, output, x_s, noise, t)
+        return loss, {self.figures[0]: float(loss.detach().mean())}
+
+    def noised(self, samples: Samples) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the samples, and their noise, times and x_t."""
+        batch_id, x_s = samples.batch_id, samples.x_s.to(self.device)
+        phase, count = self.segment(batch_id.draw), x_s.shape[0]
+        u = uniform(self._key("fake-t", batch_id.draw), batch_id.start, count)
+        t = phase.score_times(self.recipe.method, u)
+        noise = normal(self._key("fake-noise", batch_id.draw), batch_id.start, count, self.family.latent_shape)
+        noise = noise.to(self.device)
+        return x_s, noise, t, self.family.schedule.diffuse(x_s, noise, t, phase.end)
+
+    def matching_loss(
+        self, samples: Samples, output: torch.Tensor, x_s: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the score matching loss of each sample, [B] (Phased DMD Eq. 13)."""
+        method = self.recipe.method
+        return score_matching_loss(
+            self.family.schedule,
+            output,
+            x_s,
+            noise,
+            t,
+            self.segment(samples.batch_id.draw).end,
+            self.family.prediction,
+            clamp=method.clamp,
+            target=method.fake_target,
+        )
+
+    def there(self, conditions: Conditions) -> Conditions:
+        """Return conditions on this part's device."""
+        return {name: value.to(self.device) for name, value in conditions.items()}
+
     def state(self) -> dict[str, torch.Tensor]:
         """Return copies of all that the next update depends on."""
         return self.flat.state()
 
-    @torch.no_grad()
-    def score(self, proposal: Noised) -> Score:
-        """Predict on the generator's proposal, without guidance."""
-        batch_id = proposal.batch_id
-        conditions = {name: value.to(self.device) for name, value in proposal.conditions.items()}
-        prediction = self.network(proposal.x_t.to(self.device), proposal.t.to(self.device), conditions)
-        return Score(replace(batch_id, fake_version=self.updates), prediction)
+    def segment(self, draw: int) -> Phase:
+        """Return where a draw's samples end, and which t they are noised to; by default, the phase in training."""
+        return self.phase
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        """Return the network's prediction, without guidance."""
+        return self.network(x_t, t, conditions)
+
+    def stamped(self, batch_id: BatchId) -> BatchId:
+        """Say after how many updates."""
+        return replace(batch_id, fake_version=self.updates)
 
     def _key(self, stream: str, draw: int) -> Key:
         return Key(self.recipe.seed, self.phase.index, stream, draw)

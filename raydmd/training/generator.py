@@ -3,14 +3,17 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
 
 from raydmd.config.recipe import Recipe
 from raydmd.data.row_order import RowGroup, RowOrder
-from raydmd.data.trajectories import Pairs
+from raydmd.data.trajectories import PairSource
 from raydmd.diffusion.random import Key, normal, uniform
-from raydmd.models.base import Denoiser, Family
+from raydmd.diffusion.schedule import broadcast
+from raydmd.models.base import Conditions, Denoiser, Family
 from raydmd.models.experts import Experts
 from raydmd.objectives.distribution_matching import distribution_matching_gradient, surrogate_loss
 from raydmd.objectives.regression import regression_loss
@@ -18,6 +21,7 @@ from raydmd.sampling.phase import Phase
 from raydmd.sampling.student import exit_step, rollout
 from raydmd.training.collective import Alone, Collective
 from raydmd.training.messages import BatchId, Noised, PromptBatch, Samples, Score, UpdateStats
+from raydmd.training.pair_distance import PairDistance, PixelDistance
 from raydmd.training.trainable_state import FlatParameters
 from raydmd.training.zeroed import by_role
 
@@ -53,8 +57,8 @@ class Generator:
             recipe.seed,
         )
         self.draws = recipe.method.fake_updates + 1
-        self.pairs: Pairs | None = None
-        self._pair_order = RowOrder(recipe.seed, "regression", [RowGroup(recipe.method.regression.pairs, 0)])
+        self.pairs: PairSource | None = None
+        self._pair_order: RowOrder | None = None
         self.updates, self.ended = 0, False  # over all phases; whether the phase's expert is fixed
         self._kept: dict[int, tuple[torch.Tensor, Noised]] = {}
         self._entries: dict[tuple[int, int], torch.Tensor] = {}
@@ -109,44 +113,43 @@ class Generator:
     def propose(self, iteration: int, prompts: PromptBatch) -> Noised:
         """Make the generator's own samples, keep their graph, and noise them for scoring (Phased DMD Eq. 11)."""
         samples = self._samples(iteration, self.draws - 1, prompts, grad=True)
-        method, schedule, start, count = self.recipe.method, self.family.schedule, prompts.start, prompts.count
-        u = uniform(self._key("score-t", samples.batch_id.draw), start, count)
-        t = self.phase.score_times(method, u)
-        noise = normal(self._key("score-noise", samples.batch_id.draw), start, count, self.family.latent_shape)
-        x_t = schedule.diffuse(samples.x_s.detach(), noise.to(self.device), t, self.phase.end)
-        proposal = Noised(samples.batch_id, x_t, t, samples.conditions)
-        self._kept[start] = samples.x_s, proposal
+        proposal = self.noised(samples, "score")
+        self._kept[prompts.start] = samples.x_s, proposal
         return proposal
 
-    def update(self, teacher: list[Score], fake: list[Score], collective: Collective | None = None) -> UpdateStats:
-        """Apply the distribution-matching gradient to this replica's proposals, and step with the others'."""
-        method, gradients, micro, zeroed = self.recipe.method, [], [], Counter[str]()
+    def noised(self, samples: Samples, stream: str) -> Noised:
+        """Noise samples for scoring, each to a time of its own, with a stream's numbers; detached."""
+        start, draw, count = samples.batch_id.start, samples.batch_id.draw, samples.x_s.shape[0]
+        phase = self.segment(draw)
+        t = phase.score_times(self.recipe.method, uniform(self._key(f"{stream}-t", draw), start, count))
+        noise = normal(self._key(f"{stream}-noise", draw), start, count, self.family.latent_shape)
+        x_t = self.family.schedule.diffuse(samples.x_s.detach(), noise.to(self.device), t, phase.end)
+        return Noised(samples.batch_id, x_t, t, samples.conditions)
+
+    def update(self, *inputs: list[Any], collective: Collective | None = None) -> UpdateStats:
+        """Apply the objective's gradient to this replica's proposals, and step with the others'.
+
+        Args:
+            inputs: what `objective` takes, a list for each, of one entry a micro-batch.
+            collective: the peers.
+        """
+        gradients, micro, zeroed = [], [], Counter[str]()
         with self.flat.attempt():
-            for number, (real, generated) in enumerate(zip(teacher, fake, strict=True), start=1):
-                x_s, proposal = self._kept.pop(real.batch_id.start)
-                assert proposal.batch_id.draw == real.batch_id.draw == generated.batch_id.draw, (
-                    "scores of another iteration"
+            for number, given in enumerate(zip(*inputs, strict=True), start=1):
+                x_s, proposal = self._kept.pop(given[0].batch_id.start)
+                assert all(each.batch_id.draw == proposal.batch_id.draw for each in given), (
+                    "inputs of another iteration"
                 )
-                predictions = real.prediction.to(self.device), generated.prediction.to(self.device)
-                gradient, left_out = distribution_matching_gradient(
-                    self.family.schedule,
-                    x_s.detach(),
-                    proposal.x_t,
-                    *predictions,
-                    proposal.t,
-                    self.phase.end,
-                    self.family.prediction,
-                    weight=method.gradient_weight,
-                )
-                zeroed.update(by_role(left_out, x_s.detach(), *predictions))
-                share = x_s.shape[0] / self.recipe.batch.size
+                gradient, left_out = self.objective(x_s.detach(), proposal, *given)
+                zeroed.update(left_out)
+                share = 1 / self.recipe.batch.micros
                 loss = surrogate_loss(x_s, gradient) * share
-                if self.pairs is not None:
-                    loss = loss + method.regression.weight * share * self._regression(proposal.batch_id, x_s.shape[0])
+                if (weight := self.recipe.method.regression.weight) and self.pairs is not None:
+                    loss = loss + weight * share * self._regression(proposal.batch_id)
                 loss.backward()
-                gradients.append(self.flat.take_gradient(last=number == len(teacher)))
+                gradients.append(self.flat.take_gradient(last=number == len(inputs[0])))
                 mean, spread = float(x_s.detach().mean()), float(x_s.detach().std())
-                row = {"dm_gradient": float(gradient.abs().mean()), "x_s_mean": mean, "x_s_std": spread}
+                row = {self.figures[0]: float(gradient.abs().mean()), "x_s_mean": mean, "x_s_std": spread}
                 micro.append((proposal.batch_id.start, row))
             try:
                 norm = self.flat.step(gradients, self.recipe.batch.micros, collective or Alone())
@@ -158,6 +161,41 @@ class Generator:
         self._kept.clear()  # of calls that were dropped and made again by another replica
         self._entries = {key: x for key, x in self._entries.items() if key[0] >= self.updates * self.draws}
         return UpdateStats(norm, micro, self.updates, dict(zeroed))
+
+    def objective(
+        self, x_s: torch.Tensor, proposal: Noised, teacher: Score, fake: Score
+    ) -> tuple[torch.Tensor, dict[str, int]]:
+        """Distribution matching (DMD Eqs. 7, 8; Phased DMD Eq. 11), for a micro-batch.
+
+        Returns:
+            The gradient [B, ...] of each sample's loss by x_s, times the number of its elements, and 0 for samples that
+            are left out; how many of these each role is to blame for.
+        """
+        predictions = teacher.prediction.to(self.device), fake.prediction.to(self.device)
+        gradient, left_out = distribution_matching_gradient(
+            self.family.schedule,
+            x_s,
+            proposal.x_t,
+            *predictions,
+            proposal.t,
+            self.segment(proposal.batch_id.draw).end,
+            self.family.prediction,
+            weight=self.recipe.method.gradient_weight,
+        )
+        return gradient, by_role(left_out, generator=x_s, teacher=predictions[0], fake=predictions[1])
+
+    def through_noising(self, proposal: Noised, gradient: torch.Tensor) -> torch.Tensor:
+        """Take a derivative by the proposal's x_t on to x_s: x_t = alpha_{t|s} x_s + sigma_{t|s} eps."""
+        alpha = self.family.schedule.bridge(self.segment(proposal.batch_id.draw).end, proposal.t).alpha
+        return broadcast(alpha, gradient) * gradient
+
+    def segment(self, draw: int) -> Phase:
+        """Return what of the phase in training a draw's samples walk, and where they end; by default, all of it."""
+        return self.phase
+
+    def exit(self, draw: int) -> int:
+        """Return the step at which a draw's samples leave their segment."""
+        return exit_step(self.phase, self._key("exit", draw))
 
     def _samples(self, iteration: int, update: int, prompts: PromptBatch, grad: bool) -> Samples:
         draw = iteration * self.draws + update
@@ -171,33 +209,71 @@ class Generator:
     ) -> torch.Tensor:
         """Roll out through the first ``phases`` phases; the one in training is left at its exit step."""
         training = phases == self.phase.index + 1
+        way = [*self.phases[: phases - 1], self.segment(draw)] if training else self.phases[:phases]
         return rollout(
             self.family,
             self.experts,
-            self.phases[:phases],
+            way,
             self._key("rollout", draw),
             prompts.start,
             {name: value.to(self.device) for name, value in prompts.conditions.items()},
             prompts.count,
             solver=self.recipe.method.solver,
-            leave=exit_step(self.phase, self._key("exit", draw)) if training else None,
+            leave=self.exit(draw) if training else None,
             grad=grad,
             entry=entry,
             device=self.device,
         )
 
-    def _regression(self, batch_id: BatchId, count: int) -> torch.Tensor:
-        """L2 between the student's and the teacher's result from the same noise (DMD Sec. 3.3).
+    def from_pairs(
+        self, batch_id: BatchId, count: int, t: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, Noised]:
+        """Return the student's x_0 [count, ...] in one call on pairs, the teacher's, and what the call was made on.
 
         The batches walk all pairs, in a new order each time round.
+
+        Args:
+            batch_id: of the micro-batch.
+            count: samples of it.
+            t: the pairs' noise and x_0 are mixed to x_t at these times [count]; None: the noise alone, where the
+                student begins.
         """
-        assert self.pairs is not None
         first = batch_id.draw // self.draws * self.recipe.batch.size + batch_id.start
-        noise, target, conditions = self.pairs.take(self._pair_order.rows(first, count))
-        t = torch.full((count,), self.phase.times[0], dtype=torch.float64, device=self.device)
-        prediction = self.experts.expert(self.phase.index)(noise, t, conditions)
-        x0 = self.family.schedule.convert(prediction, noise, t, self.family.prediction, "x0")
-        return regression_loss(x0, target).mean()
+        noise, target, conditions = self.take_pairs("regression", first, count)
+        x_t = noise if t is None else self.family.schedule.diffuse(target, noise, t)
+        if t is None:
+            t = torch.full((count,), self.phase.times[0], dtype=torch.float64, device=self.device)
+        prediction = self.experts.expert(self.phase.index)(x_t, t.to(self.device), conditions)
+        x0 = self.family.schedule.convert(prediction, x_t, t, self.family.prediction, "x0")
+        return x0, target, Noised(batch_id, x_t, t, conditions)
+
+    def take_pairs(self, stream: str, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor, Conditions]:
+        """Return the noise, the results and the conditions of a stream's next pairs, in an order of its own."""
+        assert self.pairs is not None
+        if self._pair_order is None:
+            self._pair_order = RowOrder(self.recipe.seed, stream, [RowGroup(len(self.pairs), 0)])
+        return self.pairs.take(self._pair_order.rows(first, count))
+
+    def regression_samples(self, batch_id: BatchId, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the student's and the teacher's x_0 [count, ...] from the same noise."""
+        x0, target, _ = self.from_pairs(batch_id, count)
+        return x0, target
+
+    @cached_property
+    def pair_distance(self) -> PairDistance:
+        """The distance of each sample to its pair's, of latents [B, ...] each to [B]: ``method.regression.distance``.
+
+        Raises:
+            UserError: as `PixelDistance`.
+        """
+        if self.recipe.method.regression.distance == "l2":
+            return regression_loss
+        return PixelDistance(self.recipe, self.family).to(self.device)
+
+    def _regression(self, batch_id: BatchId) -> torch.Tensor:
+        """The distance of the student's and the teacher's result from the same noise (DMD Sec. 3.3)."""
+        count = self.recipe.batch.size // self.recipe.batch.micros
+        return self.pair_distance(*self.regression_samples(batch_id, count)).mean()
 
     def _key(self, stream: str, draw: int) -> Key:
         return Key(self.recipe.seed, self.phase.index, stream, draw)

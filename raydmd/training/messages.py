@@ -79,6 +79,42 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Stepped:
+    """A proposal after a step of a probability-flow ODE: ``x`` [B, ...] at ``t`` [B] (float64)."""
+
+    batch_id: BatchId
+    x: torch.Tensor
+    t: torch.Tensor
+    conditions: Conditions
+
+
+@dataclass(frozen=True)
+class Restored:
+    """The generator's x_0 [B, ...] from the teacher's ODE pairs, noised, and the teacher's own."""
+
+    batch_id: BatchId
+    x: torch.Tensor
+    real: torch.Tensor
+    conditions: Conditions
+
+
+@dataclass(frozen=True)
+class Cotangents:
+    """The derivative of a loss of each sample by tensors that roles have made or are to differentiate through.
+
+    Attributes:
+        batch_id: of the proposal.
+        role: who has worked it out.
+        values: like the tensors [B, ...], by name: ``x_t`` of the proposal, ``x_s`` of the generator's samples, ``x``
+            of a step's end, or a role's name for its prediction.
+    """
+
+    batch_id: BatchId
+    role: str
+    values: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
 class UpdateStats:
     """Figures of one update of a trained role.
 

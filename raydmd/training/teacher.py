@@ -13,10 +13,10 @@ from raydmd.objectives.distribution_matching import guided
 from raydmd.sampling.noise import initial_noise, starting_latents
 from raydmd.sampling.phase import Phase
 from raydmd.sampling.teacher import cut_grid, follow_ode
-from raydmd.training.messages import Noised, Score
+from raydmd.training.score_network import ScoreNetwork
 
 
-class Scorer:
+class Scorer(ScoreNetwork):
     """The frozen teacher with classifier-free guidance, u + w (c - u).
 
     Args:
@@ -27,6 +27,8 @@ class Scorer:
         device: where it computes.
     """
 
+    role = "teacher"
+
     def __init__(
         self, recipe: Recipe, family: Family, teacher: Denoiser, phases: Sequence[Phase] = (),
         device: torch.device | str = "cpu",
@@ -34,7 +36,6 @@ class Scorer:
         self.recipe, self.family, self.device = recipe, family, torch.device(device)
         self.network = teacher.to(self.device).requires_grad_(False).eval()
 
-    @torch.no_grad()
     def predict(
         self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions, guidance_scale: float | None = None
     ) -> torch.Tensor:
@@ -49,10 +50,6 @@ class Scorer:
         conditional, unconditional = self.network(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         return guided(conditional, unconditional, scale)
 
-    def score(self, proposal: Noised) -> Score:
-        """Predict on the generator's proposal."""
-        return Score(proposal.batch_id, self.predict(proposal.x_t, proposal.t, proposal.conditions))
-
     def times(self, steps: int, shape: tuple[int, ...] | None = None) -> list[float]:
         """Return the ``steps`` + 1 falling times of the teacher's own sampler for latents of ``shape``.
 
@@ -60,6 +57,7 @@ class Scorer:
         """
         return self.family.teacher_times(steps, self.recipe.teacher.timestep_shift, shape)
 
+    @torch.no_grad()
     def sample(
         self, x: torch.Tensor, conditions: Conditions, *, steps: int, start: float | None = None, method: str = "heun"
     ) -> torch.Tensor:

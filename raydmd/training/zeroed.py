@@ -7,29 +7,41 @@ import torch
 from raydmd.config.recipe import Recipe
 from raydmd.errors import RunError
 
-ROLES = ("generator", "teacher", "fake")
+
+def broken_samples(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a gradient [B, ...] with zeros for each sample whose is not finite throughout, and which these are."""
+    finite = finite_samples(gradient)
+    return only(finite, gradient), ~finite
 
 
-def by_role(zeroed: torch.Tensor, x_s: torch.Tensor, teacher: torch.Tensor, fake: torch.Tensor) -> dict[str, int]:
+def finite_samples(x: torch.Tensor) -> torch.Tensor:
+    """Return which samples of ``x`` [B, ...] are finite throughout, bool [B]."""
+    return x.isfinite().flatten(1).all(1)
+
+
+def only(kept: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` [B, ...] with zeros for the samples that are not kept, bool [B]."""
+    return torch.where(kept.reshape(-1, *[1] * (x.ndim - 1)), x, 0.0)
+
+
+def by_role(zeroed: torch.Tensor, **made: torch.Tensor) -> dict[str, int]:
     """Return how many of the zeroed samples each role is to blame for; roles without any are left out.
 
-    A sample is the generator's where its own x_s is not finite, else the teacher's or the fake's where their prediction
-    is not; where all are finite the gradient itself was too large, which is the generator's.
+    A sample is the fault of the first role whose own tensor is not finite; where all are finite the gradient itself was
+    too large, which is the first role's.
 
     Args:
         zeroed: which samples were left out, bool [B].
-        x_s: the generator's samples [B, ...].
-        teacher: the teacher's prediction [B, ...].
-        fake: the fake score's [B, ...].
+        made: what each role has made of the samples [B, ...], the generator first.
     """
     if not zeroed.any():
         return {}
-    broken = [~tensor.isfinite().flatten(1).all(1) for tensor in (x_s, teacher, fake)]
-    counts, left = dict.fromkeys(ROLES, 0), zeroed
-    for role, bad in zip(ROLES, broken, strict=True):
+    counts, left = dict.fromkeys(made, 0), zeroed
+    for role, tensor in made.items():
+        bad = ~tensor.isfinite().flatten(1).all(1)
         counts[role] += int((left & bad).sum())
         left = left & ~bad
-    counts["generator"] += int(left.sum())
+    counts[next(iter(made))] += int(left.sum())
     return {role: count for role, count in counts.items() if count}
 
 

@@ -23,6 +23,7 @@ import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.config.recipe import Recipe
 from raydmd.jsonl import read_lines
 from raydmd.methods.local import train
+from raydmd.methods.registry import build_method
 from raydmd.runs.run import recipe_family
 from raydmd.runtime.checkpoint.manager import Archive
 from raydmd.runtime.launch import distill
@@ -225,7 +226,7 @@ class Story:
 
 
 def assert_bits_of_the_reference(story: Story, prompts: Any) -> None:
-    """Hold both trainers' states in the last manifest against the sequential reference's at that iteration."""
+    """Hold every trained role's state in the last manifest against the sequential reference's at that iteration."""
     found = Archive(str(story.folder / "checkpoints")).newest()
     manifest = found.manifest
     assert manifest is not None and found.skipped == []
@@ -233,7 +234,7 @@ def assert_bits_of_the_reference(story: Story, prompts: Any) -> None:
     expected = train(
         recipe, family, family.load_teacher(), prompts(recipe.teacher.family), iterations=manifest.iteration
     )
-    for role in ("generator", "fake"):
+    for role in build_method(recipe).trained():
         state = expected.parts[role].flat.state()
         assert set(found.shards[role]) == set(state)
         for name, value in state.items():

@@ -26,12 +26,12 @@ class Held:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.part, name, value)
 
-    def call(self, method: str, *arguments: Any) -> Any:
+    def call(self, method: str, *arguments: Any, **named: Any) -> Any:
         self.tell(f"at-{method}")
         while (self.folder / f"hold-{method}").exists():
             self.tell(f"held-{method}")
             time.sleep(0.01)
-        return getattr(self.part, method)(*arguments)
+        return getattr(self.part, method)(*arguments, **named)
 
     def tell(self, name: str) -> None:
         whole = self.folder / f"{name}.{os.getpid()}"

@@ -40,11 +40,12 @@ def test_an_import_that_runs_up_is_found(tmp_path: Path, file: str, line: str, w
 
 @pytest.mark.parametrize(
     ("name", "users"),
-    [("euler_step", {"sampling/student.py"}), ("renoise_step", {"sampling/student.py"}),
+    [("euler_step", {"sampling/student.py", "training/score_network.py"}), ("renoise_step", {"sampling/student.py"}),
      ("integrate", {"sampling/teacher.py"})],
 )  # fmt: skip
 def test_there_is_one_few_step_and_one_many_step_loop(name: str, users: set[str]) -> None:
-    """Training, previews, generate, evaluation and serving all go through them."""
+    """Training, previews, generate, evaluation and serving all go through them; what else takes steps is no sampler:
+    a score network's own, from each sample's t, which ADM compares."""
     package = ROOT / "raydmd"
     found = {str(p.relative_to(package)) for p in package.rglob("*.py") if re.search(rf"\b{name}\(", p.read_text())}
     assert found - {"diffusion/solvers.py"} == users

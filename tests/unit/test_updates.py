@@ -77,7 +77,7 @@ def test_the_gradient_is_that_of_the_formula(quick, phase: int, weight: str) -> 
         retain_graph=True,
     )  # fmt: skip
     capture = Capture()
-    stats = generator.update([real], [fake], capture)
+    stats = generator.update([real], [fake], collective=capture)
     flat = torch.cat([part.reshape(-1) for part in expected])
     assert torch.allclose(capture.total, flat, rtol=1e-3, atol=1e-6 * float(flat.abs().max()) + 1e-9)
     assert float(flat.norm()) > 1e-4 and stats.norm == pytest.approx(float(flat.norm()), rel=1e-3)
@@ -114,14 +114,14 @@ def test_one_samples_distance_does_not_set_anothers_step(quick) -> None:
         a[0] += far
         b[0] = a[0]
         capture = Capture()
-        generator.update([Score(real.batch_id, a)], [Score(fake.batch_id, b)], capture)
+        generator.update([Score(real.batch_id, a)], [Score(fake.batch_id, b)], collective=capture)
         totals.append(capture.total)
     assert torch.equal(totals[0], totals[1]) and totals[0].abs().max() > 0
     generator, _, (real,), (fake,) = proposed(quick, "batch.micro=null")
     b = fake.prediction.clone()
     b[0] += 50.0
     capture = Capture()
-    generator.update([real], [Score(fake.batch_id, b)], capture)
+    generator.update([real], [Score(fake.batch_id, b)], collective=capture)
     assert not torch.allclose(capture.total, totals[0], rtol=1e-2, atol=1e-4)
 
 
@@ -185,7 +185,7 @@ def test_the_fake_trains_on_x_s_at_the_phases_times(quick) -> None:
     fake.start_phase(0, 0)
     samples = generator.rollout(0, 1, PromptBatch(0, 16, {}))
     capture = Capture()
-    stats = fake.update([samples], capture)
+    stats = fake.update([samples], collective=capture)
 
     network = family.load_teacher().requires_grad_(True)
     t = 0.52 + 0.48 * uniform(Key(0, 0, "fake-t", 1), 0, 16)

@@ -16,9 +16,10 @@ from raydmd.methods.registry import plan_phases
 from raydmd.runs.run import recipe_family
 from raydmd.runtime.observability.recorder import Recorder
 from raydmd.runtime.workers.base import CallStats
+from raydmd.training.discriminator import Discriminator
 from raydmd.training.fake_score import Fake
 from raydmd.training.generator import Generator
-from raydmd.training.messages import PromptBatch, UpdateStats
+from raydmd.training.messages import BatchId, PromptBatch, Stepped, UpdateStats
 from raydmd.training.teacher import Scorer
 from raydmd.training.zeroed import by_role, refuse_too_many
 
@@ -31,8 +32,32 @@ def test_each_sample_is_laid_to_the_first_role_that_broke_it() -> None:
     teacher[1, 1, 2], fake[1] = INF, NAN
     fake[2, 0, 1] = -INF
     zeroed = torch.tensor([True, True, True, True, False, False])  # the fourth overflowed
-    assert by_role(zeroed, x_s, teacher, fake) == {"generator": 2, "teacher": 1, "fake": 1}
-    assert by_role(torch.zeros(6, dtype=torch.bool), x_s, teacher, fake) == {}
+    assert by_role(zeroed, generator=x_s, teacher=teacher, fake=fake) == {"generator": 2, "teacher": 1, "fake": 1}
+    assert by_role(torch.zeros(6, dtype=torch.bool), generator=x_s, teacher=teacher) == {}
+
+
+def test_a_discriminator_leaves_them_out_and_counts_the_teachers(quick: Any) -> None:
+    recipe = quick("digits", "method.name=adm", "method.discriminator.width=16", "batch.size=4", "batch.micro=4")
+    family = recipe_family(recipe)
+    teacher = family.load_teacher()
+
+    def updated(real: torch.Tensor, generated: torch.Tensor) -> tuple[UpdateStats, torch.Tensor]:
+        part = Discriminator(recipe, family, teacher, plan_phases(recipe, family.schedule.t_max))
+        part.start_phase(0, 0)
+        labels = {"label": torch.arange(len(real))}
+        t = torch.full((len(real),), 0.5, dtype=torch.float64)
+        steps = [Stepped(BatchId(0, 0, 0, 0), x, t, labels) for x in (real, generated)]
+        return part.update([steps[0]], [steps[1]]), part.flat.weight
+
+    torch.manual_seed(0)
+    whole = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
+    spoilt = whole[0].clone(), whole[1].clone()
+    spoilt[0][2, 0, 0, 0], spoilt[1][3] = NAN, INF
+    stats, weights = updated(*spoilt)
+    assert stats.zeroed == {"teacher": 1} and stats.norm > 0 and weights.isfinite().all()
+    first, without = updated(whole[0][:2], whole[1][:2])  # a batch of two good ones, over four
+    assert torch.allclose(weights, without, atol=1e-6) and stats.norm == pytest.approx(first.norm, rel=1e-4)
+    assert updated(*whole)[0].norm != pytest.approx(stats.norm, rel=1e-2) and updated(*whole)[0].zeroed == {}
 
 
 def test_the_generators_update_counts_them_and_the_others_train(quick: Any) -> None:
