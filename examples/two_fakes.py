@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from pydantic import Field
+from torch import Tensor
 
 from raydmd.config.recipe import MethodOptions, Section
 from raydmd.diffusion.random import Key
@@ -15,7 +16,7 @@ from raydmd.methods.phased import PhasedDMD
 from raydmd.methods.registry import register_method
 from raydmd.training.fake_score import Fake
 from raydmd.training.generator import Generator
-from raydmd.training.messages import Score, UpdateStats
+from raydmd.training.messages import Noised, Score
 
 
 class TwoFakesOptions(Section):
@@ -36,12 +37,11 @@ class SecondFake(Fake):
 
 
 class MeanGenerator(Generator):
-    def update(self, teacher: list[Score], first: list[Score], *more: Any) -> UpdateStats:
-        second, peers = more
+    def objective(self, x_s: Tensor, proposal: Noised, *scores: Score) -> tuple[Tensor, dict[str, int]]:
+        teacher, first, second = scores
         weight = self.recipe.method.two_fakes.weight  # type: ignore[attr-defined]
-        pairs = zip(first, second, strict=True)
-        means = [replace(a, prediction=a.prediction.lerp(b.prediction, weight)) for a, b in pairs]
-        return super().update(teacher, means, peers)
+        mean = replace(first, prediction=first.prediction.lerp(second.prediction, weight))
+        return super().objective(x_s, proposal, teacher, mean)
 
 
 @register_method

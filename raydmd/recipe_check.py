@@ -1,15 +1,19 @@
 """What can be told of a recipe before a run: `raydmd distill` and `raydmd validate` refuse the same, in one wording."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from raydmd.config.recipe import Recipe
 from raydmd.data.embedded import EMBEDDED
+from raydmd.data.pair_shards import KEY
 from raydmd.data.prompts import PromptTable
 from raydmd.errors import UserError
 from raydmd.locations import absolute_location
+from raydmd.methods.base import Method
+from raydmd.methods.pairs import check_run_pairs
 from raydmd.methods.registry import build_method, plan_phases
 from raydmd.models.base import Conditions, EmbeddedFamily, Family
 from raydmd.models.diffusers.hub import HUB, cached_snapshot, parse_hub_name
@@ -17,6 +21,7 @@ from raydmd.models.diffusers.pretrained import PretrainedFamily
 from raydmd.models.diffusers.sampler_grid import SCHEDULER_FILE
 from raydmd.models.diffusers.teacher_folder import find_teacher
 from raydmd.models.diffusers.weight_files import weight_files
+from raydmd.models.embedded.prompts import ensure_embedded_prompts
 from raydmd.models.encoding import encode_rows
 from raydmd.runs.run import recipe_family
 from raydmd.sampling.limits import check_method
@@ -26,11 +31,14 @@ LOOKED_THROUGH = 64 * 2**20  # bytes of a prompt table, all of whose rows are en
 
 def absolute(recipe: Recipe) -> Recipe:
     """Return the recipe with local paths made absolute, so that it means the same elsewhere."""
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"method": recipe.method.absolute()}
     for name in ("teacher", "prompts"):
         section = getattr(recipe, name)
         if section.path is not None and Path(section.path).exists():
             changes[name] = section.model_copy(update={"path": str(Path(section.path).resolve())})
+    if recipe.pairs.path is not None:
+        place = str(Path(recipe.pairs.path).expanduser().resolve())
+        changes["pairs"] = recipe.pairs.model_copy(update={"path": place})
     if recipe.plugins:
         changes["plugins"] = [str(Path(name).resolve()) if name.endswith(".py") else name for name in recipe.plugins]
     if recipe.checkpoint.path is not None:
@@ -39,12 +47,16 @@ def absolute(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=changes)
 
 
-def check(recipe: Recipe, prompts: bool = True) -> None:
+def check(recipe: Recipe, prompts: bool = True, hub: bool = True) -> list[str]:
     """Refuse what would fail later, before anything is written.
 
     Args:
         recipe: the recipe.
         prompts: whether its file of prompts is read.
+        hub: whether weights that its method needs, and that are not on this machine, are fetched.
+
+    Returns:
+        What only the hub can tell, a line each.
 
     Raises:
         UserError: a method, a teacher or a file of prompts that is not there or does not fit.
@@ -67,6 +79,19 @@ def check(recipe: Recipe, prompts: bool = True) -> None:
         conditions = _encode(recipe, family)
         if recipe.teacher.path is not None:
             family.check_conditions(conditions)
+    if recipe.pairs.path is not None:
+        _check_pairs(recipe, family, prompts)
+    return build_method(recipe).check(family, hub)
+
+
+def _check_pairs(recipe: Recipe, family: Family, prompts: bool) -> None:
+    """Refuse pairs that are not the recipe's; where its prompts are not read, they are not held against the pairs'."""
+    with TemporaryDirectory() as folder:
+        table = None
+        if prompts and family.condition_columns:
+            path = recipe.prompts.path or ensure_embedded_prompts(family, folder)
+            table = PromptTable(path, family.condition_columns)
+        check_run_pairs(recipe, family, table)
 
 
 def check_offline(recipe: Recipe) -> list[str]:
@@ -84,17 +109,19 @@ def check_offline(recipe: Recipe) -> list[str]:
             return [*said, *_check_without_teacher(recipe)]
         checked = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"path": str(snapshot)})})
     remote = _is_remote(recipe.prompts.path)
-    check(checked, prompts=not remote)
+    said += check(checked, prompts=not remote, hub=False)
     return [*said, *_of_elsewhere(recipe), *notes(checked)]
 
 
 def notes(recipe: Recipe) -> list[str]:
     """Return what is worth saying of a recipe that `check` accepts, a line each."""
-    family = recipe_family(recipe)
+    family, said = recipe_family(recipe), []
+    if recipe.pairs.path is not None and not build_method(recipe).pairs:
+        said = [f"{KEY}: method '{recipe.method.name}' takes no ODE pairs here: it is not looked at"]
     if isinstance(family, PretrainedFamily) and recipe.teacher.timestep_shift is None and family.sampler_grid is None:
-        return [f"teacher.timestep_shift: '{family.path}' has no {SCHEDULER_FILE}: the teacher's own sampler takes "
-                f"evenly spaced times"]  # fmt: skip
-    return []
+        said += [f"teacher.timestep_shift: '{family.path}' has no {SCHEDULER_FILE}: the teacher's own sampler takes "
+                 f"evenly spaced times"]  # fmt: skip
+    return said
 
 
 def _check_without_teacher(recipe: Recipe) -> list[str]:
@@ -105,7 +132,12 @@ def _check_without_teacher(recipe: Recipe) -> list[str]:
         raise UserError(f"prompts.path: family '{family.name}' ships no prompts; give a Parquet file")
     if not _is_remote(recipe.prompts.path):
         _encode(recipe, family)
-    return _of_elsewhere(recipe)
+    method = build_method(recipe)
+    own = type(method).check is not Method.check
+    said = [f"method.{method.name}: its own blocks and files are not looked at without the teacher"] if own else []
+    if recipe.pairs.path is not None:
+        said.append(f"{KEY}: it is not held against the teacher")
+    return [*said, *_of_elsewhere(recipe)]
 
 
 def _encode(recipe: Recipe, family: Family) -> Conditions:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from raydmd.config.recipe import MethodOptions, Recipe
+from raydmd.models.base import Family
 from raydmd.sampling.phase import Phase
 from raydmd.training.generator import Generator
 from raydmd.training.teacher import Scorer
@@ -20,7 +21,7 @@ class Trained:
     """A role whose weights are trained: replicas that share out every batch, and a state that manifests keep.
 
     Its part has ``start_phase(index, updates)``, ``updates``, ``flat`` (a `raydmd.training.trainable_state`),
-    ``state()``, ``figures`` (names of what its updates report), ``update(*inputs, collective)`` and whatever calls the
+    ``state()``, ``figures`` (names of what its updates report), ``update(*inputs, collective=)`` and whatever calls the
     method makes on it. ``update`` takes a list for each input, one entry a micro-batch of this replica's, and returns
     `raydmd.training.messages.UpdateStats`; it is the only call that changes the weights. Every other call is made for
     each micro-batch: ``part.NAME(*arguments, *inputs of that micro-batch)``.
@@ -70,13 +71,14 @@ class Method(ABC):
     Attributes:
         name: as ``method.name`` has it.
         options_type: its section of the recipe; the common options, and its own.
-        roles: what it trains and what it asks, by name. Their workers are started in this order.
+        roles: what it trains and what it asks, by name. Their workers are started in this order. A class names all; a
+            method may leave out those that its options have no use for.
         student: the trained role that holds the experts; its part is a `Generator`.
         teacher: the frozen role that draws the teacher's pictures and its ODE pairs; its part is a `Scorer`.
     """
 
     name: ClassVar[str]
-    roles: ClassVar[Mapping[str, Trained | Frozen]]
+    roles: Mapping[str, Trained | Frozen]
     options_type: ClassVar[type[MethodOptions]] = MethodOptions
     student: ClassVar[str] = "generator"
     teacher: ClassVar[str] = "teacher"
@@ -91,6 +93,21 @@ class Method(ABC):
         Raises:
             UserError: options that do not go together.
         """
+
+    def check(self, family: Family, hub: bool = True) -> list[str]:
+        """Refuse, before a run starts, options that do not go with the family, and files that are not there.
+
+        Args:
+            family: the recipe's.
+            hub: whether weights that are not on this machine are fetched.
+
+        Returns:
+            What only the hub can tell, a line each.
+
+        Raises:
+            UserError: one line that names the key and the value or file.
+        """
+        return []
 
     @property
     @abstractmethod

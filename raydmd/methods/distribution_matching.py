@@ -20,7 +20,7 @@ class DistributionMatching(Method):
         gradient: which calls of a rollout keep their graph.
     """
 
-    roles: ClassVar[Mapping[str, Trained | Frozen]] = {
+    roles: Mapping[str, Trained | Frozen] = {
         "generator": STUDENT, "fake": Trained(Fake), "teacher": TEACHER,
     }  # fmt: skip
     steps: ClassVar[int] = 4

@@ -9,7 +9,7 @@ from pydantic import ValidationError, create_model
 from raydmd.config.plugins import import_plugins
 from raydmd.config.recipe import MethodOptions, Recipe, blamed, explain, first_error, read_tree, shown_override
 from raydmd.errors import UserError, nearest
-from raydmd.methods.base import Method, Trained
+from raydmd.methods.base import Method
 from raydmd.methods.registry import METHODS, find_method
 
 
@@ -82,7 +82,7 @@ def parse_recipe(tree: dict[str, Any], source: str, overrides: Sequence[str] = (
         raise UserError(f"{blamed(error, overrides) or source}: {explain(error, model)}") from None
     recipe = Recipe(**{key: getattr(checked, key) for key in Recipe.model_fields})
     if method is not None:
-        _check_roles(method, recipe, source)
+        _check_roles(method(recipe), recipe, source)
     return recipe
 
 
@@ -99,14 +99,13 @@ def _check_options(method: type[Method], options: type[MethodOptions], section: 
             raise UserError(f"{source}: method.{key}: an option of {', '.join(owners)}, not of {method.name}")
 
 
-def _check_roles(method: type[Method], recipe: Recipe, source: str) -> None:
+def _check_roles(method: Method, recipe: Recipe, source: str) -> None:
     """Refuse sections of roles that the method does not have."""
-    trained = [name for name, role in method.roles.items() if isinstance(role, Trained)]
     for key, section, roles in (
         ("runtime", recipe.runtime, list(method.roles)),
-        ("optimizer", recipe.optimizer, trained),
+        ("optimizer", recipe.optimizer, method.trained()),
     ):
         for role in section.model_extra or {}:
             if role not in roles:
-                known = [*type(section).model_fields, *roles]
+                known = list(dict.fromkeys([*type(section).model_fields, *roles]))
                 raise UserError(f"{source}: unknown key '{key}.{role}'{nearest(role, known)}")

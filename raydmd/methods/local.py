@@ -14,8 +14,9 @@ import torch
 from raydmd.config.recipe import Recipe
 from raydmd.data.prompts import PromptTable
 from raydmd.data.row_order import PromptOrder
-from raydmd.data.trajectories import Pairs
+from raydmd.data.trajectories import PAIR_CHUNK, Pairs
 from raydmd.methods.base import Method
+from raydmd.methods.pairs import check_run_pairs, folder_pairs
 from raydmd.methods.registry import build_method
 from raydmd.models.base import Denoiser, Family
 from raydmd.models.encoding import encode_rows
@@ -90,7 +91,7 @@ class LocalCalls:
         part = self.program.parts[self.role]
 
         def update(*inputs: list[Any]) -> None:
-            self.program.figures.setdefault(self.role, []).append(part.update(*inputs, Alone()))
+            self.program.figures.setdefault(self.role, []).append(part.update(*inputs, collective=Alone()))
 
         def call(*values: Any) -> list[Any]:
             arguments = tuple(value for value in values if not isinstance(value, list))
@@ -119,13 +120,16 @@ def train(
         iterations: stop after this many, without ending the phase; default: all.
 
     Raises:
-        UserError: a row of the prompts that cannot be used.
+        UserError: a row of the prompts that cannot be used; ``pairs.path`` has not what the run would make itself.
         RunError: too many samples without a finite gradient.
     """
     method = build_method(recipe)
     program = LocalProgram(method, family, teacher, prompts)
     run, student = Reference(program.parts), program.parts[method.student]
-    if method.pairs:
+    if recipe.pairs.path is not None:
+        check_run_pairs(recipe, family, prompts)
+        student.pairs = folder_pairs(recipe, student.device)
+    elif method.pairs:
         student.pairs = make_pairs(method, family, program.parts[method.teacher], prompts, method.pairs)
     updates, iteration = dict.fromkeys(method.trained(), 0), 0
     for index, length in enumerate(program.lengths):
@@ -150,11 +154,22 @@ def train(
 
 
 def make_pairs(
-    method: Method, family: Family, scorer: Scorer, prompts: PromptTable, total: int, chunk: int = 256
-) -> Pairs:
-    """Let the teacher make ODE pairs; their prompts walk all rows, in an order of their own."""
+    method: Method, family: Family, scorer: Scorer, prompts: PromptTable, total: int, chunk: int = PAIR_CHUNK,
+    first: int = 0,
+) -> Pairs:  # fmt: skip
+    """Let the teacher make ODE pairs; their prompts walk all rows, in an order of their own.
+
+    Args:
+        method: whose pairs they are.
+        family: the kind of network.
+        scorer: the teacher.
+        prompts: what the pairs are conditioned on.
+        total: how many.
+        chunk: pairs that are computed at once.
+        first: number of the first; of a chunk's, where the bits are to be those of pairs that are made from 0 on.
+    """
     made, order = [], PromptOrder(method.recipe, prompts.groups, method.draws)
-    for start in range(0, total, chunk):
-        conditions = encode_rows(family, prompts, order.pairs(start, min(chunk, total - start)))
-        made.append(scorer.pairs(start, min(chunk, total - start), conditions))
+    for start in range(first, first + total, chunk):
+        count = min(chunk, first + total - start)
+        made.append(scorer.pairs(start, count, encode_rows(family, prompts, order.pairs(start, count))))
     return Pairs.join(made)

@@ -3,14 +3,21 @@
 from raydmd.config.plugins import import_in_actor, load_entry_point, offered
 from raydmd.config.recipe import Recipe
 from raydmd.errors import UserError, nearest
+from raydmd.methods.adm import ADM
+from raydmd.methods.adp import ADP
 from raydmd.methods.base import Method
 from raydmd.methods.dmd import DMD
+from raydmd.methods.dmd2 import DMD2
 from raydmd.methods.dmd_fewstep import FewStepDMD
 from raydmd.methods.dmd_sgts import TruncatedDMD
+from raydmd.methods.dmdx import DMDX
 from raydmd.methods.phased import PhasedDMD
+from raydmd.methods.sid import SiD
+from raydmd.methods.tdm import TDM
 from raydmd.sampling.phase import Phase
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (DMD, FewStepDMD, TruncatedDMD, PhasedDMD)}
+OWN = (DMD, FewStepDMD, TruncatedDMD, PhasedDMD, DMD2, TDM, SiD, ADM, ADP, DMDX)
+METHODS: dict[str, type[Method]] = {method.name: method for method in OWN}
 GROUP = "raydmd.methods"  # of entry points
 
 

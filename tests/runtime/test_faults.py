@@ -60,7 +60,7 @@ class Faulty:
         else:
             object.__setattr__(self, name, value)
 
-    def call(self, *arguments: Any) -> Any:
+    def call(self, *arguments: Any, **named: Any) -> Any:
         with self.file.open("ab", buffering=0) as file:
             file.write(b".")
             calls = file.tell()  # behind this call's own byte: no two calls have the same number
@@ -70,7 +70,7 @@ class Faulty:
             if self.what == "exit":
                 os._exit(1)
             raise KeyError("no such layer: blocks.7")
-        return getattr(self.part, self.method)(*arguments)
+        return getattr(self.part, self.method)(*arguments, **named)
 
 
 def make_faulty(
