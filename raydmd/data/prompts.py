@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
 
@@ -117,6 +118,37 @@ class PromptTable:
                 parts[name].append(values[inside])
         back = np.argsort(np.concatenate(places), kind="stable")
         return {name: self._join(name, values)[back] for name, values in parts.items()}
+
+    def identity(self) -> str:
+        """Return what the rows of ``columns`` are, and the order in which runs take them: 32 hexadecimal digits.
+
+        A table that fits into one window (`raydmd.data.row_order`) is told by every value, wherever it lies and however
+        it is cut and compressed. Of a larger one, which would take long to read, it is the row groups' sizes, plain and
+        compressed, column by column, and the values of the first and the last one.
+
+        Raises:
+            UserError: as `take`.
+        """
+        digest, looked = blake2b(digest_size=16), list(range(len(self.groups)))
+        if self.columns and sum(group.size for group in self.groups) > WINDOW_BYTES:
+            for (file, number), group in zip(self._places, self.groups, strict=True):
+                found = file.metadata.row_group(number)
+                entries = [found.column(i) for i in range(found.num_columns)]
+                sizes = [(c.path_in_schema, c.total_uncompressed_size, c.total_compressed_size) for c in entries
+                         if c.path_in_schema.partition(".")[0] in self.columns]  # fmt: skip
+                digest.update(repr((group.rows, group.size, sizes)).encode())
+            looked = [0, looked[-1]]
+        for name in sorted(self.columns):
+            for place, index in enumerate(looked):
+                values = self._group(index)[name]
+                if not place:
+                    digest.update(repr((name, values.dtype.str, values.shape[1:], len(self))).encode())
+                if values.dtype.kind == "O":
+                    words = [str(value).encode() for value in values.reshape(-1)]
+                    digest.update(b"".join(len(word).to_bytes(8, "little") + word for word in words))
+                else:
+                    digest.update(np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()
 
     def _join(self, name: str, parts: list[np.ndarray]) -> np.ndarray:
         if len({part.shape[1:] for part in parts}) > 1:

@@ -10,6 +10,7 @@ from ray import ObjectRef
 from ray.exceptions import RayError
 
 from raydmd.config.recipe import Recipe
+from raydmd.data.trajectories import PAIR_CHUNK
 from raydmd.errors import RunError, StorageError
 from raydmd.locations import KEY
 from raydmd.methods.program import MethodTrace
@@ -278,9 +279,13 @@ class Controller:
             self.checkpoints.end_with(error)
 
     async def _load_pairs(self) -> None:
-        """Have the teacher make the ODE pairs that the student needs."""
-        total, chunk = self.method.pairs, 256
+        """Have the teacher make the ODE pairs that the student needs, or have its workers read those of a folder."""
+        total, chunk = self.method.pairs, PAIR_CHUNK
         if not total or self._paired or self.next >= self.ends[-1]:
+            return
+        if self.recipe.pairs.path is not None:
+            await asyncio.gather(*self.student.all("open_pairs"))
+            self._paired = True
             return
         work = [(start, min(chunk, total - start)) for start in range(0, total, chunk)]
         inputs = [(start, count, self.actors.prompts.pairs.remote(start, count)) for start, count in work]

@@ -28,6 +28,7 @@ from raydmd.runtime.cluster import checkpoints
 
 TEACHER = (f"teacher/{WEIGHTS_FILE}", f"teacher/{CONFIG_FILE}")  # in this order: with the last, it is whole
 FREE = {"name", "runtime", "checkpoint", "monitor", "evaluation", "plugins"}  # may differ when a run is continued
+FREE |= {"pairs"}  # a folder is taken only where its pairs are, to the bit, those that the run would make
 
 
 def pin_teacher(recipe: Recipe, folder: Path) -> Recipe:
@@ -38,12 +39,27 @@ def pin_teacher(recipe: Recipe, folder: Path) -> Recipe:
     Raises:
         UserError: the hub has no such model, or cannot be reached and the cache has none.
     """
-    if not (recipe.teacher.path or "").startswith(HUB) or recipe.teacher.family in EMBEDDED:
+    if not _is_of_a_hub(recipe):
         return recipe
     newest = Archive(checkpoints(recipe, folder)).peek()
-    begun = with_commit(recipe, newest.teacher if newest else "")
+    return pin_commit(recipe, newest.teacher if newest else "")
+
+
+def pin_commit(recipe: Recipe, fingerprint: str) -> Recipe:
+    """Return the recipe with the commit of a hub's teacher: that of a fingerprint which names one, else the newest.
+
+    Raises:
+        UserError: the hub has no such model, or cannot be reached and the cache has none.
+    """
+    if not _is_of_a_hub(recipe):
+        return recipe
+    begun = with_commit(recipe, fingerprint)
     pinned = str(resolve_commit(parse_hub_name(begun.teacher.path or "")))
     return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"path": pinned})})
+
+
+def _is_of_a_hub(recipe: Recipe) -> bool:
+    return (recipe.teacher.path or "").startswith(HUB) and recipe.teacher.family not in EMBEDDED
 
 
 def prepare(recipe: Recipe, folder: Path, resume: str, owner: str = "") -> int:

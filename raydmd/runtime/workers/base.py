@@ -19,6 +19,7 @@ from raydmd.config.recipe import Recipe
 from raydmd.data.trajectories import Pairs
 from raydmd.errors import RunError, UserError
 from raydmd.methods.base import Frozen, Method
+from raydmd.methods.pairs import folder_pairs
 from raydmd.methods.registry import build_method, plan_phases
 from raydmd.runs.run import recipe_family
 from raydmd.runtime.checkpoint.shards import LabelledTensors
@@ -275,7 +276,7 @@ class TrainerWorker(Worker):
                 ]
                 for k in range(count)
             ]
-            return turn.stats(len(micros), self.part.update(*lists, self.collective))
+            return turn.stats(len(micros), self.part.update(*lists, collective=self.collective))
 
     def _each(
         self, name: str, micros: list[MicroBatch], arguments: tuple[Any, ...], inputs: tuple[Any, ...]
@@ -312,13 +313,14 @@ class StudentWorker(TrainerWorker):
     part: Generator
 
     def take_over(self, index: int, updates: int, state: Any, pairs: Any = None, *experts: Any) -> None:
-        """Take finished experts' weights and the teacher's ODE pairs, too."""
+        """Take finished experts' weights and the teacher's ODE pairs, too; pairs of a folder it reads itself."""
         self._phase = -1
         for number, weights in enumerate(experts):
             self.part.experts.start(number)
             self.part.experts.load_state(number, from_wire(weights))
         if pairs is not None:
             self.part.pairs = Pairs.join([from_wire(pairs)], self.device)
+        self.open_pairs()
         super().take_over(index, updates, state)
 
     def expert(self, index: int) -> Any:
@@ -327,12 +329,21 @@ class StudentWorker(TrainerWorker):
         return LabelledTensors(to_wire(experts.state(index)), experts.metadata())
 
     def pairs(self) -> Any:
-        """Return the teacher's ODE pairs, if there are any."""
-        return None if self.part.pairs is None else to_wire(self.part.pairs)
+        """Return the teacher's ODE pairs, if there are any that are not in a folder."""
+        return to_wire(self.part.pairs) if isinstance(self.part.pairs, Pairs) else None
 
     def load_pairs(self, *parts: Any) -> None:
         """Take the teacher's ODE pairs, in order."""
         self.part.pairs = Pairs.join([from_wire(part) for part in parts], self.device)
+
+    def open_pairs(self) -> None:
+        """Take the pairs of the recipe's ``pairs.path``, if it has one, as this worker's machine sees the folder.
+
+        Raises:
+            UserError: it is not there.
+        """
+        if (pairs := folder_pairs(self.recipe, self.device)) is not None:
+            self.part.pairs = pairs
 
     def end_phase(self, index: int, updates: int) -> None:
         """Fix expert ``index`` at its averaged weights, unless that is done."""
