@@ -44,8 +44,17 @@ def by_teacher(runs: Sequence[Run]) -> list[list[int]]:
 
 
 def differences(runs: Sequence[Run]) -> list[Difference]:
-    """Return the keys whose values are not the same in all recipes; a path is left out where the teacher is one."""
+    """Return the keys whose values are not the same in all recipes.
+
+    Left out: the teacher's path where the teacher is one, and a method's own options that are as they are by default
+    where another method has none of the kind.
+    """
     trees = [flattened(run.recipe) for run in runs]
+    everywhere = set.intersection(*(set(tree) for tree in trees))
+    trees = [
+        {key: value for key, value in tree.items() if key in everywhere or value != usual.get(key, ABSENT)}
+        for tree, usual in zip(trees, (_usual_options(run.recipe) for run in runs), strict=True)
+    ]
     keys = list(dict.fromkeys(key for tree in trees for key in tree))
     same_teacher = len({teacher_of(run) for run in runs}) == 1
     found = []
@@ -59,13 +68,19 @@ def differences(runs: Sequence[Run]) -> list[Difference]:
 def flattened(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe's values by the path of their key, as ``method.name``."""
 
-    def walk(tree: dict[str, Any], path: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in tree.items():
-            found |= walk(value, f"{path}{key}.") if isinstance(value, dict) and value else {path + key: value}
-        return found
+    return _by_path(recipe.model_dump(mode="json"), "")
 
-    return walk(recipe.model_dump(mode="json"), "")
+
+def _by_path(tree: dict[str, Any], path: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _by_path(value, f"{path}{key}.") if isinstance(value, dict) and value else {path + key: value}
+    return found
+
+
+def _usual_options(recipe: Recipe) -> dict[str, Any]:
+    """Return a method's options by default, by the path of their key."""
+    return _by_path(type(recipe.method)(name=recipe.method.name).model_dump(mode="json"), "method.")
 
 
 def _in_words(value: Any) -> str:

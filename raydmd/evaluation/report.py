@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,16 @@ from raydmd.sampling.plan import plan_iterations
 
 RUNS = ("#2f6fde", "#df6420", "#1c9a66", "#c0399b", "#a88412", "#6f7b8a")
 ROLES = {"teacher": "#8b5cf6", "fake": "#e58a1f", "generator": "#0d9f9a"}
+OTHER_ROLES = ("#c0399b", "#2f6fde", "#6f7b8a", "#a88412")  # of methods with more
 CURVES = {
     "loss_fake": "Fake score's loss",
+    "loss_discriminator": "Discriminator's loss",
+    "loss_classifier": "Loss of the classifier on the fake score",
+    "loss_latent": "Latent discriminator's loss",
+    "loss_pixel": "Pixel discriminator's loss",
     "generator_grad_norm": "Generator's gradient norm",
     "dm_gradient": "Distribution-matching gradient, mean |g|",
+    "gradient": "Gradient of the objective by the samples, mean |g|",
     "x_s_mean": "Mean of the generator's samples x_s",
     "x_s_std": "Spread of the generator's samples x_s",
     "seconds": "Seconds an iteration",
@@ -236,7 +243,9 @@ def _curves(shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def breaks(one: dict[str, Any]) -> list[float]:
         return [band.start for band in one["bands"]["plain"]]
 
-    for key, title in CURVES.items():
+    found = {key for one in recorded for line in one["metrics"] for key in line if key.startswith("loss_")}
+    titles = CURVES | {key: f"Loss: {key.removeprefix('loss_')}" for key in sorted(found - CURVES.keys())}
+    for key, title in titles.items():
         lines = [
             Line(one["name"], one["color"], [m["iteration"] + 1 for m in kept], [m[key] for m in kept], breaks(one))
             for one in shown
@@ -269,7 +278,8 @@ def _bands(
 def _utilisation(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return charts of each role's busy share, and of its workers where their number changes."""
     lines, workers = [], []
-    for role, color in ROLES.items():
+    others = sorted({role for line in metrics for role in line.get("roles", {})} - ROLES.keys())
+    for role, color in (ROLES | dict(zip(others, cycle(OTHER_ROLES), strict=False))).items():
         kept = [m for m in metrics if role in m.get("roles", {}) and m.get("seconds")]
         at = [m["iteration"] + 1 for m in kept]
         of = [m["roles"][role] for m in kept]

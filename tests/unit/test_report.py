@@ -23,7 +23,7 @@ from raydmd.evaluation.comparison import Difference, by_teacher, differences
 from raydmd.evaluation.curves import HEIGHT, LEFT, TOP, WIDTH, Band, Line, chart
 from raydmd.evaluation.pictures import generate
 from raydmd.evaluation.report import _best, report
-from raydmd.methods.loading import parse_recipe
+from raydmd.methods.loading import load_recipe, parse_recipe
 from raydmd.models.fingerprint import fingerprint_teacher
 from raydmd.runs.run import Run
 
@@ -120,6 +120,9 @@ def test_a_run_in_training_has_a_page(runs: dict[str, Run], tmp_path: Path) -> N
     lines = run.metrics()
     lines[1]["loss_fake"] = float("nan")
     lines[2]["roles"]["fake"]["workers"] = 2
+    for number, line in enumerate(lines):  # of a method with more roles
+        line |= {"loss_discriminator": 0.5 + number, "loss_own": 0.25}
+        line["roles"]["discriminator"] = {"busy_seconds": 0.2, "workers": 1}
     text = "".join(json.dumps(line) + "\n" for line in lines[:3]) + '{"cut'
     (run.folder / "metrics.jsonl").write_text(text)
     samples = run.folder / "samples"
@@ -128,6 +131,9 @@ def test_a_run_in_training_has_a_page(runs: dict[str, Run], tmp_path: Path) -> N
         Image.new("L", (10, 10), number).save(samples / f"student-{number:06}.png")
     page = Page(report([run], tmp_path / "a.html"))
     assert "3 of 4" in page.text and "still at t = 0.5" in page.text and "Workers of each role" in page.text
+    for words in ("Discriminator's loss", "Loss: own"):
+        assert words in page.text, words
+    assert page.source.count("discriminator") > 1  # its busy share, in the legend
     assert [words for words in re.findall(r"iteration (\d+)</b>", page.source)] == ["1", "3", "5", "7"]
 
     run.expert_file(0).unlink()
@@ -213,6 +219,9 @@ def test_what_differs_between_recipes_is_shown(runs: dict[str, Run], tmp_path: P
     phased, onestep = runs["phased"], runs["onestep"]
     assert differences([phased, onestep]) == [Difference("method.name", ["phased", "dmd"])]
     assert differences([phased, phased]) == []
+    own = Run(onestep.folder)
+    own.recipe = load_recipe(str(onestep.folder / "recipe.yaml"), ["method.dmd.t_max=0.5"])
+    assert Difference("method.dmd.t_max", ["–", "0.5"]) in differences([phased, own])
     found = {difference.key: difference.values for difference in differences([phased, onestep, runs["ring"]])}
     assert found["method.name"] == ["phased", "dmd", "phased"] and "teacher.path" in found and "seed" not in found
     assert found["teacher.family"] == ["digits", "digits", "ring"] and found["teacher.guidance_scale"][2] == "1"

@@ -28,8 +28,8 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "raydmd_role_workers": ("workers of a role", ("role",)),
     "raydmd_role_waiting": ("workers of a role that are not placed yet", ("role",)),
     "raydmd_staleness": ("generator versions between a rollout and its use", ()),
-    "raydmd_loss_fake": ("the fake score's loss", ()),
-    "raydmd_generator_grad_norm": ("norm of the generator's gradient before clipping", ()),
+    "raydmd_loss": ("a trained role's loss: fake, discriminator, latent ...", ("loss",)),
+    "raydmd_gradient_norm": ("norm of a trained role's gradient before clipping", ("role",)),
     "raydmd_queue_depth": ("calls sent and not finished", ()),
     "raydmd_checkpoint_bytes": ("bytes of the newest checkpoint", ()),
     "raydmd_checkpoint_seconds": ("seconds that the newest checkpoint took to write", ()),
@@ -85,8 +85,11 @@ class Metrics:
         for role, count in line["zeroed_samples"].items():
             self._count("raydmd_zeroed_samples", count, role=role)
         self._set("raydmd_staleness", line["staleness"])
-        self._set("raydmd_loss_fake", line["loss_fake"])
-        self._set("raydmd_generator_grad_norm", line["generator_grad_norm"])
+        for key, value in line.items():
+            if key.startswith("loss_"):
+                self._set("raydmd_loss", value, loss=key.removeprefix("loss_"))
+            elif key.endswith("_grad_norm"):
+                self._set("raydmd_gradient_norm", value, role=key.removesuffix("_grad_norm"))
 
     def queue(self, depth: int) -> None:
         """Report how many calls are sent and not finished."""
