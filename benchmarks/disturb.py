@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,6 @@ HEALTH = {  # as the shipped cluster files have it: a node that is silent for ab
     "health_check_timeout_ms": 1000,
     "health_check_failure_threshold": 3,
 }
-LAYOUT = [f"runtime.{role}.max_workers={REPLICAS}" for role in ROLES] + [
-    f"runtime.{role}.resources={{{role}: 1}}" for role in ROLES
-]
 LOOK_EVERY = 0.002  # seconds between two looks at the run's files: what the figures can tell
 PATIENCE = 300.0  # seconds after which something will not happen any more
 
@@ -47,16 +44,21 @@ def title(process: psutil.Process) -> str:
         return ""
 
 
+def layout(roles: Iterable[str]) -> list[str]:
+    """Return the settings under which each role has two workers, each on a node of its own."""
+    return [f"runtime.{role}={{max_workers: {REPLICAS}, resources: {{{role}: 1}}}}" for role in roles]
+
+
 class Machines:
     """A Ray cluster of a head and two nodes for each role, each with a place for one worker."""
 
-    def __init__(self) -> None:
+    def __init__(self, roles: Sequence[str] = ROLES) -> None:
         head = {"num_cpus": 2, "node_ip_address": "127.0.0.1", "include_dashboard": False, "_system_config": HEALTH}
         self.cluster = Cluster(initialize_head=True, head_node_args={**head, "object_store_memory": STORE})
         self._addresses = (f"127.0.{high}.{low}" for high in range(1, 250) for low in range(1, 250))
-        self.nodes: dict[str, list[Any]] = {role: [] for role in ROLES}
+        self.nodes: dict[str, list[Any]] = {role: [] for role in roles}
         for _ in range(REPLICAS):
-            for role in ROLES:
+            for role in roles:
                 self.add(role)
 
     def add(self, role: str) -> None:
@@ -141,7 +143,7 @@ class Lines:
 
 
 class Watched:
-    """A distillation by the digits recipe in a process of its own, and what it has written so far.
+    """A distillation of digits in a process of its own, and what it has written so far.
 
     Attributes:
         lines: its metrics: when each was seen, and the record; those that a recovery took back stay.
@@ -149,14 +151,15 @@ class Watched:
         at_work: how many workers each role has, by the run's own account.
     """
 
-    def __init__(self, machines: Machines, folder: Path, settings: list[str]) -> None:
+    def __init__(self, machines: Machines, folder: Path, settings: list[str], recipe: str = "digits") -> None:
         self.machines, self.folder, self.log = machines, folder, folder.with_suffix(".log")
-        arguments = [word for setting in [*settings, *LAYOUT] for word in ("--set", setting)]
+        self.roles = list(machines.nodes)
+        arguments = [word for setting in [*settings, *layout(self.roles)] for word in ("--set", setting)]
         program = "from raydmd.cli import main; main()"
-        self.command = [sys.executable, "-c", program, "distill", "digits", *arguments, "--out", str(folder)]
+        self.command = [sys.executable, "-c", program, "distill", recipe, *arguments, "--out", str(folder)]
         self.lines: list[tuple[float, dict[str, Any]]] = []
         self.events: list[dict[str, Any]] = []
-        self.at_work, self._since = dict.fromkeys(ROLES, 0), dict.fromkeys(ROLES, 0)
+        self.at_work, self._since = dict.fromkeys(self.roles, 0), dict.fromkeys(self.roles, 0)
         self._metrics, self._told = Lines(folder / "metrics.jsonl"), Lines(folder / "events.jsonl")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.unlink(missing_ok=True)
@@ -178,7 +181,7 @@ class Watched:
     def _count(self, event: dict[str, Any]) -> None:
         if event["event"] == "started":
             self.at_work.update(event["workers"])
-            self._since = dict.fromkeys(ROLES, len(self.lines))
+            self._since = dict.fromkeys(self.roles, len(self.lines))
         elif event["event"] == "resized":
             self.at_work[event["role"]] = event["workers"]
             self._since[event["role"]] = len(self.lines)
@@ -191,7 +194,7 @@ class Watched:
         Who joins takes its state from another only then: the first step that is committed after may have been under
         way already, the second one had the newcomer in it.
         """
-        roles = ROLES if role is None else (role,)
+        roles = self.roles if role is None else [role]
         if any(self.at_work[name] < REPLICAS or len(self.lines) < self._since[name] + 2 for name in roles):
             return False
         return all(len(self.machines.workers(name)) == REPLICAS for name in roles)

@@ -1,7 +1,7 @@
 """Is a distillation on Ray the local executor's, to the bit?
 
-Runs 20 iterations of the digits recipe (the papers' Adam betas, float32) by every method, in one process and on Ray,
-with one worker a role and with 2 generator, 2 fake and 3 teacher workers, and compares every weight: all experts,
+Runs 10 iterations of the digits recipe (the papers' Adam betas, float32) by every method, in one process and on Ray,
+with one worker a role and with 2 of every trained role and 3 teacher workers, and compares every weight: all experts,
 averaged as they are kept, and every trained role's weights and moments in the middle of the last phase.
 
     python benchmarks/exactness.py --json exactness.json
@@ -21,7 +21,15 @@ from raydmd.methods.registry import METHODS, build_method
 from raydmd.runs.folders import expert_file
 from raydmd.runtime.launch import distill
 
-LAYOUTS = {"diff_1": (1, 1, 1), "diff_n": (2, 2, 3)}
+OPTIONS = {  # of methods, so that each of their parts takes part
+    "dmd": ("method.regression.weight=0.25", "method.regression.pairs=256", "method.dmd.reference_samples=true"),
+    "dmd2": ("method.dmd2.references=256",),
+    "adm": ("method.phases=2",),
+    "adp": ("method.adp.pairs=256",),
+    "dmdx": ("method.adp.pairs=256", "method.adp.iterations=5"),
+    "sid": ("method.phases=2",),
+}
+LAYOUTS = {"diff_1": (1, 1), "diff_n": (2, 3)}  # workers of each trained role, of each frozen one
 
 
 def difference(reference: Reference, middle: Reference, folder: Path, at: int, trained: list[str]) -> dict[str, float]:
@@ -40,27 +48,25 @@ def difference(reference: Reference, middle: Reference, folder: Path, at: int, t
 def main() -> None:
     """Run all, compare, print."""
     parser = arguments(__doc__)
-    parser.add_argument("--iterations", type=int, default=20, help="iterations in all (default %(default)s)")
+    parser.add_argument("--iterations", type=int, default=10, help="iterations in all (default %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(1)  # as every role has
     figures: dict[str, Any] = {}
+    every = max(options.iterations * 2 // 5, 1)
     for method in METHODS:
         settings = [f"iterations={options.iterations}", "batch.micro=16", "monitor.samples_every=0",
-                    "checkpoint.every=5", f"method.name={method}"]  # fmt: skip
-        if method == "dmd":
-            settings += ["method.regression.weight=0.25", "method.regression.pairs=256"]
+                    f"checkpoint.every={every}", f"method.name={method}", *OPTIONS.get(method, ())]  # fmt: skip
         recipe, family, teacher, prompts = open_recipe("digits", options.work, *settings)
-        at, trained = options.iterations * 3 // 4, build_method(recipe).trained()
+        at, trained = 2 * every, build_method(recipe).trained()
         reference = train(recipe, family, teacher, prompts)
         middle = train(recipe, family, family.load_teacher(), prompts, iterations=at)
         figures[method] = {}
-        for name, (generators, fakes, teachers) in LAYOUTS.items():
+        for name, (trainers, others) in LAYOUTS.items():
             folder = options.work / f"exactness-{method}-{name}"
             shutil.rmtree(folder, ignore_errors=True)
             workers = [
-                f"runtime.generator.max_workers={generators}",
-                f"runtime.fake.max_workers={fakes}",
-                f"runtime.teacher.max_workers={teachers}",
+                f"runtime.{role}.max_workers={trainers if role in trained else others}"
+                for role in build_method(recipe).roles
             ]
             on_ray = load_recipe("digits", [f"teacher.path={recipe.teacher.path}", *settings, *workers])
             distill(on_ray, folder, console=console)

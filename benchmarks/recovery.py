@@ -1,7 +1,7 @@
 """How long a loss takes: seconds from a kill to the next committed step, and the steps that it takes back.
 
-The digits recipe (batch 64 in micro-batches of 16; 2 generators, 2 fakes, 2 teachers) on Ray nodes of this machine,
-each with one worker, while something is killed with SIGKILL, again and again, each time once the run is whole:
+A recipe of digits (batch 64 in micro-batches of 16; 2 workers of each role) on Ray nodes of this machine, each with one
+worker, while something is killed with SIGKILL, again and again, each time once the run is whole:
 
     replica   one of a role's two worker processes
     node      the node of one of them: its raylet and all that runs below it, at once
@@ -16,6 +16,7 @@ that was on its way at the kill may be committed before, and more of them while 
 ``steps_lost`` are committed steps that had to be made again.
 
     python benchmarks/recovery.py --json recovery.json
+    python benchmarks/recovery.py --recipe digits-adm --set method.adm.warmup=0 --only discriminator-replica
 """
 
 import random
@@ -26,10 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from common import arguments, console, finish, teacher_folder
-from disturb import ROLES, Machines, Watched, kill
+from disturb import Machines, Watched, kill
 from rich.table import Table
 
 from raydmd.methods.loading import load_recipe
+from raydmd.methods.registry import build_method
 
 DEATHS = ("replica", "node", "group")
 SETTLED = 5  # iterations that a whole run makes before the next kill
@@ -167,17 +169,20 @@ def main() -> None:
     parser.add_argument(
         "--only", action="append", metavar="ROLE-DEATH", help="just this sort, e.g. fake-node or driver-driver"
     )
+    parser.add_argument("--recipe", default="digits", help="a shipped one of digits (default %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
     options = parser.parse_args()
-    sorts = [(role, death) for role in ROLES for death in DEATHS] + [("driver", "driver")]
+    roles = list(build_method(load_recipe(options.recipe)).roles)
+    sorts = [(role, death) for role in roles for death in DEATHS] + [("driver", "driver")]
     sorts = [sort for sort in sorts if options.only is None or "-".join(sort) in options.only]
     teacher, chance = teacher_folder("digits", options.work), random.Random(options.seed)
     folder: Path = options.work / "recovery"
     shutil.rmtree(folder, ignore_errors=True)
-    settings = [f"teacher.path={teacher}", f"iterations={ENDLESS}", "batch.micro=16"]
-    every = load_recipe("digits", settings).checkpoint.every
-    machines = Machines()
+    settings = [f"teacher.path={teacher}", f"iterations={ENDLESS}", "batch.micro=16", *options.set]
+    every = load_recipe(options.recipe, settings).checkpoint.every
+    machines = Machines(roles)
     try:
-        run = Watched(machines, folder, settings)
+        run = Watched(machines, folder, settings, options.recipe)
         try:
             run.settle(4 * SETTLED)
             usual = statistics.median(line["seconds"] for _, line in run.lines)
