@@ -221,7 +221,8 @@ class Recorder:
             role: figures["busy_seconds"] / max(line["seconds"], 1e-9) / max(figures["workers"], 1)
             for role, figures in line["roles"].items()
         }
-        losses = [f"{name.removeprefix('loss_')} {line[name] or 0.0:.3f}" for name in self.shown if "loss" in name]
+        known = [name for name in self.shown if "loss" in name and line[name] is not None]  # of roles with an update
+        losses = [f"{name.removeprefix('loss_')} {line[name]:.3f}" for name in known]
         norm = line[f"{self.trace.method.student}_grad_norm"] or 0.0
         busy = [f"{role[0].upper()} {min(share, 1):.0%}" for role, share in used.items()]
         figures = "  ".join([*losses, f"|g| {norm:.3g}", f"busy {' '.join(busy)}"])
