@@ -149,7 +149,7 @@ def _received(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
     if _state.ending or (_state.installed and _state.number is not None):
         _state.number = _state.number if _state.number is not None else number
-        _end_in_words()
+        _end_with_message()
     again, _state.number = _state.number is not None, number
     if _state.callback is not None and not again:
         _state.callback()
@@ -165,12 +165,12 @@ def _end_after(seconds: float) -> None:
 
     def wait() -> None:
         time.sleep(seconds)
-        _end_in_words()
+        _end_with_message()
 
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _end_in_words() -> None:
+def _end_with_message() -> None:
     """End the process at once; say why on stderr, unless the command has returned and said it already.
 
     The words go past Python's stream, whose lock the thread that is ended may hold.
@@ -187,5 +187,5 @@ def _end_in_words() -> None:
 def _unraisable(unraisable: Any) -> None:
     """End the process at an interrupt that arrived where nothing can be raised (a finalizer), and was dropped there."""
     if unraisable.exc_type is KeyboardInterrupt:
-        _end_in_words()
+        _end_with_message()
     sys.__unraisablehook__(unraisable)

@@ -57,14 +57,14 @@ class ADM(PhasedDMD):
         if n < own.warmup:
             run.generator.update(run.generator.regress(n, prompts))
             return
-        way = own.dt * run.phase(n).t_max, own.steps
+        step = own.dt * run.phase(n).t_max, own.steps
         proposal = run.generator.propose(n, prompts)
-        generated = run.fake.step(*way, proposal)
-        real = run.teacher.step(*way, proposal)
+        generated = run.fake.step(*step, proposal)
+        real = run.teacher.step(*step, proposal)
         for _ in range(own.discriminator_updates):
             run.discriminator.update(real, generated)
         verdict = run.discriminator.vjp(generated)
-        run.generator.update(run.fake.step_vjp(*way, proposal, verdict))
+        run.generator.update(run.fake.step_vjp(*step, proposal, verdict))
 
     @property
     def pairs(self) -> int:

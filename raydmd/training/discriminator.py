@@ -16,7 +16,7 @@ from raydmd.training.collective import Alone, Collective
 from raydmd.training.messages import Cotangents, Stepped, UpdateStats
 from raydmd.training.score_network import vector_jacobian
 from raydmd.training.trainable_state import FlatParameters
-from raydmd.training.zeroed import finite_samples, only
+from raydmd.training.zeroed import finite_samples, zero_others
 
 BLOCKS = "method.discriminator.blocks"
 
@@ -122,9 +122,10 @@ class Discriminator:
                 finite = [finite_samples(each.x.to(self.device)) for each in (right, wrong)]
                 kept, broken = finite[0] & finite[1], broken + int((~finite[0]).sum())
                 on_real, on_generated = (
-                    self.logits(only(kept, each.x.to(self.device)), each.t, each.conditions) for each in (right, wrong)
+                    self.logits(zero_others(kept, each.x.to(self.device)), each.t, each.conditions)
+                    for each in (right, wrong)
                 )
-                loss = only(kept, discriminator_loss(on_real, on_generated, self.loss))
+                loss = zero_others(kept, discriminator_loss(on_real, on_generated, self.loss))
                 (loss.sum() / self.recipe.batch.size).backward()
                 gradients.append(self.flat.take_gradient(last=number == len(real)))
                 values = (float(each.detach().mean()) for each in (loss, on_real, on_generated))

@@ -85,7 +85,7 @@ class Fake(ScoreNetwork):
     def losses(self, samples: Samples) -> tuple[torch.Tensor, dict[str, float]]:
         """Return the loss of each sample, [B], and the micro-batch's figures."""
         x_s, noise, t, x_t = self.noised(samples)
-        output = self.predict(x_t, t.to(self.device), self.there(samples.conditions))
+        output = self.predict(x_t, t.to(self.device), self.on_device(samples.conditions))
         loss = self.matching_loss(samples, output, x_s, noise, t)
         return loss, {self.figures[0]: float(loss.detach().mean())}
 
@@ -116,7 +116,7 @@ class Fake(ScoreNetwork):
             target=method.fake_target,
         )
 
-    def there(self, conditions: Conditions) -> Conditions:
+    def on_device(self, conditions: Conditions) -> Conditions:
         """Return conditions on this part's device."""
         return {name: value.to(self.device) for name, value in conditions.items()}
 
@@ -132,7 +132,7 @@ class Fake(ScoreNetwork):
         """Return the network's prediction, without guidance."""
         return self.network(x_t, t, conditions)
 
-    def stamped(self, batch_id: BatchId) -> BatchId:
+    def with_version(self, batch_id: BatchId) -> BatchId:
         """Say after how many updates."""
         return replace(batch_id, fake_version=self.updates)
 

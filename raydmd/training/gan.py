@@ -50,7 +50,7 @@ class ClassifyingFake(Fake):
         logits = self.heads(right), self.heads(features)
         verdict = discriminator_loss(*logits, "softplus")
         values = (float(each.detach().mean()) for each in (loss, verdict, *logits))
-        return loss + weight_of(self.recipe, "classifier") * verdict, dict(zip(self.figures, values, strict=True))
+        return loss + self.recipe.method.dmd2.classifier_weight * verdict, dict(zip(self.figures, values, strict=True))  # type: ignore[attr-defined]
 
     def classifier_vjp(self, proposal: Noised) -> Cotangents:
         """Differentiate the generator's GAN loss by the proposal's x_t."""
@@ -60,12 +60,12 @@ class ClassifyingFake(Fake):
 
         x_t = proposal.x_t.to(self.device)
         gradient = vector_jacobian(loss, x_t, torch.ones(len(x_t)))
-        return Cotangents(self.stamped(proposal.batch_id), self.role, {"x_t": gradient})
+        return Cotangents(self.with_version(proposal.batch_id), self.role, {"x_t": gradient})
 
     def _read(
         self, x_t: torch.Tensor, t: torch.Tensor, of: Samples | Noised
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        return read_features(self.network, self.blocks, x_t, t.to(self.device), self.there(of.conditions))
+        return read_features(self.network, self.blocks, x_t, t.to(self.device), self.on_device(of.conditions))
 
 
 class ReferencedGenerator(Generator):
@@ -116,11 +116,6 @@ class ReferencedGenerator(Generator):
         matching, left_out = super().objective(x_s, proposal, teacher, fake)
         by_x_t = classifier.values["x_t"].to(self.device)
         pull = self.through_noising(proposal, by_x_t) * x_s[0].numel()
-        gradient, broken = broken_samples(matching + weight_of(self.recipe, "generator") * pull)
+        gradient, broken = broken_samples(matching + self.recipe.method.dmd2.generator_weight * pull)  # type: ignore[attr-defined]
         more = by_role(broken, fake=by_x_t)
         return gradient, {role: left_out.get(role, 0) + more.get(role, 0) for role in {*left_out, *more}}
-
-
-def weight_of(recipe: Recipe, whose: str) -> float:
-    """Return a weight of ``method.dmd2``."""
-    return float(getattr(recipe.method.dmd2, f"{whose}_weight"))  # type: ignore[attr-defined]

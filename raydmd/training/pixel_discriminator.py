@@ -44,9 +44,9 @@ class PixelDiscriminatorOptions(DiscriminatorOptions):
     def absolute(self) -> Self:
         """Return the options with a backbone's folder made absolute."""
         kind, _, source = self.pixel.backbone.partition(":")
-        if not source or not Path(source).is_dir():
+        if not source or not (folder := Path(source).expanduser()).is_dir():
             return self
-        pixel = self.pixel.model_copy(update={"backbone": f"{kind}:{Path(source).resolve()}"})
+        pixel = self.pixel.model_copy(update={"backbone": f"{kind}:{folder.resolve()}"})
         return self.model_copy(update={"pixel": pixel})
 
 

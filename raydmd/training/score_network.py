@@ -23,14 +23,14 @@ class ScoreNetwork(ABC):
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """Return the prediction, like ``x_t`` [B, ...], for ``t`` [B]; it can be differentiated where that is on."""
 
-    def stamped(self, batch_id: BatchId) -> BatchId:
+    def with_version(self, batch_id: BatchId) -> BatchId:
         """Return the name of a micro-batch with what this network is to be blamed for."""
         return batch_id
 
     @torch.no_grad()
     def score(self, proposal: Noised) -> Score:
         """Predict on the generator's proposal."""
-        return Score(self.stamped(proposal.batch_id), self._at(proposal)(proposal.x_t.to(self.device)))
+        return Score(self.with_version(proposal.batch_id), self._at(proposal)(proposal.x_t.to(self.device)))
 
     def vjp(self, proposal: Noised, cotangents: Cotangents) -> Cotangents:
         """Take the derivative by this role's prediction on the proposal on to the proposal's x_t.
@@ -40,19 +40,19 @@ class ScoreNetwork(ABC):
             cotangents: the derivatives by the predictions, this role's among them.
         """
         gradient = vector_jacobian(self._at(proposal), proposal.x_t.to(self.device), cotangents.values[self.role])
-        return Cotangents(self.stamped(proposal.batch_id), self.role, {"x_t": gradient})
+        return Cotangents(self.with_version(proposal.batch_id), self.role, {"x_t": gradient})
 
     @torch.no_grad()
     def step(self, dt: float, steps: int, proposal: Noised) -> Stepped:
         """Follow the probability-flow ODE from the proposal for ``steps`` steps of length ``dt`` (DMDX Sec. 3.2)."""
         x = self._follow(dt, steps, proposal)(proposal.x_t.to(self.device))
-        return Stepped(self.stamped(proposal.batch_id), x, proposal.t - steps * dt, proposal.conditions)
+        return Stepped(self.with_version(proposal.batch_id), x, proposal.t - steps * dt, proposal.conditions)
 
     def step_vjp(self, dt: float, steps: int, proposal: Noised, cotangents: Cotangents) -> Cotangents:
         """Take the derivative by what `step` ends at, ``x``, on to the proposal's x_t."""
         follow = self._follow(dt, steps, proposal)
         gradient = vector_jacobian(follow, proposal.x_t.to(self.device), cotangents.values["x"])
-        return Cotangents(self.stamped(proposal.batch_id), self.role, {"x_t": gradient})
+        return Cotangents(self.with_version(proposal.batch_id), self.role, {"x_t": gradient})
 
     def _at(self, proposal: Noised) -> Callable[[torch.Tensor], torch.Tensor]:
         t = proposal.t.to(self.device)

@@ -11,7 +11,7 @@ from raydmd.errors import RunError
 def broken_samples(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a gradient [B, ...] with zeros for each sample whose is not finite throughout, and which these are."""
     finite = finite_samples(gradient)
-    return only(finite, gradient), ~finite
+    return zero_others(finite, gradient), ~finite
 
 
 def finite_samples(x: torch.Tensor) -> torch.Tensor:
@@ -19,7 +19,7 @@ def finite_samples(x: torch.Tensor) -> torch.Tensor:
     return x.isfinite().flatten(1).all(1)
 
 
-def only(kept: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def zero_others(kept: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return ``x`` [B, ...] with zeros for the samples that are not kept, bool [B]."""
     return torch.where(kept.reshape(-1, *[1] * (x.ndim - 1)), x, 0.0)
 

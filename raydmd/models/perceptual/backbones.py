@@ -44,12 +44,12 @@ class LpipsBackbone(PixelBackbone):
 
     def __init__(self, net: str, layers: Sequence[str] | None) -> None:
         super().__init__()
-        self.layers = chosen(layers, self.there(net), f"lpips:{net}")
+        self.layers = chosen(layers, self.layer_names(net), f"lpips:{net}")
         self.places = [lpips.LAYERS[net].index(layer) for layer in self.layers]
         self.network = lpips.load_lpips(net, BACKBONE)
 
     @staticmethod
-    def there(net: str) -> list[str]:
+    def layer_names(net: str) -> list[str]:
         """Return the layers' names."""
         if net not in lpips.LAYERS:
             raise UserError(f"{BACKBONE}: no 'lpips:{net}'{nearest(f'lpips:{net}', _named('lpips', lpips.LAYERS))}")
@@ -79,7 +79,7 @@ class TorchvisionBackbone(PixelBackbone):
         from torchvision.models import get_model_weights
         from torchvision.models.feature_extraction import create_feature_extractor
 
-        self.layers = chosen(layers, self.there(model), f"torchvision:{model}", named=True)
+        self.layers = chosen(layers, self.layer_names(model), f"torchvision:{model}", named=True)
         network = _torchvision_model(model)
         weights = get_model_weights(model).DEFAULT
         try:
@@ -97,7 +97,7 @@ class TorchvisionBackbone(PixelBackbone):
         self.network: nn.Module = network.requires_grad_(False).eval()
 
     @staticmethod
-    def there(model: str) -> list[str]:
+    def layer_names(model: str) -> list[str]:
         """Return the names of nodes and modules."""
         import torchvision
         from torchvision.models import list_models
@@ -130,7 +130,7 @@ class TimmBackbone(PixelBackbone):
 
     def __init__(self, model: str, layers: Sequence[str] | None) -> None:
         super().__init__()
-        there = self.there(model)
+        there = self.layer_names(model)
         import timm
 
         self.layers = chosen(layers, there, f"timm:{model}")
@@ -148,7 +148,7 @@ class TimmBackbone(PixelBackbone):
         self.channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"
 
     @staticmethod
-    def there(model: str) -> list[str]:
+    def layer_names(model: str) -> list[str]:
         """Return the layers' names."""
         try:
             import timm
@@ -197,7 +197,7 @@ class SamBackbone(PixelBackbone):
         self.encoder = encoder.requires_grad_(False).eval()
 
     @staticmethod
-    def there(source: str) -> list[str]:
+    def layer_names(source: str) -> list[str]:
         """Return no names: they are known once it is loaded."""
         return []
 
@@ -275,7 +275,7 @@ def check_backbone(name: str, layers: Sequence[str] | None, hub: bool = True) ->
         UserError: what `pixel_backbone` raises.
     """
     kind, source = _split(name)
-    there = KINDS[kind].there(source)
+    there = KINDS[kind].layer_names(source)
     if hub or KINDS[kind].is_here(source):
         pixel_backbone(name, layers)
         return []
