@@ -5,7 +5,10 @@ set -euo pipefail
 cd "$(dirname "$0")"
 ENV=${ENV:-.venv}
 [ -x "$ENV/bin/python" ] || "${PYTHON:-python3}" -m venv "$ENV"
-"$ENV/bin/python" -m pip install --quiet --editable '.[test]'
+# uv is done in a third of pip's time; pip is for those machines on which pip alone is told where packages are.
+[ -x "$ENV/bin/uv" ] || "$ENV/bin/python" -m pip install --quiet uv
+"$ENV/bin/uv" pip install --quiet --compile-bytecode --python "$ENV/bin/python" --editable '.[test]' ||
+  "$ENV/bin/python" -m pip install --quiet --editable '.[test]'
 "$ENV/bin/ruff" check .
 "$ENV/bin/ruff" format --check .
 "$ENV/bin/mypy"

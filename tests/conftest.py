@@ -1,7 +1,9 @@
 """What several test files share: small teachers, recipes that run in a second, prompts."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -10,11 +12,14 @@ from commands import beyond_loopback
 from run_folders import make_run
 
 import raydmd.runtime  # before Ray: what it starts here then listens on loopback only  # noqa: F401
+from raydmd.config import plugins
 from raydmd.config.recipe import Recipe
 from raydmd.data.prompts import PromptTable
 from raydmd.methods.loading import load_recipe
+from raydmd.methods.registry import METHODS
 from raydmd.models.base import save_teacher
 from raydmd.models.embedded.prompts import ensure_embedded_prompts
+from raydmd.models.registry import FAMILIES
 from raydmd.runs.run import recipe_family
 from raydmd.training.collective import Alone
 from raydmd.training.pretraining import Pretraining
@@ -34,6 +39,20 @@ def rays_listen_on_loopback_only() -> Iterator[None]:
         _looked_at.add(session)
         elsewhere, _ = beyond_loopback(psutil.Process().children(recursive=True))
         assert elsewhere == []
+
+
+@pytest.fixture(autouse=True)
+def plugins_end_with_their_test() -> Iterator[None]:
+    """Forget the methods, families and modules that a test's plugins have added: other tests count what there is."""
+    registries: list[dict[str, Any]] = [METHODS, FAMILIES]
+    before, imported = [dict(registry) for registry in registries], list(plugins._imported)
+    yield
+    for registry, known in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(known)
+    for name in set(plugins._imported) - set(imported):
+        sys.modules.pop(plugins.module_name(name), None)
+    plugins._imported[:] = imported
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,7 +23,7 @@ from raydmd.errors import UserError
 from raydmd.jsonl import read_lines
 from raydmd.methods.loading import load_recipe
 from raydmd.methods.local import Reference, train
-from raydmd.methods.registry import METHODS, build_method
+from raydmd.methods.registry import build_method
 from raydmd.models.registry import build_family
 from raydmd.runs.folders import expert_file
 from raydmd.runs.run import Run, recipe_family
@@ -201,7 +201,6 @@ def test_an_installed_package_offers_a_method(tmp_path: Path, monkeypatch: pytes
         load_recipe("ring", ["method.name=instaled"])
     with pytest.raises(UserError, match="'no_such_module:Method' cannot be imported: No module named"):
         load_recipe("ring", ["method.name=broken"])
-    METHODS.pop("installed")
 
 
 BROKEN = {
