@@ -165,6 +165,6 @@ def _is_whole(snapshot: Path, family: PretrainedFamily) -> bool:
     """Whether the cache has all of a teacher's files, as far as can be told."""
     try:
         folder = find_teacher(str(snapshot), family.options["subfolder"])
-        return bool(weight_files(folder.transformer, family.options["variant"]))
+        return bool(weight_files(folder.network, family.options["variant"]))
     except UserError:
         return False

@@ -36,6 +36,10 @@ class Teacher(Section):
     guidance_scale: float = Field(
         1.5, ge=0, description="w in u + w (c - u); 1: no guidance (the w of Self-Forcing and CausVid is this less 1)"
     )
+    guidance_rescale: Literal["none", "norm"] | None = Field(
+        None, description="norm: each token of the guided prediction gets the conditional's norm; null: as the "
+        "model's own pipeline has it (norm for qwen-image, none for all others)",
+    )  # fmt: skip
     steps: Positive = Field(25, description="steps of its own many-step sampler, for evaluation and ODE pairs")
     timestep_shift: Rate | None = Field(
         None, description="shift of that sampler's times; null: as its scheduler_config.json says, 1 without one"

@@ -30,6 +30,7 @@ KEY = "pairs.path"  # the recipe's key, which messages name
 CONDITIONS = "conditions/"  # before a condition's name in a shard
 RECIPE_KEYS = {
     "family": "teacher.family", "teacher": "teacher.path", "guidance_scale": "teacher.guidance_scale",
+    "guidance_rescale": "teacher.guidance_rescale",
     "steps": "teacher.steps", "times": "teacher.timestep_shift", "dtype": "teacher.options.dtype",
     "latent_shape": "teacher.options.latent_shape", "seed": "seed", "prompts": "prompts.path",
 }  # fmt: skip
@@ -43,6 +44,7 @@ class PairFacts:
         family: the teacher's.
         teacher: its fingerprint (`raydmd.models.fingerprint`); a hub's commit in it is not compared.
         guidance_scale: w in u + w (c - u).
+        guidance_rescale: none, or norm (`raydmd.objectives.guidance`).
         steps: of its own sampler.
         times: that sampler's falling times.
         dtype: in which the network computes.
@@ -54,6 +56,7 @@ class PairFacts:
     family: str
     teacher: str
     guidance_scale: float
+    guidance_rescale: str
     steps: int
     times: tuple[float, ...]
     dtype: str

@@ -37,7 +37,8 @@ def by_teacher(runs: Sequence[Run]) -> list[list[int]]:
     groups: dict[tuple[Any, ...], list[int]] = {}
     for number, run in enumerate(runs):
         teacher, shape = run.recipe.teacher, run.family.latent_shape
-        sampled = teacher.family, teacher.guidance_scale, teacher.steps, teacher.timestep_shift
+        rescale = teacher.guidance_rescale or run.family.guidance_rescale
+        sampled = teacher.family, teacher.guidance_scale, rescale, teacher.steps, teacher.timestep_shift
         key = (teacher_of(run), *sampled, shape, run.recipe.prompts.path)
         groups.setdefault(key, []).append(number)
     return list(groups.values())

@@ -22,6 +22,7 @@ def pair_facts(recipe: Recipe, family: Family, prompts: PromptTable | None) -> P
         family=family.name,
         teacher=fingerprint_teacher(family),
         guidance_scale=teacher.guidance_scale,
+        guidance_rescale=teacher.guidance_rescale or family.guidance_rescale,
         steps=teacher.steps,
         times=tuple(family.teacher_times(teacher.steps, teacher.timestep_shift, family.latent_shape)),
         dtype=str(family.options.get("dtype", "float32")),

@@ -17,6 +17,7 @@ from raydmd.data.conditions import Conditions as Conditions
 from raydmd.diffusion.schedule import Prediction, Schedule
 from raydmd.diffusion.times import step_grid
 from raydmd.errors import UserError, nearest
+from raydmd.objectives.guidance import GuidanceRescale
 
 KINDS = {int: "a whole number", str: "text", bool: "true or false"}
 CONFIG_FILE = "config.json"
@@ -65,6 +66,7 @@ class Family(ABC):
     latent_shape: tuple[int, ...]
     prediction: Prediction = "flow"
     schedule: Schedule
+    guidance_rescale: GuidanceRescale = "none"  # what the model's own pipeline does with the guided prediction
     lora_targets: list[str]  # endings of module names, as peft's target_modules
     condition_columns: list[str]  # Parquet columns that `conditions` needs
 
@@ -212,6 +214,11 @@ class Family(ABC):
             UserError: the family encodes none.
         """
         raise UserError(f"family '{self.name}' does not encode pictures into its latents")
+
+    @property
+    def patches(self) -> tuple[int, int, int] | None:
+        """Latents of a token along frames, height and width; None where the network has no tokens."""
+        return None
 
     @property
     def frames(self) -> int:

@@ -22,15 +22,6 @@ Weight = Literal["normalized", "raw", "sigma_over_alpha", "sigma_cubed_over_alph
 bare, or that with the w_t of DreamFusion and ProlificDreamer to which DMD's Table 2 compares its own."""
 
 
-def guided(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
-    """Classifier-free guidance, u + guidance_scale (c - u), in at least float32; a scale of 1 is the conditional.
-
-    Self-Forcing and CausVid write c + w (c - u): their w is guidance_scale - 1.
-    """
-    c, u = at_least_float32(conditional), at_least_float32(unconditional)
-    return u + guidance_scale * (c - u)
-
-
 def raw_weight(schedule: Schedule, t: Time, s: Time) -> Tensor:
     """w_{t|s} = alpha_{t|s} / (sigma_t + sigma_t^2 / alpha_t), float64 (Phased DMD Eq. 11); 0 where alpha_t = 0."""
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)

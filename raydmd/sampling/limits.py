@@ -23,7 +23,8 @@ def check_method(recipe: Recipe, family: Family, phases: Sequence[Phase]) -> Non
         phases: its method's.
 
     Raises:
-        UserError: guidance below 1, times of the scores at or near a phase's end, a weight that is zero, steps that
+        UserError: guidance below 1, a rescaling that the family has not, times of the scores at or near a phase's
+            end, a weight that is zero, steps that
             are none, and what `plan_iterations` refuses.
     """
     scale, method, t_max = recipe.teacher.guidance_scale, recipe.method, family.schedule.t_max
@@ -33,6 +34,9 @@ def check_method(recipe: Recipe, family: Family, phases: Sequence[Phase]) -> Non
             f"teacher.guidance_scale: {scale:g} would distil {of}, since it is w in u + w (c - u); 1 means no guidance "
             f"(Self-Forcing and CausVid write c + w (c - u): their w is this one less 1, their 0 is 1 here)"
         )
+    if recipe.teacher.guidance_rescale == "norm" and family.patches is None:
+        raise UserError(f"teacher.guidance_rescale: norm is that of a token's prediction, and family '{family.name}' "
+                        f"has no tokens")  # fmt: skip
     for phase in phases:
         for high, low in pairwise(phase.times):
             if high - low < LEAST_STEP * t_max:

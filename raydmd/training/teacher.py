@@ -9,7 +9,7 @@ from raydmd.data.trajectories import Pairs
 from raydmd.diffusion.random import Key, normal
 from raydmd.errors import RunError
 from raydmd.models.base import Conditions, Denoiser, Family
-from raydmd.objectives.distribution_matching import guided
+from raydmd.objectives.guidance import guided, with_norm_of
 from raydmd.sampling.noise import initial_noise, starting_latents
 from raydmd.sampling.phase import Phase
 from raydmd.sampling.teacher import cut_grid, follow_ode
@@ -17,7 +17,7 @@ from raydmd.training.score_network import ScoreNetwork
 
 
 class Scorer(ScoreNetwork):
-    """The frozen teacher with classifier-free guidance, u + w (c - u).
+    """The frozen teacher with classifier-free guidance, u + w (c - u), and what its own pipeline does with that.
 
     Args:
         recipe: the run's recipe.
@@ -48,7 +48,11 @@ class Scorer(ScoreNetwork):
         empty = self.family.unconditional(conditions)
         both = {name: torch.cat([value, empty[name]]) for name, value in conditions.items()}
         conditional, unconditional = self.network(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        return guided(conditional, unconditional, scale)
+        prediction = guided(conditional, unconditional, scale)
+        if (self.recipe.teacher.guidance_rescale or self.family.guidance_rescale) == "none":
+            return prediction
+        assert self.family.patches is not None  # `check_method` has seen to it
+        return with_norm_of(conditional, prediction, self.family.patches)
 
     def times(self, steps: int, shape: tuple[int, ...] | None = None) -> list[float]:
         """Return the ``steps`` + 1 falling times of the teacher's own sampler for latents of ``shape``.

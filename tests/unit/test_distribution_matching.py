@@ -8,10 +8,10 @@ from torch import Tensor
 from raydmd.diffusion.schedule import EDM, RectifiedFlow, Schedule, VariancePreserving
 from raydmd.objectives.distribution_matching import (
     distribution_matching_gradient,
-    guided,
     raw_weight,
     surrogate_loss,
 )
+from raydmd.objectives.guidance import guided
 from raydmd.objectives.regression import regression_loss
 
 SCHEDULES: dict[str, Schedule] = {

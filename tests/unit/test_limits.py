@@ -8,7 +8,8 @@ from raydmd.diffusion.schedule import RectifiedFlow
 from raydmd.errors import UserError
 from raydmd.methods.loading import load_recipe
 from raydmd.methods.registry import plan_phases
-from raydmd.objectives.distribution_matching import distribution_matching_gradient, guided
+from raydmd.objectives.distribution_matching import distribution_matching_gradient
+from raydmd.objectives.guidance import guided
 from raydmd.recipe_check import check
 from raydmd.runs.run import recipe_family
 from raydmd.sampling.limits import check_method

@@ -9,8 +9,8 @@ from test_families_diffusers import CONFIGS, SHAPES, STATISTICS, rows
 from test_large_families import large_recipe
 
 from raydmd.errors import UserError
+from raydmd.models.diffusers.autoencoder import WanAutoencoder
 from raydmd.models.diffusers.qwen_image import pack, unpack
-from raydmd.models.diffusers.vae import vae_config
 from raydmd.models.registry import build_family
 from raydmd.recipe_check import check
 
@@ -59,9 +59,9 @@ def test_factors_are_those_of_what_the_vae_makes(kind, tmp_path):
 
 def test_where_the_structure_is_not_said_the_factors_are():
     said = dict(latents_mean=[0.0], latents_std=[1.0], z_dim=1)
-    other = vae_config({**said, "scale_factor_spatial": 32, "scale_factor_temporal": 8}, 1)
+    other = WanAutoencoder.read({**said, "scale_factor_spatial": 32, "scale_factor_temporal": 8}, 1)
     assert (other.spatial, other.temporal) == (32, 8)
-    plain = vae_config(said, 1)
+    plain = WanAutoencoder.read(said, 1)
     assert (plain.spatial, plain.temporal) == (8, 4)
 
 

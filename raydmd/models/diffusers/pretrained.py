@@ -1,68 +1,59 @@
 """What the families of diffusers' pretrained networks share: loading, prompt embeddings, decoding with the VAE."""
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
-from raydmd.diffusion.schedule import RectifiedFlow
+from raydmd.diffusion.schedule import RectifiedFlow, Schedule
 from raydmd.errors import UserError, nearest
-from raydmd.models.base import Conditions, Denoiser, Family, one_line, require_column
+from raydmd.models.base import Conditions, Denoiser, Family, require_column
+from raydmd.models.diffusers.autoencoder import Autoencoder, decoding_dtype
 from raydmd.models.diffusers.config_files import read_config
+from raydmd.models.diffusers.denoiser import PretrainedDenoiser, checkpoint, with_frames
 from raydmd.models.diffusers.hub import HUB
-from raydmd.models.diffusers.sampler_grid import SamplerGrid, sampler_grid
+from raydmd.models.diffusers.loading import ENCODER, load_model, load_text_pipeline
+from raydmd.models.diffusers.sampler_grid import sampler_grid
 from raydmd.models.diffusers.teacher_folder import CONFIG, TeacherFolder, find_teacher
-from raydmd.models.diffusers.vae import VaeConfig, decode_latents, decode_pixels, decoding_dtype, vae_config
 from raydmd.models.diffusers.weight_files import check_weights, meta_network, read_json, variant_of, weight_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PATCHES = (1, 2, 2)  # latents of a token along frames, height and width, where there is no transformer yet
-ENCODER = ("text_encoder*/*", "tokenizer*/*", "processor/*")  # a pipeline's parts that encode prompts
+NEGATIVE = "negative_"  # before the name of a column of the null prompt
 
 
-class PretrainedDenoiser(Denoiser):
-    """A diffusers transformer behind the protocol.
+class Grid(Protocol):
+    """The law of the times that a teacher's own sampler visits."""
 
-    Its parameters' names start with ``transformer.``, as those in diffusers' LoRA files do.
-    """
-
-    def __init__(self, transformer: nn.Module) -> None:
-        super().__init__()
-        self.transformer: Any = transformer
-
-    def checkpoint_activations(self, run: Callable[..., Any]) -> bool:
-        """Recompute each transformer block in the backward pass, through ``run(block, *args)``."""
-        self.transformer.enable_gradient_checkpointing(run)
-        return True
-
-    @property
-    def checkpointing(self) -> bool:
-        """Whether blocks are recomputed in the backward pass."""
-        return bool(self.transformer.gradient_checkpointing)
+    def times(self, steps: int, tokens: int) -> list[float]:
+        """Return the ``steps`` + 1 falling times, ending in 0, for a sample of ``tokens`` tokens."""
+        ...
 
 
 class PretrainedFamily(Family):
-    """A family whose teacher is a diffusers model: a pipeline's folder, the transformer's own, or ``hf://owner/name``.
+    """A family whose teacher is a diffusers model: a pipeline's folder, the network's own, or ``hf://owner/name``.
 
-    Rectified flow, flow prediction. Options:
+    What a network's kind decides, its family's file says: the classes, the process (`schedule`, ``prediction``), the
+    VAE, the patches, the conditions. Without more it is a rectified flow. Options:
 
     - ``latent_shape``: of one sample;
     - ``dtype``: of the frozen weights (float32, bfloat16, float16); LoRA weights are float32 always;
-    - ``subfolder``: of the transformer in a pipeline's folder;
+    - ``subfolder``: of the network in a pipeline's folder;
     - ``variant``: of the weights' files, e.g. ``fp16``;
     - ``negative_prompt``: the null prompt's text, where prompts are encoded as they come;
     - ``gradient_checkpointing``: recompute blocks in the backward pass, for memory.
     """
 
     pipeline_class: ClassVar[str]
-    text_width: ClassVar[str]  # the config's key of it
-    transformer_class: ClassVar[str]
-    vae_class: ClassVar[str]
+    network_class: ClassVar[str]
+    denoiser: ClassVar[type[PretrainedDenoiser]]
+    autoencoder: ClassVar[type[Autoencoder]]
+    widths: ClassVar[Mapping[str, str]]  # of columns of the prompts: the key of the network's config that says it
+    patch: ClassVar[tuple[int, int, int]] = (1, 2, 2)  # as `patches`, where the network's config is not there or silent
     gives_sigmas: ClassVar[bool] = False  # whether the pipeline gives its scheduler sigmas and mu
     defaults: ClassVar[Mapping[str, Any]] = {
         "latent_shape": None, "dtype": "float32", "subfolder": "transformer", "negative_prompt": "",
@@ -79,11 +70,17 @@ class PretrainedFamily(Family):
         if self.options["dtype"] not in DTYPES:
             dtype = self.options["dtype"]
             raise UserError(f"teacher.options.dtype: no '{dtype}'{nearest(dtype, DTYPES)}")
-        self.schedule = RectifiedFlow()
         self._snapshot: TeacherFolder | None = None
         self._vae: Any = None
         self._pipeline: Any = None  # text encoder and tokenizer alone
         self._null: dict[str, np.ndarray] = {}
+
+    # What a family's file may say otherwise.
+
+    @cached_property
+    def schedule(self) -> Schedule:  # type: ignore[override]
+        """The process that the network was trained on."""
+        return RectifiedFlow()
 
     @property
     def pipelines(self) -> tuple[str, ...]:
@@ -94,32 +91,39 @@ class PretrainedFamily(Family):
         """Refuse a latent shape that the network cannot take."""
 
     def _check_config(self, config: Any) -> None:
-        """Refuse a transformer, by its config, that the family would run otherwise, or with other latents."""
+        """Refuse a network, by its config, that the family would run otherwise, or with other latents."""
 
-    def _wrap(self, transformer: Any) -> PretrainedDenoiser:
-        """Put the loaded transformer behind the protocol."""
+    def _wrap(self, network: Any) -> PretrainedDenoiser:
+        """Put the loaded network behind the protocol."""
+        return self.denoiser(network)
+
+    def _encode(self, pipeline: Any, prompts: list[str]) -> dict[str, np.ndarray]:
+        """Return ``prompt_embeds`` [B, L, D], float32, and what belongs to it."""
         raise NotImplementedError
 
+    def _read_grid(self, config: Mapping[str, Any]) -> Grid:
+        """Read the law of its own sampler's times from its scheduler_config.json."""
+        return sampler_grid(config, sigmas_given=self.gives_sigmas)
+
+    # The network.
+
     def load_teacher(self) -> Denoiser:
-        """Load the frozen transformer with diffusers' ``from_pretrained``.
+        """Load the frozen network with diffusers' ``from_pretrained``.
 
         Raises:
             UserError: what `check_teacher` refuses.
         """
         self.check_teacher()
-        folder = self.teacher_folder().transformer
-        network = self._wrap(self._from_pretrained(self.transformer_class, folder, self.options["variant"] or None))
-        network.requires_grad_(False).eval()
+        variant, dtype = self.options["variant"] or None, DTYPES[self.options["dtype"]]
+        denoiser = self._wrap(load_model(self.network_class, self.teacher_folder().network, variant, dtype))
+        denoiser.requires_grad_(False).eval()
         if self.options["gradient_checkpointing"]:
-            network.checkpoint_activations(checkpoint)
-        return network
+            denoiser.checkpoint_activations(checkpoint)
+        return denoiser
 
     def outline(self) -> Denoiser:
-        """Return the transformer of the config on the meta device."""
-        import diffusers
-
-        file = self.teacher_folder().transformer / CONFIG
-        return self._wrap(meta_network(file, getattr(diffusers, self.transformer_class)))
+        """Return the network of the config on the meta device."""
+        return self._wrap(self._meta_network())
 
     def check_teacher(self) -> None:
         """Refuse a folder that would not be used whole, or does not fit, by its configs and its weights' headers.
@@ -127,28 +131,37 @@ class PretrainedFamily(Family):
         Raises:
             UserError: ``teacher...: ...``, also where there is no path.
         """
-        import diffusers
-
         folder = self.teacher_folder()
         folder.check_pipeline(self.name, self.pipelines, alone="subfolder" in self.given)
-        file = folder.transformer / CONFIG
-        if (found := read_json(file).get("_class_name")) != self.transformer_class:
-            raise UserError(f"teacher.path: {file} is of a {found}; family '{self.name}' needs a "
-                            f"{self.transformer_class}")  # fmt: skip
-        network = meta_network(file, getattr(diffusers, self.transformer_class))
+        network = self._meta_network()
         self._config = network.config
         self._check_config(network.config)
         folder.fetch_weights(self.options["variant"])
-        files = weight_files(folder.transformer, self.options["variant"])
-        check_weights(folder.transformer, files, network)
+        files = weight_files(folder.network, self.options["variant"])
+        check_weights(folder.network, files, network)
 
-    def check_conditions(self, conditions: Conditions) -> None:
-        """Hold the prompts' width against the transformer's; `check_teacher` has been called."""
-        width = self._config[self.text_width]
-        for name in ("prompt_embeds", "negative_prompt_embeds"):
-            if name in conditions and conditions[name].shape[-1] != width:
-                raise UserError(f"prompts: column '{name}' is of width {conditions[name].shape[-1]}, but the teacher "
-                                f"takes {width}")  # fmt: skip
+    def _meta_network(self) -> Any:
+        import diffusers
+
+        file = self.teacher_folder().network / CONFIG
+        if (found := read_json(file).get("_class_name")) != self.network_class:
+            raise UserError(f"teacher.path: {file} is of a {found}; family '{self.name}' needs a "
+                            f"{self.network_class}")  # fmt: skip
+        return meta_network(file, getattr(diffusers, self.network_class))
+
+    @cached_property
+    def network_config(self) -> Mapping[str, Any]:
+        """The network's config.json; empty where there is none yet."""
+        if self.path is None:
+            return {}
+        return read_config(self._root(), self.options["subfolder"]) or read_config(self._root(), "") or {}
+
+    @cached_property
+    def scheduler_config(self) -> Mapping[str, Any] | None:
+        """The scheduler_config.json beside the network; None where there is none."""
+        return None if self.path is None else read_config(self._root(), "scheduler", "scheduler_config.json")
+
+    # Where it lies.
 
     def teacher_folder(self) -> TeacherFolder:
         """Return where the teacher lies on this machine.
@@ -163,33 +176,22 @@ class PretrainedFamily(Family):
         return found
 
     def teacher_files(self) -> dict[str, Path]:
-        """Return the transformer's config and weights, and what of the pipeline training depends on."""
+        """Return the network's config and weights, and what of the pipeline training depends on."""
         folder = self.teacher_folder()
         folder.fetch_weights(self.options["variant"])
-        return folder.files(weight_files(folder.transformer, self.options["variant"]))
+        return folder.files(weight_files(folder.network, self.options["variant"]))
 
     def teacher_revision(self) -> str | None:
         """Return the hub's commit, of a teacher from there."""
         hub = self.teacher_folder().hub
         return None if hub is None else hub.revision
 
-    def conditions(self, rows: Mapping[str, np.ndarray]) -> Conditions:
-        """Return the prompts' embeddings [B, L, D] and, where given, the null prompt's."""
-        conditions = {name: self._embeddings(rows, name) for name in self.condition_columns if name in rows}
-        require_column(rows, "prompt_embeds")
-        return conditions
-
-    @property
-    def reads_text(self) -> bool:
-        """Whether there is a text encoder beside the transformer."""
-        return self.path is not None and self._has_part("text_encoder")
-
     def _has_part(self, part: str) -> bool:
-        """Whether the pipeline's folder has a part beside the transformer."""
+        """Whether the pipeline's folder has a part beside the network."""
         return (self._root() / part / CONFIG).is_file()
 
     def _root(self) -> Path:
-        """Return the pipeline's folder, which need not have a transformer."""
+        """Return the pipeline's folder, which need not have a network."""
         assert self.path is not None
         return self.teacher_folder().root if self.path.startswith(HUB) else Path(self.path)
 
@@ -197,6 +199,70 @@ class PretrainedFamily(Family):
         """Have parts of the pipeline here, where it is the hub's."""
         if self.path is not None and self.path.startswith(HUB):
             self.teacher_folder().fetch(patterns)
+
+    # Prompts.
+
+    def conditions(self, rows: Mapping[str, np.ndarray]) -> Conditions:
+        """Return the prompts' embeddings [B, L, D] and, where given, the null prompt's.
+
+        Columns with a mask are padded with zeros, and masked, to one length.
+        """
+        conditions = {name: self._embeddings(rows, name) for name in self.condition_columns if name in rows}
+        require_column(rows, "prompt_embeds")
+        masked = [name for name in conditions if f"{name}_mask" in self.condition_columns]
+        length = max((conditions[name].shape[1] for name in masked), default=0)
+        for name in masked:
+            mask = f"{name}_mask"
+            require_column(rows, mask)
+            if conditions[mask].shape != conditions[name].shape[:2]:
+                raise UserError(f"prompts: column '{mask}' is {list(conditions[mask].shape)}, but '{name}' "
+                                f"{list(conditions[name].shape)}")  # fmt: skip
+            extra = length - conditions[name].shape[1]
+            conditions[name] = F.pad(conditions[name], (0, 0, 0, extra))
+            conditions[mask] = F.pad(conditions[mask], (0, extra))
+        for name, null in conditions.items():
+            own = conditions.get(name.removeprefix(NEGATIVE))
+            if own is not None and own.shape != null.shape:
+                raise UserError(f"prompts: '{name}' is {list(null.shape)} and '{name.removeprefix(NEGATIVE)}' "
+                                f"{list(own.shape)}; pad both with zeros to one length")  # fmt: skip
+        return conditions
+
+    def unconditional(self, conditions: Conditions) -> Conditions:
+        """Return the same with the null prompt in the prompt's place; what has no null stays.
+
+        Raises:
+            UserError: the prompts came without it.
+        """
+        nulls = [name for name in self.condition_columns if name.startswith(NEGATIVE)]
+        if missing := [name for name in nulls if name not in conditions]:
+            raise UserError(f"prompts: guidance needs the null prompt in column '{missing[0]}'")
+        return {**conditions, **{name.removeprefix(NEGATIVE): conditions[name] for name in nulls}}
+
+    def check_conditions(self, conditions: Conditions) -> None:
+        """Hold the prompts' widths against the network's; `check_teacher` has been called."""
+        for column, key in self.widths.items():
+            width = self._config[key]
+            for name in (column, f"{NEGATIVE}{column}"):
+                if name in conditions and conditions[name].shape[-1] != width:
+                    raise UserError(f"prompts: column '{name}' is of width {conditions[name].shape[-1]}, but the "
+                                    f"teacher takes {width}")  # fmt: skip
+
+    def _embeddings(self, rows: Mapping[str, np.ndarray], name: str) -> Tensor:
+        """Return one column as a tensor: masks [B, L] bool, all else float32."""
+        values = rows[name]
+        if name.endswith("_mask"):
+            return torch.from_numpy(values.astype(bool))
+        pooled = "pooled" in name
+        if values.dtype.kind != "f" or (values.ndim != 2 if pooled else values.ndim < 3):
+            form = "an embedding [width]" if pooled else "embeddings [tokens, width]"
+            raise UserError(f"prompts: column '{name}' needs {form}, not {list(values.shape[1:])} {values.dtype}")
+        with np.errstate(over="ignore"):  # a value that float32 cannot hold is refused by whoever has the row's number
+            return torch.from_numpy(values.astype(np.float32))
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether there is a text encoder beside the network."""
+        return self.path is not None and self._has_part("text_encoder")
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> dict[str, np.ndarray]:
@@ -209,16 +275,30 @@ class PretrainedFamily(Family):
         Raises:
             UserError: the teacher's folder has no text encoder, or one that cannot be loaded.
         """
-        pipeline = self._load_pipeline().to(device)
+        if self._pipeline is None:
+            if not self.reads_text:
+                raise UserError(f"teacher.path: '{self.path}' has no text_encoder/config.json to encode prompts with")
+            self._fetch(*ENCODER)
+            dtype, variant = DTYPES[self.options["dtype"]], self.options["variant"]
+            self._pipeline = load_text_pipeline(self.pipeline_class, self._root(), variant, dtype)
+        pipeline = self._pipeline.to(device)
         if not self._null:
             null = self._encode(pipeline, [self.options["negative_prompt"]])
-            self._null = {f"negative_{name}": rows for name, rows in null.items()}
+            self._null = {f"{NEGATIVE}{name}": rows for name, rows in null.items()}
         null = {name: np.repeat(rows, len(prompts), axis=0) for name, rows in self._null.items()}
         return {**self._encode(pipeline, list(prompts)), **null}
 
-    def _encode(self, pipeline: Any, prompts: list[str]) -> dict[str, np.ndarray]:
-        """Return ``prompt_embeds`` [B, L, D], float32, and what belongs to it."""
-        raise NotImplementedError
+    # Pictures.
+
+    @cached_property
+    def vae(self) -> Autoencoder:
+        """The VAE's factors and scales; the usual ones where there is none.
+
+        Raises:
+            UserError: the VAE is of another kind, or for latents of other channels.
+        """
+        config = None if self.path is None else read_config(self._root(), "vae")
+        return self.autoencoder() if config is None else self.autoencoder.read(config, self.latent_shape[0])
 
     def check_pixels(self, key: str) -> None:
         """Refuse a teacher without a VAE."""
@@ -227,17 +307,43 @@ class PretrainedFamily(Family):
                             f"pixels")  # fmt: skip
 
     def to_pixels(self, latents: Tensor) -> Tensor:
-        """Return pixels [B, F, 3, H, W] by the VAE beside the transformer, which is frozen.
+        """Return pixels [B, F, 3, H, W] by the VAE beside the network, which is frozen.
 
         Raises:
             UserError: there is none.
         """
-        if (vae := self._load_vae()) is None:
+        if (network := self._load_vae()) is None:
             self.check_pixels("teacher.path")
-        return decode_pixels(vae.to(latents.device), self.vae_config, _with_frames(latents))
+        return self.vae.decode_pixels(network.to(latents.device), with_frames(latents))
+
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """Three channels and the picture's sides, where a sample is of one frame and there is a VAE.
+
+        Raises:
+            UserError: samples are videos, or there is no VAE.
+        """
+        if self.frames > 1:
+            return super().picture_shape
+        self.check_pixels("teacher.path")
+        width, height = self.picture_size
+        return 3, height, width
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Return latents [B, *latent_shape] of pictures [B, 3, H, W] in [-1, 1], by the VAE beside the network.
+
+        Raises:
+            UserError: there is none, or samples are videos.
+        """
+        if self.frames > 1:
+            return super().encode_pixels(pixels)
+        if (network := self._load_vae()) is None:
+            self.check_pixels("teacher.path")
+        latents = self.vae.encode_pixels(network.to(pixels.device), pixels[:, None])
+        return latents.reshape(len(pixels), *self.latent_shape)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Return pictures [B, 3, H, W] in [0, 1] (a video's middle frame), by the VAE beside the transformer.
+        """Return pictures [B, 3, H, W] in [0, 1] (a video's middle frame), by the VAE beside the network.
 
         Without a VAE, the latents' first three channels are shown, each sample scaled to [0, 1].
         """
@@ -249,48 +355,44 @@ class PretrainedFamily(Family):
 
     def decode_video(self, latents: Tensor) -> Tensor:
         """Return frames [B, F, 3, H, W] in [0, 1], by the VAE; without one, the latents' first three channels."""
-        latents, vae = _with_frames(latents), self._load_vae()
-        if vae is None:
+        latents, network = with_frames(latents), self._load_vae()
+        if network is None:
             shown = latents[:, :3].float()
             low, high = shown.amin((1, 2, 3, 4), keepdim=True), shown.amax((1, 2, 3, 4), keepdim=True)
             return ((shown - low) / (high - low).clamp(min=1e-6)).expand(-1, 3, -1, -1, -1).transpose(1, 2)
-        return decode_latents(vae.to(latents.device), self.vae_config, latents)
+        return self.vae.decode(network.to(latents.device), latents)
 
-    @cached_property
-    def vae_config(self) -> VaeConfig:
-        """The VAE's factors and statistics; those of Qwen-Image's and Wan 2.1's factors where there is none.
-
-        Raises:
-            UserError: the VAE is of another kind, or for latents of other channels.
-        """
-        config = None if self.path is None else read_config(self._root(), "vae")
-        return VaeConfig() if config is None else vae_config(config, self.latent_shape[0])
+    def _load_vae(self) -> Any:
+        if self._vae is None and self.path is not None and self._has_part("vae"):
+            self._fetch("vae/*")
+            folder, dtype = self._root() / "vae", decoding_dtype(DTYPES[self.options["dtype"]])
+            variant = variant_of(folder, self.options["variant"])
+            network = load_model(self.autoencoder.class_name, folder, variant, dtype)
+            self._vae = network.requires_grad_(False).eval()
+        return self._vae
 
     @cached_property
     def patches(self) -> tuple[int, int, int]:
-        """Latents of a token along frames, height and width, by the transformer's config.
+        """Latents of a token along frames, height and width, by the network's config.
 
         Raises:
             UserError: the config's ``patch_size`` is not one.
         """
-        config = None
-        if self.path is not None:
-            config = read_config(self._root(), self.options["subfolder"]) or read_config(self._root(), "")
-        size = (config or {}).get("patch_size", PATCHES)
+        size = self.network_config.get("patch_size", self.patch)
         sizes = (1, size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list | tuple) else ()
-        if len(sizes) != len(PATCHES) or not all(type(n) is int and n > 0 for n in sizes):
+        if len(sizes) != 3 or not all(type(n) is int and n > 0 for n in sizes):
             raise UserError(f"teacher.path: the transformer's config.json has patch_size {size!r}, not whole numbers")
         return sizes
 
     @property
     def frames(self) -> int:
         """Frames of a sample, by the VAE's compression in time."""
-        return self.vae_config.frames(self.latent_shape[1]) if len(self.latent_shape) == 4 else 1
+        return self.vae.frames(self.latent_shape[1]) if len(self.latent_shape) == 4 else 1
 
     @property
     def picture_size(self) -> tuple[int, int]:
         """Width and height of a picture of ``latent_shape``, in pixels, by the VAE's factor."""
-        spatial = self.vae_config.spatial
+        spatial = self.vae.spatial
         return spatial * self.latent_shape[-1], spatial * self.latent_shape[-2]
 
     def shape_for(self, width: int, height: int) -> tuple[int, ...]:
@@ -299,11 +401,13 @@ class PretrainedFamily(Family):
         Raises:
             UserError: a side that the VAE or the network's patches do not divide.
         """
-        spatial, (_, high, wide) = self.vae_config.spatial, self.patches
+        spatial, (_, high, wide) = self.vae.spatial, self.patches
         if width % (spatial * wide) or height % (spatial * high):
             sides = f"{spatial * wide}" if wide == high else f"{spatial * wide} and {spatial * high}"
             raise UserError(f"sizes: {width}x{height} is not of sides that {sides} divides")
         return (*self.latent_shape[:-2], height // spatial, width // spatial)
+
+    # The teacher's own sampler.
 
     def teacher_times(
         self, steps: int, shift: float | None = None, shape: tuple[int, ...] | None = None
@@ -315,82 +419,15 @@ class PretrainedFamily(Family):
         return grid.times(steps, self._tokens(shape or self.latent_shape))
 
     @cached_property
-    def sampler_grid(self) -> SamplerGrid | None:
-        """The law of its own sampler's times; None where there is no scheduler beside the transformer.
+    def sampler_grid(self) -> Grid | None:
+        """The law of its own sampler's times; None where there is no scheduler beside the network.
 
         Raises:
             UserError: the scheduler is one that is not followed here.
         """
-        config = None if self.path is None else read_config(self._root(), "scheduler", "scheduler_config.json")
-        return None if config is None else sampler_grid(config, sigmas_given=self.gives_sigmas)
+        config = self.scheduler_config
+        return None if config is None else self._read_grid(config)
 
     def _tokens(self, shape: tuple[int, ...]) -> int:
-        """Return how many tokens the network makes of latents of a shape."""
+        """Return how many tokens the network makes of a frame of latents of a shape."""
         return shape[-2] // self.patches[1] * (shape[-1] // self.patches[2])
-
-    def _embeddings(self, rows: Mapping[str, np.ndarray], name: str) -> Tensor:
-        """Return one column as a tensor: masks [B, L] bool, all else float32."""
-        values = rows[name]
-        if name.endswith("_mask"):
-            return torch.from_numpy(values.astype(bool))
-        if values.dtype.kind != "f" or values.ndim < 3:
-            shape = list(values.shape[1:])
-            raise UserError(f"prompts: column '{name}' needs embeddings [tokens, width], not {shape} {values.dtype}")
-        with np.errstate(over="ignore"):  # a value that float32 cannot hold is refused by whoever has the row's number
-            return torch.from_numpy(values.astype(np.float32))
-
-    def _load_vae(self) -> Any:
-        if self._vae is None and self.path is not None:
-            if self._has_part("vae"):
-                self._fetch("vae/*")
-                folder, dtype = self._root() / "vae", decoding_dtype(DTYPES[self.options["dtype"]])
-                variant = variant_of(folder, self.options["variant"])
-                self._vae = self._from_pretrained(self.vae_class, folder, variant, dtype).requires_grad_(False).eval()
-        return self._vae
-
-    def _load_pipeline(self) -> Any:
-        """Return the teacher's pipeline with nothing in it but what encodes prompts."""
-        import diffusers
-
-        if self._pipeline is None:
-            if self.path is None or not self.reads_text:
-                raise UserError(f"teacher.path: '{self.path}' has no text_encoder/config.json to encode prompts with")
-            kind = getattr(diffusers, self.pipeline_class)
-            without: dict[str, Any] = {name: None for name in ("transformer", "transformer_2", "vae", "scheduler")
-                       if name in inspect.signature(kind).parameters}  # fmt: skip
-            dtype = DTYPES[self.options["dtype"]]
-            try:
-                self._fetch(*ENCODER)
-                root = self._root()
-                without["variant"] = variant_of(root / "text_encoder", self.options["variant"])
-                self._pipeline = kind.from_pretrained(root, torch_dtype=dtype, use_safetensors=True, **without)
-            except (OSError, ValueError, RuntimeError, AttributeError) as error:
-                raise UserError(f"teacher.path: cannot load the text encoder of '{self.path}': "
-                                f"{one_line(error)}") from error  # fmt: skip
-            self._pipeline.set_progress_bar_config(disable=True)
-        return self._pipeline
-
-    def _from_pretrained(
-        self, class_name: str, folder: Path, variant: str | None, dtype: torch.dtype | None = None
-    ) -> Any:
-        """Load a diffusers model from its folder."""
-        import diffusers
-
-        dtype = dtype or DTYPES[self.options["dtype"]]
-        try:
-            kind = getattr(diffusers, class_name)
-            return kind.from_pretrained(folder, torch_dtype=dtype, variant=variant, use_safetensors=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"teacher.path: cannot load '{folder}': {one_line(error)}") from error
-
-
-def _with_frames(latents: Tensor) -> Tensor:
-    """Return latents [B, C, f, h, w], of one frame where they have none."""
-    return latents[:, :, None] if latents.ndim == 4 else latents
-
-
-def checkpoint(module: nn.Module, *args: Any) -> Any:
-    """Call ``module`` and recompute its activations in the backward pass."""
-    from torch.utils.checkpoint import checkpoint as torch_checkpoint
-
-    return torch_checkpoint(module.__call__, *args, use_reentrant=False)

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raydmd.errors import UserError
-from raydmd.models.base import Conditions, require_column
-from raydmd.models.diffusers.pretrained import PretrainedDenoiser, PretrainedFamily
+from raydmd.models.base import Conditions
+from raydmd.models.diffusers.autoencoder import QwenImageAutoencoder
+from raydmd.models.diffusers.denoiser import PretrainedDenoiser
+from raydmd.models.diffusers.pretrained import PretrainedFamily
 
 BUCKET = 64
 """Tokens."""
@@ -37,9 +39,9 @@ class QwenImageDenoiser(PretrainedDenoiser):
 
     def forward(self, latents: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """Predict the flow from ``latents``, given ``prompt_embeds`` [B, L, D] and ``prompt_embeds_mask`` [B, L]."""
-        patch, dtype = self.transformer.config.patch_size, self.transformer.dtype
+        patch, dtype = self.network.config.patch_size, self.dtype
         height, width = latents.shape[-2] // patch, latents.shape[-1] // patch
-        tokens = self.transformer(
+        tokens = self.network(
             hidden_states=pack(latents, patch).to(dtype),
             timestep=t.to(torch.float32),
             encoder_hidden_states=conditions["prompt_embeds"].to(dtype),
@@ -51,12 +53,12 @@ class QwenImageDenoiser(PretrainedDenoiser):
 
     def feature_blocks(self) -> Mapping[str, nn.Module]:
         """Return the transformer's blocks."""
-        return {f"blocks.{number}": block for number, block in enumerate(self.transformer.transformer_blocks)}
+        return {f"blocks.{number}": block for number, block in enumerate(self.network.transformer_blocks)}
 
     def feature_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the width, and the picture's tokens along height and width."""
-        patch = self.transformer.config.patch_size
-        return self.transformer.inner_dim, latent_shape[-2] // patch, latent_shape[-1] // patch
+        patch = self.network.config.patch_size
+        return self.network.inner_dim, latent_shape[-2] // patch, latent_shape[-1] // patch
 
     def feature_map(self, output: Any, shape: tuple[int, ...]) -> Tensor:
         """Take the picture's tokens, the second of a block's two outputs."""
@@ -73,10 +75,12 @@ class QwenImageFamily(PretrainedFamily):
 
     name: ClassVar[str] = "qwen_image"
     pipeline_class: ClassVar[str] = "QwenImagePipeline"
-    text_width: ClassVar[str] = "joint_attention_dim"
-    transformer_class: ClassVar[str] = "QwenImageTransformer2DModel"
-    vae_class: ClassVar[str] = "AutoencoderKLQwenImage"
+    network_class: ClassVar[str] = "QwenImageTransformer2DModel"
+    denoiser = QwenImageDenoiser
+    autoencoder = QwenImageAutoencoder
+    widths: ClassVar[Mapping[str, str]] = {"prompt_embeds": "joint_attention_dim"}
     gives_sigmas: ClassVar[bool] = True
+    guidance_rescale = "norm"
     defaults: ClassVar[Mapping[str, Any]] = {
         **PretrainedFamily.defaults, "latent_shape": [16, 1, 166, 166], "negative_prompt": " ",
     }  # fmt: skip
@@ -88,23 +92,6 @@ class QwenImageFamily(PretrainedFamily):
         "prompt_embeds", "prompt_embeds_mask", "negative_prompt_embeds", "negative_prompt_embeds_mask",
     ]  # fmt: skip
 
-    def conditions(self, rows: Mapping[str, np.ndarray]) -> Conditions:
-        """Return the four columns as tensors of one length: padding is zero and masked."""
-        conditions = super().conditions(rows)
-        length = max(value.shape[1] for value in conditions.values())
-        for prefix in ("", "negative_"):
-            embeds, mask = f"{prefix}prompt_embeds", f"{prefix}prompt_embeds_mask"
-            if embeds not in conditions:
-                continue
-            require_column(rows, mask)
-            if conditions[mask].shape != conditions[embeds].shape[:2]:
-                raise UserError(f"prompts: column '{mask}' is {list(conditions[mask].shape)}, but '{embeds}' "
-                                f"{list(conditions[embeds].shape)}")  # fmt: skip
-            extra = length - conditions[embeds].shape[1]
-            conditions[embeds] = F.pad(conditions[embeds], (0, 0, 0, extra))
-            conditions[mask] = F.pad(conditions[mask], (0, extra))
-        return conditions
-
     def _encode(self, pipeline: Any, prompts: list[str]) -> dict[str, np.ndarray]:
         """Return the columns, padded to a whole number of `BUCKET` tokens: prompts of like length share batches."""
         embeds, mask = pipeline.encode_prompt(prompts)
@@ -113,21 +100,6 @@ class QwenImageFamily(PretrainedFamily):
         return {
             "prompt_embeds": F.pad(embeds.float().cpu(), (0, 0, 0, extra)).numpy(),
             "prompt_embeds_mask": F.pad(mask, (0, extra)).numpy(),
-        }
-
-    def unconditional(self, conditions: Conditions) -> Conditions:
-        """Return the same with the null prompt in the prompt's place.
-
-        Raises:
-            UserError: the prompts came without it.
-        """
-        missing = [name for name in self.condition_columns if name not in conditions]
-        if missing:
-            raise UserError(f"prompts: guidance needs the null prompt in column '{missing[0]}'")
-        return {
-            **conditions,
-            "prompt_embeds": conditions["negative_prompt_embeds"],
-            "prompt_embeds_mask": conditions["negative_prompt_embeds_mask"],
         }
 
     def _check_latent_shape(self) -> None:
@@ -166,6 +138,3 @@ class QwenImageFamily(PretrainedFamily):
         if max(patches) > 2 * POSITIONS:
             raise UserError(f"teacher.options.latent_shape: {patches} patches along the sides, but the teacher has "
                             f"{2 * POSITIONS} positions along each")  # fmt: skip
-
-    def _wrap(self, transformer: Any) -> QwenImageDenoiser:
-        return QwenImageDenoiser(transformer)

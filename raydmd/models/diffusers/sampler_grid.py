@@ -91,34 +91,34 @@ def sampler_grid(config: Mapping[str, Any], *, sigmas_given: bool) -> SamplerGri
     """
     kind = config.get("_class_name")
     if kind not in (EULER, UNIPC):
-        raise _unknown(f"_class_name '{kind}' (known: {EULER}, {UNIPC})")
+        raise unknown(f"_class_name '{kind}' (known: {EULER}, {UNIPC})")
     for key in OTHER_LAWS:
         if config.get(key):
-            raise _unknown(f"{key} {config[key]}")
+            raise unknown(f"{key} {config[key]}")
     if config.get("num_train_timesteps", TIMESTEPS) != TIMESTEPS:
-        raise _unknown(f"num_train_timesteps {config['num_train_timesteps']} (known: {TIMESTEPS})")
+        raise unknown(f"num_train_timesteps {config['num_train_timesteps']} (known: {TIMESTEPS})")
     if kind == UNIPC:
         for key, wanted, default in (("use_flow_sigmas", True, False), ("final_sigmas_type", "zero", "zero"),
                                      ("prediction_type", "flow_prediction", "epsilon")):  # fmt: skip
             if config.get(key, default) != wanted:
-                raise _unknown(f"{key} {config.get(key, default)} (known: {wanted})")
+                raise unknown(f"{key} {config.get(key, default)} (known: {wanted})")
     terminal = _number(config, "shift_terminal", 0.0) or None
     if terminal is not None and not 0.0 < terminal < 1.0:
-        raise _unknown(f"shift_terminal {terminal:g} (known: between 0 and 1)")
+        raise unknown(f"shift_terminal {terminal:g} (known: between 0 and 1)")
     spacing: Spacing = "steps" if sigmas_given else "to_minimum" if kind == UNIPC else "to_shifted_minimum"
     if not config.get("use_dynamic_shifting"):
         key = "flow_shift" if kind == UNIPC else "shift"
         shift = _number(config, key, 1.0)
         if shift <= 0.0:
-            raise _unknown(f"{key} {shift:g} (known: above 0)")
+            raise unknown(f"{key} {shift:g} (known: above 0)")
         return SamplerGrid(spacing, shift, terminal=terminal)
     if not sigmas_given:
-        raise _unknown("use_dynamic_shifting true: this family's pipeline gives its scheduler no mu")
+        raise unknown("use_dynamic_shifting true: this family's pipeline gives its scheduler no mu")
     if (law := config.get("time_shift_type", "exponential")) not in ("exponential", "linear"):
-        raise _unknown(f"time_shift_type '{law}' (known: exponential, linear)")
+        raise unknown(f"time_shift_type '{law}' (known: exponential, linear)")
     few, many = _number(config, "base_image_seq_len", 256), _number(config, "max_image_seq_len", 4096)
     if few == many:
-        raise _unknown(f"base_image_seq_len and max_image_seq_len are both {few:g}")
+        raise unknown(f"base_image_seq_len and max_image_seq_len are both {few:g}")
     line = few, many, _number(config, "base_shift", 0.5), _number(config, "max_shift", 1.15)
     return SamplerGrid(spacing, None, line, law == "exponential", terminal)
 
@@ -128,9 +128,10 @@ def _number(config: Mapping[str, Any], key: str, default: float) -> float:
     if value is None:
         return float(default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise _unknown(f"{key} {value!r} (a number is needed)")
+        raise unknown(f"{key} {value!r} (a number is needed)")
     return float(value)
 
 
-def _unknown(what: str) -> UserError:
+def unknown(what: str) -> UserError:
+    """Return the error of a sampler that is not followed, for whoever reads its config."""
     return UserError(f"teacher.path: {SCHEDULER_FILE}: the teacher's sampler cannot be followed: {what}; {REMEDY}")

@@ -1,4 +1,4 @@
-"""A teacher's folder as diffusers writes it: where its transformer lies, and which files make it."""
+"""A teacher's folder as diffusers writes it: where its network lies, and which files make it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ class TeacherFolder:
     """Where a teacher lies on this machine.
 
     Attributes:
-        root: the folder of the pipeline, or of the transformer alone.
-        subfolder: of the transformer in it; None: it is the root.
+        root: the folder of the pipeline, or of the network alone.
+        subfolder: of the network in it; None: it is the root.
         hub: the name with its commit, where the folder is a snapshot of the hub's.
     """
 
@@ -30,12 +30,12 @@ class TeacherFolder:
     hub: HubName | None = None
 
     @property
-    def transformer(self) -> Path:
-        """The transformer's folder."""
+    def network(self) -> Path:
+        """The network's folder."""
         return self.root / (self.subfolder or "")
 
     def fetch_weights(self, variant: str) -> None:
-        """Have the transformer's weights here, where they are the hub's.
+        """Have the network's weights here, where they are the hub's.
 
         Raises:
             UserError: they cannot be fetched.
@@ -54,15 +54,15 @@ class TeacherFolder:
             fetch(self.hub, patterns)
 
     def files(self, weights: Sequence[str] | None = None) -> dict[str, Path]:
-        """Return the files that the transformer and its schedule are made of, by a name that is the same anywhere.
+        """Return the files that the network and its schedule are made of, by a name that is the same anywhere.
 
         Args:
-            weights: names of the weights' files; None: every safetensors file of the transformer's folder.
+            weights: names of the weights' files; None: every safetensors file of the network's folder.
         """
-        found = {CONFIG: self.transformer / CONFIG}
-        names = weights if weights is not None else [file.name for file in self.transformer.glob("*.safetensors")]
-        found |= {name: self.transformer / name for name in names}
-        found |= {file.name: file for file in self.transformer.glob("*.safetensors.index*.json")}
+        found = {CONFIG: self.network / CONFIG}
+        names = weights if weights is not None else [file.name for file in self.network.glob("*.safetensors")]
+        found |= {name: self.network / name for name in names}
+        found |= {file.name: file for file in self.network.glob("*.safetensors.index*.json")}
         if self.subfolder is not None:
             found |= {f"../{name}": self.root / name for name in BESIDE if (self.root / name).is_file()}
         return found
@@ -100,7 +100,7 @@ def find_teacher(path: str, subfolder: str) -> TeacherFolder:
     Of a snapshot the configs are there, and the weights after `TeacherFolder.fetch_weights`.
 
     Raises:
-        UserError: ``teacher.path: ...``: nothing there, no transformer in it, or no hub.
+        UserError: ``teacher.path: ...``: nothing there, no network in it, or no hub.
     """
     hub = None
     if path.startswith(HUB):
@@ -110,7 +110,7 @@ def find_teacher(path: str, subfolder: str) -> TeacherFolder:
         root = Path(path)
         if not root.is_dir():
             if root.is_file():
-                raise UserError(f"teacher.path: '{path}' is a file; the folder of a pipeline or of its transformer is "
+                raise UserError(f"teacher.path: '{path}' is a file; the folder of a pipeline or of its network is "
                                 f"needed")  # fmt: skip
             raise UserError(f"{no_folder(root)}{hub_hint(path)}")
     within = subfolder if (root / subfolder / CONFIG).is_file() else None

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from raydmd.errors import UserError
 from raydmd.models.base import Conditions, require_column
-from raydmd.models.diffusers.pretrained import PretrainedDenoiser, PretrainedFamily
+from raydmd.models.diffusers.autoencoder import WanAutoencoder
+from raydmd.models.diffusers.denoiser import PretrainedDenoiser
+from raydmd.models.diffusers.pretrained import PretrainedFamily
 
 TIMESTEPS = 1000.0
 """Wan's network counts time from 0 to 1000."""
@@ -22,11 +24,11 @@ class WanDenoiser(PretrainedDenoiser):
 
     def forward(self, latents: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """Predict the flow from ``latents``, given ``prompt_embeds`` [B, L, D] and perhaps ``image_latents``."""
-        dtype = self.transformer.dtype
+        dtype = self.dtype
         x = latents.to(dtype)
         if "image_latents" in conditions:
             x = torch.cat([x, conditions["image_latents"].to(dtype)], dim=1)
-        flow = self.transformer(
+        flow = self.network(
             hidden_states=x,
             timestep=TIMESTEPS * t.to(torch.float32),
             encoder_hidden_states=conditions["prompt_embeds"].to(dtype),
@@ -36,11 +38,11 @@ class WanDenoiser(PretrainedDenoiser):
 
     def feature_blocks(self) -> Mapping[str, nn.Module]:
         """Return the transformer's blocks."""
-        return {f"blocks.{number}": block for number, block in enumerate(self.transformer.blocks)}
+        return {f"blocks.{number}": block for number, block in enumerate(self.network.blocks)}
 
     def feature_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the width, and the tokens along frames, height and width."""
-        config = self.transformer.config
+        config = self.network.config
         grid = [side // patch for side, patch in zip(latent_shape[1:], config.patch_size, strict=True)]
         return config.num_attention_heads * config.attention_head_dim, *grid
 
@@ -57,9 +59,10 @@ class WanFamily(PretrainedFamily):
 
     name: ClassVar[str] = "wan"
     pipeline_class: ClassVar[str] = "WanPipeline"
-    text_width: ClassVar[str] = "text_dim"
-    transformer_class: ClassVar[str] = "WanTransformer3DModel"
-    vae_class: ClassVar[str] = "AutoencoderKLWan"
+    network_class: ClassVar[str] = "WanTransformer3DModel"
+    denoiser = WanDenoiser
+    autoencoder = WanAutoencoder
+    widths: ClassVar[Mapping[str, str]] = {"prompt_embeds": "text_dim"}
     defaults: ClassVar[Mapping[str, Any]] = {
         **PretrainedFamily.defaults, "latent_shape": [16, 21, 60, 104], "image_channels": 0,
     }  # fmt: skip
@@ -77,13 +80,8 @@ class WanFamily(PretrainedFamily):
         return ("WanImageToVideoPipeline",) if self.options["image_channels"] else (self.pipeline_class,)
 
     def conditions(self, rows: Mapping[str, np.ndarray]) -> Conditions:
-        """Return the columns as tensors."""
+        """Return the columns as tensors; an image's latents are of the sample's frames and sides."""
         conditions = super().conditions(rows)
-        null = conditions.get("negative_prompt_embeds", conditions["prompt_embeds"])
-        if null.shape != conditions["prompt_embeds"].shape:
-            own = list(conditions["prompt_embeds"].shape)
-            raise UserError(f"prompts: 'negative_prompt_embeds' is {list(null.shape)} and 'prompt_embeds' {own}; "
-                            f"pad both with zeros to one length")  # fmt: skip
         if self.options["image_channels"]:
             require_column(rows, "image_latents")
             wanted = (self.options["image_channels"], *self.latent_shape[1:])
@@ -101,16 +99,6 @@ class WanFamily(PretrainedFamily):
         """Return the column, of `TOKENS` tokens."""
         embeds, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=TOKENS)
         return {"prompt_embeds": embeds.float().cpu().numpy()}
-
-    def unconditional(self, conditions: Conditions) -> Conditions:
-        """Return the same with the null prompt in the prompt's place; an image stays.
-
-        Raises:
-            UserError: the prompts came without it.
-        """
-        if "negative_prompt_embeds" not in conditions:
-            raise UserError("prompts: guidance needs the null prompt in column 'negative_prompt_embeds'")
-        return {**conditions, "prompt_embeds": conditions["negative_prompt_embeds"]}
 
     def _check_latent_shape(self) -> None:
         if len(self.latent_shape) != 4:
@@ -138,6 +126,3 @@ class WanFamily(PretrainedFamily):
         if max(tokens) > config.rope_max_seq_len:
             raise UserError(f"teacher.options.latent_shape: {list(shape[1:])} makes {tokens} patches along the axes, "
                             f"but the teacher has {config.rope_max_seq_len} positions along each")  # fmt: skip
-
-    def _wrap(self, transformer: Any) -> WanDenoiser:
-        return WanDenoiser(transformer)

@@ -148,6 +148,11 @@ class DigitsFamily(EmbeddedFamily):
         """Return the null label for the same batch."""
         return {"label": torch.full_like(conditions["label"], NULL_LABEL)}
 
+    @property
+    def patches(self) -> tuple[int, int, int]:
+        """Squares of the option ``patch``."""
+        return 1, self.options["patch"], self.options["patch"]
+
     def check_pixels(self, key: str) -> None:
         """Allow them."""
 
