@@ -32,7 +32,6 @@ from raydmd.runtime.preparation import (
     pin_teacher,
     prepare,
 )
-from raydmd.runtime.pretrain import pretrain
 from raydmd.runtime.recovery.state import State
 from raydmd.runtime.workers.base import Factory
 
@@ -121,6 +120,8 @@ def _distill(
 ) -> bool:
     """Do what is left to do on the Ray that is there; return whether the run is finished."""
     if own and not trained:
+        from raydmd.runtime.pretrain import pretrain  # and Ray Train, which takes a while
+
         pretrain(recipe, folder / "teacher", console)
     if own:
         archive_teacher(recipe, folder, claim.owner)

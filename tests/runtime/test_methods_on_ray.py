@@ -27,7 +27,7 @@ OPTIONS = {
     "adp": ["method.discriminator.width=16", "method.adp.pairs=64", "optimizer.latent.lr=1e-3"],
     "dmdx": [*SMALL, "method.adp.iterations=4", "method.adp.pairs=64", "optimizer.latent.lr=1e-3"],
 }
-STOPS = {"dmd2": [5], "sid": [5], "adm": [5], "dmdx": [3, 5]}  # dmdx: in either of its stages
+STOPS = {"dmd2": [5], "dmdx": [3, 5]}  # dmdx: in either of its stages
 
 
 def settings(name: str, *more: str) -> list[str]:
