@@ -4,8 +4,9 @@ from collections.abc import Mapping
 
 from tiny_models.base import TinyModel as TinyModel
 from tiny_models.qwen_image import TinyQwenImage
+from tiny_models.sd3 import TinySD3
 from tiny_models.wan import TinyWan
 
 TINY_MODELS: Mapping[str, TinyModel] = {
-    model.family: model for model in (TinyQwenImage(), TinyWan())
+    model.family: model for model in (TinyQwenImage(), TinySD3(), TinyWan())
 }  # fmt: skip
