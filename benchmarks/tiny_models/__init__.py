@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 
 from tiny_models.base import TinyModel as TinyModel
+from tiny_models.flux import TinyFlux
 from tiny_models.qwen_image import TinyQwenImage
 from tiny_models.sd3 import TinySD3
 from tiny_models.wan import TinyWan
 
 TINY_MODELS: Mapping[str, TinyModel] = {
-    model.family: model for model in (TinyQwenImage(), TinySD3(), TinyWan())
+    model.family: model for model in (TinyFlux(), TinyQwenImage(), TinySD3(), TinyWan())
 }  # fmt: skip

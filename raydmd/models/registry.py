@@ -6,6 +6,7 @@ from typing import Any
 from raydmd.config.plugins import import_in_actor, load_entry_point, offered
 from raydmd.errors import UserError, nearest
 from raydmd.models.base import Family
+from raydmd.models.diffusers.flux import FluxFamily
 from raydmd.models.diffusers.qwen_image import QwenImageFamily
 from raydmd.models.diffusers.sd3 import SD3Family
 from raydmd.models.diffusers.wan import WanFamily
@@ -17,6 +18,7 @@ FAMILIES: dict[str, type[Family]] = {
     for family in (
         DigitsFamily,
         RingFamily,
+        FluxFamily,
         QwenImageFamily,
         SD3Family,
         WanFamily,
