@@ -10,6 +10,7 @@ from raydmd.models.diffusers.flux import FluxFamily
 from raydmd.models.diffusers.qwen_image import QwenImageFamily
 from raydmd.models.diffusers.sd3 import SD3Family
 from raydmd.models.diffusers.wan import WanFamily
+from raydmd.models.diffusers.z_image import ZImageFamily
 from raydmd.models.embedded.digits import DigitsFamily
 from raydmd.models.embedded.ring import RingFamily
 
@@ -22,6 +23,7 @@ FAMILIES: dict[str, type[Family]] = {
         QwenImageFamily,
         SD3Family,
         WanFamily,
+        ZImageFamily,
     )
 }
 
