@@ -7,6 +7,7 @@ from raydmd.config.plugins import import_in_actor, load_entry_point, offered
 from raydmd.errors import UserError, nearest
 from raydmd.models.base import Family
 from raydmd.models.diffusers.flux import FluxFamily
+from raydmd.models.diffusers.flux2_klein import Flux2KleinFamily
 from raydmd.models.diffusers.qwen_image import QwenImageFamily
 from raydmd.models.diffusers.sd3 import SD3Family
 from raydmd.models.diffusers.wan import WanFamily
@@ -20,6 +21,7 @@ FAMILIES: dict[str, type[Family]] = {
         DigitsFamily,
         RingFamily,
         FluxFamily,
+        Flux2KleinFamily,
         QwenImageFamily,
         SD3Family,
         WanFamily,
