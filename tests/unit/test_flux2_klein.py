@@ -8,12 +8,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu, retrieve_timesteps
+from test_every_family import recipe_of
 from tiny_models import TINY_MODELS
 
 from raydmd.errors import UserError
 from raydmd.models.diffusers.flux2_autoencoder import patchify, unpatchify
 from raydmd.models.diffusers.flux2_klein import empirical_mu
 from raydmd.models.registry import build_family
+from raydmd.recipe_check import check
 
 torch.set_num_threads(1)
 
@@ -56,6 +58,23 @@ def test_latents_are_the_vaes_in_patches_by_its_statistics(folder: Path) -> None
         assert not torch.allclose(family.encode_pixels(right), latents, atol=1e-2)
     assert torch.equal(unpatchify(patchify(right, 2), 2), right)
     assert torch.equal(patchify(right, 2), Flux2KleinPipeline._patchify_latents(right))
+
+
+def test_a_step_distilled_teacher_is_not_guided(folder: Path) -> None:
+    """Its pipeline ignores guidance."""
+    recipes = [recipe_of(TINY, folder, f"teacher.guidance_scale={scale}") for scale in (1.0, 3.0)]
+    index = folder / "model_index.json"
+    try:
+        for distilled in (False, True):
+            index.write_text(json.dumps({"_class_name": "Flux2KleinPipeline", "is_distilled": distilled}))
+            check(recipes[0])
+            if distilled:
+                with pytest.raises(UserError, match="teacher.guidance_scale: .* is step-distilled .*; use 1"):
+                    check(recipes[1])
+            else:
+                check(recipes[1])
+    finally:
+        index.unlink()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from raydmd.errors import UserError
 from raydmd.models.base import Conditions
+from raydmd.models.diffusers.config_files import read_config
 from raydmd.models.diffusers.denoiser import PretrainedDenoiser
 from raydmd.models.diffusers.flux import picture_ids
 from raydmd.models.diffusers.flux2_autoencoder import Flux2Autoencoder
@@ -73,7 +74,7 @@ class Flux2KleinFamily(PretrainedFamily):
     statistics. The default ``latent_shape`` is of 1024 x 1024 pixels.
 
     The teacher is a base model (FLUX.2-klein-base), guided by ``teacher.guidance_scale``. Of the step-distilled ones
-    (``is_distilled`` in model_index.json) the pipeline ignores guidance: they are for a scale of 1.
+    (``is_distilled`` in model_index.json) the pipeline ignores guidance: another scale than 1 is refused.
     """
 
     name: ClassVar[str] = "flux2_klein"
@@ -99,6 +100,17 @@ class Flux2KleinFamily(PretrainedFamily):
     def patches(self) -> tuple[int, int, int]:
         """Latents of a token: one."""
         return 1, 1, 1
+
+    def unconditional(self, conditions: Conditions) -> Conditions:
+        """Return the null prompt in the prompt's place.
+
+        Raises:
+            UserError: the prompts came without it, or the teacher is a step-distilled one.
+        """
+        if self.path is not None and (read_config(self._root(), "", "model_index.json") or {}).get("is_distilled"):
+            raise UserError(f"teacher.guidance_scale: '{self.path}' is step-distilled (is_distilled in its "
+                            f"model_index.json) and is not guided; use 1, or a base model")  # fmt: skip
+        return super().unconditional(conditions)
 
     def _encode(self, pipeline: Any, prompts: list[str]) -> dict[str, np.ndarray]:
         """Return the column, of 512 tokens."""
