@@ -1,5 +1,6 @@
 """Flux.1: guidance inside the network, what of the network adapts, schnell."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from tiny_models import TINY_MODELS
 from tiny_models.flux import TinyFlux
 
 from raydmd.config.recipe import Recipe
+from raydmd.data.pair_shards import PairIndex
 from raydmd.data.prompts import write_prompts
 from raydmd.diffusion.solvers import euler_step
 from raydmd.errors import UserError
+from raydmd.methods.pairs import pair_facts
 from raydmd.models.diffusers.flux import FluxDenoiser, picture_ids
 from raydmd.models.experts import Experts
 from raydmd.models.registry import build_family
@@ -66,6 +69,18 @@ def test_prompts_without_the_null_prompt_do_at_a_scale_of_1(folder: Path, tmp_pa
         check(recipe(3.0, False))
     with pytest.raises(UserError, match="has no column 'negative_prompt_embeds'"):
         check(recipe(1.0, True))
+
+
+def test_pairs_are_of_one_embedded_guidance(folder: Path) -> None:
+    """ODE pairs of a teacher that was told another scale are refused by the option's name."""
+    two, other, again = (
+        pair_facts(recipe_of(TINY, folder), TINY.build(folder, embedded_guidance=scale), None)
+        for scale in (2, 3.5, 2.0)
+    )
+    assert two.difference(again) is None
+    assert other.difference(two) == "teacher.options: embedded_guidance 2 there, embedded_guidance 3.5 here"
+    wan = TINY_MODELS["wan"].build(folder)
+    assert wan.constant_inputs == {} and "inputs" not in PairIndex(replace(two, inputs=""), 1).text()
 
 
 def sigmas_of(scheduler: Any, steps: int, tokens: int) -> torch.Tensor:

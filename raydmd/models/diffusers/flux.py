@@ -131,6 +131,12 @@ class FluxFamily(PretrainedFamily):
         scale = float(self.options["embedded_guidance"])
         return FluxDenoiser(network, scale if network.config.guidance_embeds else None)
 
+    @property
+    def constant_inputs(self) -> Mapping[str, float]:
+        """The embedded guidance, of a network that takes it."""
+        given = {"embedded_guidance": float(self.options["embedded_guidance"])}
+        return given if self.network_config.get("guidance_embeds") else {}
+
     def _encode(self, pipeline: Any, prompts: list[str]) -> dict[str, np.ndarray]:
         """Return the columns, of T5's 512 tokens."""
         embeds, pooled, _ = pipeline.encode_prompt(prompts)
