@@ -79,6 +79,8 @@ def check(recipe: Recipe, prompts: bool = True, hub: bool = True) -> list[str]:
         conditions = _encode(recipe, family)
         if recipe.teacher.path is not None:
             family.check_conditions(conditions)
+        if conditions and recipe.teacher.guidance_scale != 1.0 and "teacher" in build_method(recipe).roles:
+            family.unconditional(conditions)
     if recipe.pairs.path is not None:
         _check_pairs(recipe, family, prompts)
     return build_method(recipe).check(family, hub)

@@ -3,9 +3,13 @@
 from collections.abc import Mapping
 
 from tiny_models.base import TinyModel as TinyModel
+from tiny_models.flux import TinyFlux
+from tiny_models.flux2_klein import TinyFlux2Klein
 from tiny_models.qwen_image import TinyQwenImage
+from tiny_models.sd3 import TinySD3
 from tiny_models.wan import TinyWan
+from tiny_models.z_image import TinyZImage
 
 TINY_MODELS: Mapping[str, TinyModel] = {
-    model.family: model for model in (TinyQwenImage(), TinyWan())
+    model.family: model for model in (TinyFlux(), TinyFlux2Klein(), TinyQwenImage(), TinySD3(), TinyWan(), TinyZImage())
 }  # fmt: skip

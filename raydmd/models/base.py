@@ -130,6 +130,14 @@ class Family(ABC):
         """Return the hub's commit that the teacher's files are of, where they come from it."""
         return None
 
+    @property
+    def constant_inputs(self) -> Mapping[str, float]:
+        """What the network is told at every call beside its conditions, by the option that says it: part of a teacher.
+
+        By default nothing.
+        """
+        return {}
+
     @abstractmethod
     def conditions(self, rows: Mapping[str, np.ndarray]) -> Conditions:
         """Turn prompt rows (``condition_columns`` by name, each [B, ...]) into condition tensors.

@@ -45,6 +45,7 @@ class PretrainedFamily(Family):
     - ``subfolder``: of the network in a pipeline's folder;
     - ``variant``: of the weights' files, e.g. ``fp16``;
     - ``negative_prompt``: the null prompt's text, where prompts are encoded as they come;
+    - ``null_prompt``: whether prompts come with the null prompt's columns; not needed at a guidance scale of 1;
     - ``gradient_checkpointing``: recompute blocks in the backward pass, for memory.
     """
 
@@ -55,9 +56,11 @@ class PretrainedFamily(Family):
     widths: ClassVar[Mapping[str, str]]  # of columns of the prompts: the key of the network's config that says it
     patch: ClassVar[tuple[int, int, int]] = (1, 2, 2)  # as `patches`, where the network's config is not there or silent
     gives_sigmas: ClassVar[bool] = False  # whether the pipeline gives its scheduler sigmas and mu
+    gives_mu: ClassVar[bool] = False  # whether it gives mu without sigmas
+    optional_encoders: ClassVar[tuple[str, ...]] = ()  # parts that encode prompts, and that the pipeline can do without
     defaults: ClassVar[Mapping[str, Any]] = {
         "latent_shape": None, "dtype": "float32", "subfolder": "transformer", "negative_prompt": "",
-        "gradient_checkpointing": False, "variant": "",
+        "gradient_checkpointing": False, "variant": "", "null_prompt": True,
     }  # fmt: skip
 
     def __init__(self, path: str | None = None, options: Mapping[str, Any] | None = None) -> None:
@@ -74,6 +77,8 @@ class PretrainedFamily(Family):
         self._vae: Any = None
         self._pipeline: Any = None  # text encoder and tokenizer alone
         self._null: dict[str, np.ndarray] = {}
+        if not self.options["null_prompt"]:
+            self.condition_columns = [name for name in self.condition_columns if not name.startswith(NEGATIVE)]
 
     # What a family's file may say otherwise.
 
@@ -103,7 +108,7 @@ class PretrainedFamily(Family):
 
     def _read_grid(self, config: Mapping[str, Any]) -> Grid:
         """Read the law of its own sampler's times from its scheduler_config.json."""
-        return sampler_grid(config, sigmas_given=self.gives_sigmas)
+        return sampler_grid(config, sigmas_given=self.gives_sigmas, mu_given=self.gives_mu)
 
     # The network.
 
@@ -208,7 +213,8 @@ class PretrainedFamily(Family):
         Columns with a mask are padded with zeros, and masked, to one length.
         """
         conditions = {name: self._embeddings(rows, name) for name in self.condition_columns if name in rows}
-        require_column(rows, "prompt_embeds")
+        for name in self.widths:
+            require_column(rows, name)
         masked = [name for name in conditions if f"{name}_mask" in self.condition_columns]
         length = max((conditions[name].shape[1] for name in masked), default=0)
         for name in masked:
@@ -233,6 +239,9 @@ class PretrainedFamily(Family):
         Raises:
             UserError: the prompts came without it.
         """
+        if not self.options["null_prompt"]:
+            raise UserError("teacher.options.null_prompt: guidance (teacher.guidance_scale other than 1) needs the "
+                            "null prompt; set it to true")  # fmt: skip
         nulls = [name for name in self.condition_columns if name.startswith(NEGATIVE)]
         if missing := [name for name in nulls if name not in conditions]:
             raise UserError(f"prompts: guidance needs the null prompt in column '{missing[0]}'")
@@ -280,9 +289,10 @@ class PretrainedFamily(Family):
                 raise UserError(f"teacher.path: '{self.path}' has no text_encoder/config.json to encode prompts with")
             self._fetch(*ENCODER)
             dtype, variant = DTYPES[self.options["dtype"]], self.options["variant"]
-            self._pipeline = load_text_pipeline(self.pipeline_class, self._root(), variant, dtype)
+            absent = [part for part in self.optional_encoders if not self._has_part(part)]
+            self._pipeline = load_text_pipeline(self.pipeline_class, self._root(), variant, dtype, absent)
         pipeline = self._pipeline.to(device)
-        if not self._null:
+        if not self._null and self.options["null_prompt"]:
             null = self._encode(pipeline, [self.options["negative_prompt"]])
             self._null = {f"{NEGATIVE}{name}": rows for name, rows in null.items()}
         null = {name: np.repeat(rows, len(prompts), axis=0) for name, rows in self._null.items()}
