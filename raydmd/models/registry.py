@@ -6,6 +6,7 @@ from typing import Any
 from raydmd.config.plugins import import_in_actor, load_entry_point, offered
 from raydmd.errors import UserError, nearest
 from raydmd.models.base import Family
+from raydmd.models.diffusers.edm import EDMFamily
 from raydmd.models.diffusers.qwen_image import QwenImageFamily
 from raydmd.models.diffusers.sdxl import SDXLFamily
 from raydmd.models.diffusers.stable_diffusion import StableDiffusionFamily
@@ -15,7 +16,7 @@ from raydmd.models.embedded.ring import RingFamily
 
 FAMILIES: dict[str, type[Family]] = {
     family.name: family
-    for family in (DigitsFamily, RingFamily, QwenImageFamily, WanFamily, SDXLFamily, StableDiffusionFamily)
+    for family in (DigitsFamily, RingFamily, QwenImageFamily, WanFamily, SDXLFamily, StableDiffusionFamily, EDMFamily)
 }
 
 
