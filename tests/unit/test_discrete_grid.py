@@ -24,6 +24,7 @@ from raydmd.errors import UserError
 from raydmd.models.base import Family
 from raydmd.models.diffusers.discrete_grid import discrete_grid
 from raydmd.models.registry import build_family
+from raydmd.objectives.distribution_matching import distribution_matching_gradient
 from raydmd.sampling.noise import initial_noise
 from raydmd.sampling.teacher import cut_grid, first_time, noise_at
 from raydmd.serving.parts import TeacherSteps
@@ -208,6 +209,23 @@ def test_a_teacher_begins_at_its_own_grids_first_time(tmp_path: Path) -> None:
     assert last.number == 4 and torch.allclose(last.latents, wanted, atol=1e-5)
     begun = scorer.sample(noise, conditions, steps=4, start=0.9, method="euler")
     assert len(begun) == 6 and torch.equal(begun[0], noise)  # latents of a time above are taken as they are
+
+
+def test_where_only_noise_is_left(tmp_path: Path) -> None:
+    """With zero terminal SNR the first step and the gradient are finite from v; eps, which is refused, gives none."""
+    settings = {**BETAS, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    family = written(DDIMScheduler(**settings), tmp_path)
+    schedule, t = family.schedule, torch.ones(2, dtype=torch.float64)
+    assert float(schedule.alpha(1.0)) == 0.0 and float(schedule.sigma(1.0)) == 1.0
+    x_s, noise, real, fake = torch.randn(4, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    x_t = schedule.diffuse(x_s, noise, t)
+    assert torch.allclose(x_t, noise, atol=1e-6)
+    for weight in ("normalized", "raw", "sigma_over_alpha", "sigma_cubed_over_alpha"):
+        gradient, broken = distribution_matching_gradient(schedule, x_s, x_t, real, fake, t, 0.0, "v", weight)
+        assert not broken.any() and gradient.isfinite().all()
+        assert bool(gradient.any()) == (weight == "normalized")  # the others' weights are 0 there
+    assert torch.allclose(euler_step(schedule, real, x_t, 1.0, 0.0, "v"), -real)
+    assert distribution_matching_gradient(schedule, x_s, x_t, real, fake, t, 0.0, "eps")[1].all()
 
 
 def test_what_begins_at_the_noisiest_time_is_untouched() -> None:
