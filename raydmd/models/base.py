@@ -43,6 +43,10 @@ class Denoiser(nn.Module, ABC):
         """Return the shape of a block's features on a sample of ``latent_shape``: C, or C and the tokens' grid."""
         raise NotImplementedError
 
+    def block_shape(self, name: str, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the features of block ``name``; by default that of all blocks, `feature_shape`."""
+        return self.feature_shape(latent_shape)
+
     def feature_map(self, output: Any, shape: tuple[int, ...]) -> Tensor:
         """Turn a block's output, by default tokens [B, N, C] in the grid's order, into features [B, *shape]."""
         tokens: Tensor = output

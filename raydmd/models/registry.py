@@ -6,10 +6,13 @@ from typing import Any
 from raydmd.config.plugins import import_in_actor, load_entry_point, offered
 from raydmd.errors import UserError, nearest
 from raydmd.models.base import Family
+from raydmd.models.diffusers.edm import EDMFamily
 from raydmd.models.diffusers.flux import FluxFamily
 from raydmd.models.diffusers.flux2_klein import Flux2KleinFamily
 from raydmd.models.diffusers.qwen_image import QwenImageFamily
 from raydmd.models.diffusers.sd3 import SD3Family
+from raydmd.models.diffusers.sdxl import SDXLFamily
+from raydmd.models.diffusers.stable_diffusion import StableDiffusionFamily
 from raydmd.models.diffusers.wan import WanFamily
 from raydmd.models.diffusers.z_image import ZImageFamily
 from raydmd.models.embedded.digits import DigitsFamily
@@ -20,10 +23,13 @@ FAMILIES: dict[str, type[Family]] = {
     for family in (
         DigitsFamily,
         RingFamily,
+        EDMFamily,
         FluxFamily,
         Flux2KleinFamily,
         QwenImageFamily,
         SD3Family,
+        SDXLFamily,
+        StableDiffusionFamily,
         WanFamily,
         ZImageFamily,
     )

@@ -55,8 +55,8 @@ def new_heads(network: Denoiser, family: Family, recipe: Recipe, phase: int) -> 
     """
     options = discriminator_options(recipe)
     blocks = chosen_blocks(network, options.blocks, BLOCKS)
-    shape = network.feature_shape(tuple(family.latent_shape))
-    return blocks, Heads([shape] * len(blocks), options.width, integer(Key(recipe.seed, phase, "heads", 0), 2**62))
+    shapes = [network.block_shape(name, tuple(family.latent_shape)) for name in blocks]
+    return blocks, Heads(shapes, options.width, integer(Key(recipe.seed, phase, "heads", 0), 2**62))
 
 
 class Discriminator:

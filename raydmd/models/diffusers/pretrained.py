@@ -106,6 +106,10 @@ class PretrainedFamily(Family):
         """Return ``prompt_embeds`` [B, L, D], float32, and what belongs to it."""
         raise NotImplementedError
 
+    def _encode_null(self, pipeline: Any) -> dict[str, np.ndarray]:
+        """Return the same of the null prompt, for one row."""
+        return self._encode(pipeline, [self.options["negative_prompt"]])
+
     def _read_grid(self, config: Mapping[str, Any]) -> Grid:
         """Read the law of its own sampler's times from its scheduler_config.json."""
         return sampler_grid(config, sigmas_given=self.gives_sigmas, mu_given=self.gives_mu)
@@ -293,8 +297,7 @@ class PretrainedFamily(Family):
             self._pipeline = load_text_pipeline(self.pipeline_class, self._root(), variant, dtype, absent)
         pipeline = self._pipeline.to(device)
         if not self._null and self.options["null_prompt"]:
-            null = self._encode(pipeline, [self.options["negative_prompt"]])
-            self._null = {f"{NEGATIVE}{name}": rows for name, rows in null.items()}
+            self._null = {f"{NEGATIVE}{name}": rows for name, rows in self._encode_null(pipeline).items()}
         null = {name: np.repeat(rows, len(prompts), axis=0) for name, rows in self._null.items()}
         return {**self._encode(pipeline, list(prompts)), **null}
 
