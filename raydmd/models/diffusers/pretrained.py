@@ -77,7 +77,7 @@ class PretrainedFamily(Family):
         self._vae: Any = None
         self._pipeline: Any = None  # text encoder and tokenizer alone
         self._null: dict[str, np.ndarray] = {}
-        if not self.options["null_prompt"]:
+        if not self.options.get("null_prompt", True):
             self.condition_columns = [name for name in self.condition_columns if not name.startswith(NEGATIVE)]
 
     # What a family's file may say otherwise.
@@ -243,7 +243,7 @@ class PretrainedFamily(Family):
         Raises:
             UserError: the prompts came without it.
         """
-        if not self.options["null_prompt"]:
+        if not self.options.get("null_prompt", True):
             raise UserError("teacher.options.null_prompt: guidance (teacher.guidance_scale other than 1) needs the "
                             "null prompt; set it to true")  # fmt: skip
         nulls = [name for name in self.condition_columns if name.startswith(NEGATIVE)]
@@ -296,7 +296,7 @@ class PretrainedFamily(Family):
             absent = [part for part in self.optional_encoders if not self._has_part(part)]
             self._pipeline = load_text_pipeline(self.pipeline_class, self._root(), variant, dtype, absent)
         pipeline = self._pipeline.to(device)
-        if not self._null and self.options["null_prompt"]:
+        if not self._null and self.options.get("null_prompt", True):
             self._null = {f"{NEGATIVE}{name}": rows for name, rows in self._encode_null(pipeline).items()}
         null = {name: np.repeat(rows, len(prompts), axis=0) for name, rows in self._null.items()}
         return {**self._encode(pipeline, list(prompts)), **null}
