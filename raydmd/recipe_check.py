@@ -14,6 +14,7 @@ from raydmd.errors import UserError
 from raydmd.locations import absolute_location
 from raydmd.methods.base import Method
 from raydmd.methods.pairs import check_run_pairs
+from raydmd.methods.program import check_warmups
 from raydmd.methods.registry import build_method, plan_phases
 from raydmd.models.base import Conditions, EmbeddedFamily, Family
 from raydmd.models.diffusers.hub import HUB, cached_snapshot, parse_hub_name
@@ -63,6 +64,7 @@ def check(recipe: Recipe, prompts: bool = True, hub: bool = True) -> list[str]:
     """
     family = recipe_family(recipe)
     check_method(recipe, family, plan_phases(recipe, family.schedule.t_max))
+    check_warmups(recipe, family.schedule.t_max)
     if recipe.teacher.path is not None:
         family.check_teacher()
         family.teacher_times(recipe.teacher.steps, recipe.teacher.timestep_shift)
@@ -128,6 +130,7 @@ def _check_without_teacher(recipe: Recipe) -> list[str]:
     """Check the rest of a recipe whose teacher is not here; return what is elsewhere."""
     family = recipe_family(recipe)
     check_method(recipe, family, plan_phases(recipe, family.schedule.t_max))
+    check_warmups(recipe, family.schedule.t_max)
     if recipe.prompts.path is None:
         raise UserError(f"prompts.path: family '{family.name}' ships no prompts; give a Parquet file")
     if not _is_remote(recipe.prompts.path):

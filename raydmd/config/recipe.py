@@ -155,6 +155,11 @@ class Optimizer(Section):
     eps: Rate = 1e-8
     weight_decay: float = Field(0.0, ge=0)
     clip: float | None = Field(1.0, description="largest norm of the whole gradient; null: no clipping", gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of lr over the role's updates in a phase; it begins anew with each phase"
+    )
+    final: Share = Field(0.0, description="share of lr that linear and cosine fall to by the phase's end")
+    warmup: NonNegative = Field(0, description="updates of the role in which lr rises from 0, in each phase")
 
 
 class GeneratorOptimizer(Optimizer):

@@ -160,7 +160,7 @@ class Generator:
         self.updates += 1
         self._kept.clear()  # of calls that were dropped and made again by another replica
         self._entries = {key: x for key, x in self._entries.items() if key[0] >= self.updates * self.draws}
-        return UpdateStats(norm, micro, self.updates, dict(zeroed))
+        return UpdateStats(norm, micro, self.updates, dict(zeroed), self.flat.lr)
 
     def objective(
         self, x_s: torch.Tensor, proposal: Noised, teacher: Score, fake: Score

@@ -60,7 +60,9 @@ class Recorder:
         self.exported = Metrics(run_label(folder))
         roles = self.trace.method.roles
         self.shown = [  # what is drawn of a line
-            key for role in self.trace.method.trained() for key in (*roles[role].part.figures, f"{role}_grad_norm")
+            key
+            for role in self.trace.method.trained()
+            for key in (*roles[role].part.figures, f"{role}_grad_norm", f"{role}_learning_rate")
         ]
         self._zeroed_event = self._zeroed_warning = -ZEROED_EVERY  # the iterations of the last ones
         self._since = time.perf_counter()
@@ -145,6 +147,7 @@ class Recorder:
             updates = [s.figures for s in call_stats if s.role == role and s.figures is not None]
             micro = [row for figures in updates for row in figures.micro]
             line |= {f"{role}_version": version, f"{role}_grad_norm": _mean(figures.norm for figures in updates)}
+            line[f"{role}_learning_rate"] = max(((s.version, s.lr) for s in updates), default=(0, None))[1]
             for name in self.trace.method.roles[role].part.figures:
                 line[name] = _mean(value for _, value in sorted((start, row[name]) for start, row in micro))
             for figures in updates:
