@@ -83,17 +83,17 @@ def _claimed(
     claim: Claim,
 ) -> bool:
     """Do what `distill` does, in a folder and a place of checkpoints that are this driver's."""
-    done = prepare(given, folder, resume, claim.owner)
+
+    def say(words: str) -> None:
+        console.print(words, highlight=False, markup=False, soft_wrap=True)
+
+    done = prepare(given, folder, resume, claim.owner, say)
     own, recipe = recipe.teacher.path is None, with_teacher(recipe, folder)
     if own:
         fetch_teacher(recipe, folder)
     trained = (folder / "teacher" / CONFIG_FILE).is_file()
     if done and (trained or not own):
         check_fingerprint(recipe, folder, fingerprint_teacher(recipe_family(recipe)))
-
-    def say(words: str) -> None:
-        console.print(words, highlight=False, markup=False, soft_wrap=True)
-
     trace = trace_method(recipe, recipe_family(recipe).schedule.t_max)
     if done == trace.ends[-1] and has_experts(recipe, folder, len(trace.phases), say, claim.owner):
         console.print(f"{folder} is finished: nothing to do", highlight=False, soft_wrap=True)
