@@ -45,6 +45,9 @@ class Teacher(Section):
         None, description="shift of that sampler's times; null: as its scheduler_config.json says, 1 without one"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="what the family's network takes")
+    lora: str | None = Field(
+        None, description="LoRA file, or folder with one, that is fused into a diffusers teacher: a fine-tuned one"
+    )
 
 
 class Pretrain(Section):
@@ -117,6 +120,11 @@ class MethodOptions(Section):
     fake_updates: Positive = Field(5, description="fake-score updates to one of the generator")
     regression: Regression = Regression()
     experts: Experts = Experts()
+    init: str | None = Field(
+        None,
+        description="a run's folder, one of its experts/phase-K, or a file of weights or LoRA, where all machines see "
+        "it: the student that experts start from; null: the teacher",
+    )
 
     def absolute(self) -> Self:
         """Return the options with local paths made absolute; by default they have none."""
