@@ -44,6 +44,9 @@ def absolute(recipe: Recipe) -> Recipe:
     if recipe.teacher.lora is not None:
         place = str(Path(recipe.teacher.lora).expanduser().resolve())
         changes["teacher"] = changes.get("teacher", recipe.teacher).model_copy(update={"lora": place})
+    if isinstance(recipe.monitor.prompts, str):
+        place = str(Path(recipe.monitor.prompts).expanduser().resolve())
+        changes["monitor"] = recipe.monitor.model_copy(update={"prompts": place})
     if recipe.pairs.path is not None:
         place = str(Path(recipe.pairs.path).expanduser().resolve())
         changes["pairs"] = recipe.pairs.model_copy(update={"path": place})

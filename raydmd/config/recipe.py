@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 from raydmd.errors import UserError, nearest
 from raydmd.locations import parse_location
@@ -302,11 +302,28 @@ class Checkpoint(Section):
         return self
 
 
+def _check_prompts(value: Any) -> Any:
+    """Refuse what is neither a file's path nor a list of texts and rows' numbers."""
+    if isinstance(value, list | tuple):
+        if not value:
+            raise ValueError("at least one prompt is needed; null: the table's first rows")
+        for each in value:
+            if not (isinstance(each, str) and each.strip()) and not (type(each) is int and each >= 0):
+                raise ValueError(f"each is a text or a row's number, 0 or more, not {each!r}")
+    elif value is not None and not (isinstance(value, str) and value.strip()):
+        raise ValueError(f"a list of texts or rows' numbers is needed, or a file of texts, not {value!r}")
+    return value
+
+
 class Monitor(Section):
     """What is seen while it trains."""
 
     samples_every: NonNegative = Field(50, description="iterations between sample grids; 0: none")
     samples: Positive = 40
+    prompts: Annotated[str | tuple[str | int, ...] | None, BeforeValidator(_check_prompts)] = Field(
+        None,
+        description="of the grids, in turn: texts or rows' numbers, or a file of texts; null: the table's first rows",
+    )
     tensorboard: bool = True
     zeroed_warn_share: Share = Field(
         0.01, description="of an iteration's samples: more without a finite gradient are left out with a warning"

@@ -12,6 +12,7 @@ from raydmd.atomic import write_text
 from raydmd.config.recipe import Recipe
 from raydmd.console import console as terminal
 from raydmd.errors import RunError, StorageError, UserError
+from raydmd.evaluation.validation_prompts import check_validation_prompts
 from raydmd.interrupts import graceful
 from raydmd.methods.program import MethodTrace, trace_method
 from raydmd.models.base import CONFIG_FILE
@@ -66,6 +67,7 @@ def distill(
     console, given = console or terminal, absolute(recipe)
     recipe = pin_teacher(given, folder)
     check(recipe)
+    check_validation_prompts(recipe, recipe_family(recipe))
     for note in notes(recipe):
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     with claim_run(folder, checkpoints(recipe, folder)) as claim:
