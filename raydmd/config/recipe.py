@@ -315,6 +315,15 @@ def _check_prompts(value: Any) -> Any:
     return value
 
 
+class Wandb(Section):
+    """Weights & Biases (the extra ``wandb``); its key comes from its own login or WANDB_API_KEY, never from here."""
+
+    project: str | None = Field(None, min_length=1, description="that the run is shown in; null: nothing is sent")
+    entity: str | None = Field(None, min_length=1, description="user or team; null: the account's own")
+    name: str | None = Field(None, min_length=1, description="of the run there; null: its folder's")
+    mode: Literal["online", "offline", "disabled"] = "online"
+
+
 class Monitor(Section):
     """What is seen while it trains."""
 
@@ -325,6 +334,7 @@ class Monitor(Section):
         description="of the grids, in turn: texts or rows' numbers, or a file of texts; null: the table's first rows",
     )
     tensorboard: bool = True
+    wandb: Wandb = Wandb()
     zeroed_warn_share: Share = Field(
         0.01, description="of an iteration's samples: more without a finite gradient are left out with a warning"
     )

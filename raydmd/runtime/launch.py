@@ -25,6 +25,7 @@ from raydmd.runtime.cluster import checkpoints, connect, launch
 from raydmd.runtime.controller import Controller
 from raydmd.runtime.observability.recorder import Recorder
 from raydmd.runtime.observability.status import StatusWriter
+from raydmd.runtime.observability.weights_and_biases import check_wandb
 from raydmd.runtime.preparation import (
     archive_teacher,
     check_fingerprint,
@@ -68,6 +69,7 @@ def distill(
     recipe = pin_teacher(given, folder)
     check(recipe)
     check_validation_prompts(recipe, recipe_family(recipe))
+    check_wandb(recipe)
     for note in notes(recipe):
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     with claim_run(folder, checkpoints(recipe, folder)) as claim:
