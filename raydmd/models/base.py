@@ -86,6 +86,17 @@ class Family(ABC):
                 raise UserError(f"teacher.options.{key}: {KINDS[kind]} is needed, not {value!r}")
         self.options: dict[str, Any] = {**self.defaults, **self.given}
 
+    def use_lora(self, path: str) -> None:
+        """Have the teacher fine-tuned: a LoRA's weights are added to its own when it is loaded.
+
+        Args:
+            path: of the LoRA's file, or of a folder with one.
+
+        Raises:
+            UserError: the family takes none.
+        """
+        raise UserError(f"teacher.lora: family '{self.name}' takes none; only those of diffusers' models do")
+
     @abstractmethod
     def load_teacher(self) -> Denoiser:
         """Load the frozen teacher from ``path``, in eval mode.

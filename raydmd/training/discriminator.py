@@ -132,7 +132,7 @@ class Discriminator:
                 micro.append((wrong.batch_id.start, dict(zip(self.figures, values, strict=True))))
             norm = self.flat.step(gradients, self.recipe.batch.micros, collective)
         self.updates += 1
-        return UpdateStats(norm, micro, self.updates, {"teacher": broken} if broken else {})
+        return UpdateStats(norm, micro, self.updates, {"teacher": broken} if broken else {}, self.flat.lr)
 
     def vjp(self, generated: Stepped) -> Cotangents:
         """Differentiate the generator's loss by the fake score's latents ``x``."""

@@ -20,6 +20,7 @@ from raydmd.models.diffusers.hub import HUB
 from raydmd.models.diffusers.loading import ENCODER, load_model, load_text_pipeline
 from raydmd.models.diffusers.sampler_grid import sampler_grid
 from raydmd.models.diffusers.teacher_folder import CONFIG, TeacherFolder, find_teacher
+from raydmd.models.diffusers.teacher_lora import fuse_teacher_lora, lora_files, read_lora
 from raydmd.models.diffusers.weight_files import check_weights, meta_network, read_json, variant_of, weight_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -73,6 +74,7 @@ class PretrainedFamily(Family):
         if self.options["dtype"] not in DTYPES:
             dtype = self.options["dtype"]
             raise UserError(f"teacher.options.dtype: no '{dtype}'{nearest(dtype, DTYPES)}")
+        self._lora: str | None = None
         self._snapshot: TeacherFolder | None = None
         self._vae: Any = None
         self._pipeline: Any = None  # text encoder and tokenizer alone
@@ -116,6 +118,10 @@ class PretrainedFamily(Family):
 
     # The network.
 
+    def use_lora(self, path: str) -> None:
+        """Have a LoRA fused into the network when it is loaded."""
+        self._lora = path
+
     def load_teacher(self) -> Denoiser:
         """Load the frozen network with diffusers' ``from_pretrained``.
 
@@ -124,7 +130,10 @@ class PretrainedFamily(Family):
         """
         self.check_teacher()
         variant, dtype = self.options["variant"] or None, DTYPES[self.options["dtype"]]
-        denoiser = self._wrap(load_model(self.network_class, self.teacher_folder().network, variant, dtype))
+        network = load_model(self.network_class, self.teacher_folder().network, variant, dtype)
+        if self._lora is not None:
+            fuse_teacher_lora(network, read_lora(self._lora, self.pipeline_class, self.denoiser.component, network))
+        denoiser = self._wrap(network)
         denoiser.requires_grad_(False).eval()
         if self.options["gradient_checkpointing"]:
             denoiser.checkpoint_activations(checkpoint)
@@ -148,6 +157,8 @@ class PretrainedFamily(Family):
         folder.fetch_weights(self.options["variant"])
         files = weight_files(folder.network, self.options["variant"])
         check_weights(folder.network, files, network)
+        if self._lora is not None:
+            read_lora(self._lora, self.pipeline_class, self.denoiser.component, network)
 
     def _meta_network(self) -> Any:
         import diffusers
@@ -185,10 +196,11 @@ class PretrainedFamily(Family):
         return found
 
     def teacher_files(self) -> dict[str, Path]:
-        """Return the network's config and weights, and what of the pipeline training depends on."""
+        """Return the network's config and weights, a LoRA's, and what of the pipeline training depends on."""
         folder = self.teacher_folder()
         folder.fetch_weights(self.options["variant"])
-        return folder.files(weight_files(folder.network, self.options["variant"]))
+        lora = {} if self._lora is None else lora_files(self._lora)
+        return {**folder.files(weight_files(folder.network, self.options["variant"])), **lora}
 
     def teacher_revision(self) -> str | None:
         """Return the hub's commit, of a teacher from there."""
