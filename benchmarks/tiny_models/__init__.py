@@ -1,11 +1,11 @@
-"""Tiny models of every family, by its name: for tests and for benchmarks/families.py."""
+"""Tiny models of every family, by its name or its variant's: for tests and for benchmarks/families.py."""
 
 from collections.abc import Mapping
 
 from tiny_models.base import TinyModel as TinyModel
 from tiny_models.qwen_image import TinyQwenImage
-from tiny_models.wan import TinyWan
+from tiny_models.wan import TinyWan, TinyWan22
 
 TINY_MODELS: Mapping[str, TinyModel] = {
-    model.family: model for model in (TinyQwenImage(), TinyWan())
+    model.name: model for model in (TinyQwenImage(), TinyWan(), TinyWan22())
 }  # fmt: skip

@@ -1,11 +1,16 @@
-"""A tiny Wan."""
+"""Tiny Wans: 2.1's text to video, 2.2's two transformers."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from torch import Tensor
 
 from tiny_models.base import FirstStep, Rows, TinyModel, normal_rows
@@ -18,14 +23,19 @@ class TinyWan(TinyModel):
 
     family = "wan"
     options = {"latent_shape": [4, 3, 8, 6]}
+    image_channels = 0
+
+    def network(self) -> WanTransformer3DModel:
+        """Make a transformer."""
+        return WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4 + self.image_channels,
+            out_channels=4, text_dim=WIDTH, freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+        )  # fmt: skip
 
     def parts(self) -> dict[str, Any]:
         """Make the parts."""
         return {
-            "transformer": WanTransformer3DModel(
-                patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
-                text_dim=WIDTH, freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
-            ),
+            "transformer": self.network(),
             "vae": AutoencoderKLWan(
                 base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
                 latents_mean=[0.3, -0.2, 0.1, 0.5], latents_std=[1.5, 0.7, 2.0, 1.1],
@@ -40,16 +50,49 @@ class TinyWan(TinyModel):
             "negative_prompt_embeds": normal_rows(draw, count, self.tokens, WIDTH),
         }
 
-    def first_step(self, folder: Path, rows: Rows, latents: Tensor, guidance_scale: float, steps: int) -> Tensor:
-        """Call WanPipeline."""
-        pipeline = WanPipeline(
-            tokenizer=None, text_encoder=None, vae=AutoencoderKLWan.from_pretrained(folder / "vae"),
-            scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
-            transformer=WanTransformer3DModel.from_pretrained(folder / "transformer"),
-        )  # fmt: skip
+    def pipeline(self, folder: Path) -> Any:
+        """Return diffusers' pipeline of `save`'s folder, without what encodes prompts."""
+        return WanPipeline(tokenizer=None, text_encoder=None, **self.loaded(folder))
+
+    def loaded(self, folder: Path) -> dict[str, Any]:
+        """Load the parts."""
+        return {
+            "vae": AutoencoderKLWan.from_pretrained(folder / "vae"),
+            "scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+            "transformer": WanTransformer3DModel.from_pretrained(folder / "transformer"),
+        }
+
+    def call(self, rows: Rows, latents: Tensor, guidance_scale: float, steps: int) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call."""
         frames, height, width = latents.shape[2:]
-        return FirstStep().of(
-            pipeline, latents=latents, height=8 * height, width=8 * width, num_frames=4 * (frames - 1) + 1,
-            guidance_scale=guidance_scale, num_inference_steps=steps,
-            **{name: torch.from_numpy(column) for name, column in rows.items()},
-        )  # fmt: skip
+        return {
+            "latents": latents, "height": 8 * height, "width": 8 * width, "num_frames": 4 * (frames - 1) + 1,
+            "guidance_scale": guidance_scale, "num_inference_steps": steps,
+            **{name: torch.from_numpy(rows[name]) for name in ("prompt_embeds", "negative_prompt_embeds")},
+        }  # fmt: skip
+
+    def first_step(self, folder: Path, rows: Rows, latents: Tensor, guidance_scale: float, steps: int) -> Tensor:
+        """Call the pipeline."""
+        return FirstStep().of(self.pipeline(folder), **self.call(rows, latents, guidance_scale, steps))
+
+
+class TinyWan22(TinyWan):
+    """Wan 2.2's text to video, A14B: two transformers that change over at 0.875."""
+
+    name = "wan22"
+    boundary_ratio = 0.875
+
+    def parts(self) -> dict[str, Any]:
+        """Make the parts."""
+        return {**super().parts(), "transformer_2": self.network()}
+
+    def save(self, folder: Path, seed: int = 0) -> Path:
+        """Write the folder and its model_index.json, which says where the second transformer takes over."""
+        super().save(folder, seed)
+        self.pipeline(folder).save_config(folder)
+        return folder
+
+    def loaded(self, folder: Path) -> dict[str, Any]:
+        """Load the parts."""
+        second = WanTransformer3DModel.from_pretrained(folder / "transformer_2")
+        return {**super().loaded(folder), "transformer_2": second, "boundary_ratio": self.boundary_ratio}

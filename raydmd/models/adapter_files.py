@@ -11,7 +11,7 @@ from raydmd.errors import UserError
 from raydmd.models.base import one_line
 
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' LORA_ADAPTER_METADATA_KEY
-PREFIX = "transformer"  # of the names of a diffusers transformer's tensors; diffusers' own prefix, too
+PREFIXES = ("transformer", "transformer_2", "unet")  # of the names of a denoiser's tensors; diffusers' own, too
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ def adapter_metadata(names: Iterable[str], rank: int, alpha: float, targets: Seq
         alpha: of the adapters.
         targets: endings of the names of the layers that have one (PEFT's ``target_modules``).
     """
-    prefix = f"{PREFIX}." if all(name.startswith(f"{PREFIX}.") for name in names) else ""
+    parts = {name.partition(".")[0] for name in names}
+    prefix = "".join(f"{part}." for part in parts) if len(parts) == 1 and parts <= set(PREFIXES) else ""
     said = {"r": rank, "lora_alpha": alpha, "target_modules": list(targets)}
     return {
         "format": "pt",
@@ -52,7 +53,7 @@ def read_adapter(file: Path) -> Adapter | None:
     if text is None:
         return None
     try:
-        said = {key.removeprefix(f"{PREFIX}."): value for key, value in json.loads(text).items()}
+        said = {key.rpartition(".")[2]: value for key, value in json.loads(text).items()}
         return Adapter(int(said["r"]), float(said["lora_alpha"]))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file}: its {METADATA_KEY} is not a record with r and lora_alpha") from error

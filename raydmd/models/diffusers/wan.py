@@ -12,6 +12,8 @@ from raydmd.models.base import Conditions, require_column
 from raydmd.models.diffusers.autoencoder import WanAutoencoder
 from raydmd.models.diffusers.denoiser import PretrainedDenoiser
 from raydmd.models.diffusers.pretrained import PretrainedFamily
+from raydmd.models.diffusers.teacher_folder import SECOND
+from raydmd.models.diffusers.two_networks import TwoNetworkDenoiser
 
 TIMESTEPS = 1000.0
 """Wan's network counts time from 0 to 1000."""
@@ -53,8 +55,8 @@ class WanFamily(PretrainedFamily):
     Columns: ``prompt_embeds`` [L, D] and ``negative_prompt_embeds`` [L, D], both padded with zeros to one length
     (512 for Wan's own), since the network sees the padding; with the option ``image_channels`` also
     ``image_latents`` [image_channels, frames, H, W] (mask and encoded image; 20 for Wan 2.2 I2V).
-    The default ``latent_shape`` is of 81 frames of 480 x 832. Wan 2.2's low-noise expert is ``subfolder:
-    transformer_2``.
+    The default ``latent_shape`` is of 81 frames of 480 x 832. Of Wan 2.2's two transformers each sample is scored by
+    the one of its own t; ``subfolder: transformer`` or ``transformer_2`` takes one of them alone.
     """
 
     name: ClassVar[str] = "wan"
@@ -78,6 +80,15 @@ class WanFamily(PretrainedFamily):
     def pipelines(self) -> tuple[str, ...]:
         """The pipeline of text to video, or with the option ``image_channels`` that of image to video."""
         return ("WanImageToVideoPipeline",) if self.options["image_channels"] else (self.pipeline_class,)
+
+    @property
+    def two_guidance_scales(self) -> bool:
+        """Whether the teacher has two transformers; while it is not named it may have."""
+        return "subfolder" not in self.given and (self.path is None or self.teacher_folder().both)
+
+    def _wrap_two(self, high: Any, low: Any, boundary: float) -> PretrainedDenoiser:
+        """Put Wan 2.2's two transformers behind the protocol."""
+        return TwoNetworkDenoiser(WanDenoiser(high), WanDenoiser(low, SECOND), boundary)
 
     def conditions(self, rows: Mapping[str, np.ndarray]) -> Conditions:
         """Return the columns as tensors; an image's latents are of the sample's frames and sides."""
