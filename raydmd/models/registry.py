@@ -6,13 +6,14 @@ from typing import Any
 from raydmd.config.plugins import import_in_actor, load_entry_point, offered
 from raydmd.errors import UserError, nearest
 from raydmd.models.base import Family
+from raydmd.models.diffusers.cogvideox import CogVideoXFamily
 from raydmd.models.diffusers.qwen_image import QwenImageFamily
 from raydmd.models.diffusers.wan import WanFamily
 from raydmd.models.embedded.digits import DigitsFamily
 from raydmd.models.embedded.ring import RingFamily
 
 FAMILIES: dict[str, type[Family]] = {
-    family.name: family for family in (DigitsFamily, RingFamily, QwenImageFamily, WanFamily)
+    family.name: family for family in (DigitsFamily, RingFamily, QwenImageFamily, WanFamily, CogVideoXFamily)
 }
 
 
