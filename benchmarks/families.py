@@ -94,7 +94,7 @@ def main() -> None:
         table.add_row(name, f"{results[name]['seconds']:.1f}", f"{results[name]['peak_mb']:.0f}",
                       "no pipeline" if step is None else f"{step:.1e}")  # fmt: skip
     console.print(table)
-    finish(given, results)
+    finish("families", results, given.json)
 
 
 if __name__ == "__main__":

@@ -146,8 +146,9 @@ def notes(recipe: Recipe) -> list[str]:
 def _check_without_teacher(recipe: Recipe) -> list[str]:
     """Check the rest of a recipe whose teacher is not here; return what is elsewhere."""
     family = recipe_family(recipe)
-    check_method(recipe, family, plan_phases(recipe, family.schedule.t_max))
-    check_warmups(recipe, family.schedule.t_max)
+    unnamed = recipe_family(recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"path": None})}))
+    check_method(recipe, unnamed, plan_phases(recipe, unnamed.schedule.t_max))
+    check_warmups(recipe, unnamed.schedule.t_max)
     if recipe.prompts.path is None:
         raise UserError(f"prompts.path: family '{family.name}' ships no prompts; give a Parquet file")
     if not _is_remote(recipe.prompts.path):
@@ -184,7 +185,7 @@ def _is_remote(path: str | None) -> bool:
 def _is_whole(snapshot: Path, family: PretrainedFamily) -> bool:
     """Whether the cache has all of a teacher's files, as far as can be told."""
     try:
-        folder = find_teacher(str(snapshot), family.options["subfolder"])
-        return bool(weight_files(folder.network, family.options["variant"]))
+        folder = find_teacher(str(snapshot), family.options["subfolder"], "subfolder" in family.given)
+        return all(weight_files(network, family.options["variant"]) for network in folder.networks)
     except UserError:
         return False

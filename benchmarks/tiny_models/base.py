@@ -19,7 +19,7 @@ class TinyModel(ABC):
     """What a family is tried on without its weights.
 
     Attributes:
-        family: its name.
+        family: the family's name.
         options: of the teacher.
         tokens: of a prompt.
     """
@@ -27,6 +27,11 @@ class TinyModel(ABC):
     family: ClassVar[str]
     options: ClassVar[Mapping[str, Any]]
     tokens: ClassVar[int] = 7
+
+    @property
+    def name(self) -> str:
+        """The model's key in ``TINY_MODELS``."""
+        return self.family
 
     @abstractmethod
     def parts(self) -> dict[str, Any]:

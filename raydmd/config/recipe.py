@@ -18,6 +18,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Guidance = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
@@ -33,9 +34,10 @@ class Teacher(Section):
     path: str | None = Field(
         None, description="a folder of `raydmd pretrain` or of a diffusers model, or hf://owner/name@revision"
     )
-    guidance_scale: float = Field(
-        1.5, ge=0, description="w in u + w (c - u); 1: no guidance (the w of Self-Forcing and CausVid is this less 1)"
-    )
+    guidance_scale: Guidance | tuple[Guidance, Guidance] = Field(
+        1.5, description="w in u + w (c - u); 1: no guidance (the w of Self-Forcing and CausVid is this less 1); of a "
+        "teacher of two networks (Wan 2.2 A14B) also [w of the one for much noise, w of the other]",
+    )  # fmt: skip
     guidance_rescale: Literal["none", "norm"] | None = Field(
         None, description="norm: each token of the guided prediction gets the conditional's norm; null: as the "
         "model's own pipeline has it (norm for qwen-image, none for all others)",
@@ -48,6 +50,11 @@ class Teacher(Section):
     lora: str | None = Field(
         None, description="LoRA file, or folder with one, that is fused into a diffusers teacher: a fine-tuned one"
     )
+
+    @property
+    def guidance_scales(self) -> tuple[float, ...]:
+        """The guidance scale, or that of each of the teacher's two networks."""
+        return self.guidance_scale if isinstance(self.guidance_scale, tuple) else (self.guidance_scale,)
 
 
 class Pretrain(Section):
@@ -476,7 +483,8 @@ def blamed(error: ValidationError, overrides: Sequence[str]) -> str | None:
     return None
 
 
-UNION = ("constrained-int", "list[constrained-int]")  # pydantic's names for the two sides of `iterations`
+ONE = ("constrained-int", "constrained-float")  # pydantic's names for the sides of `iterations` and `guidance_scale`
+UNION = (*ONE, "list[constrained-int]", "tuple[constrained-float, constrained-float]")
 
 
 def first_error(error: ValidationError) -> Any:
@@ -488,8 +496,8 @@ def first_error(error: ValidationError) -> Any:
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """Reduce pydantic's report on a tree of ``root`` to one line: the key's path, what is wrong, the nearest key."""
     errors, first = error.errors(), first_error(error)
-    if first["loc"][-1:] == UNION[:1]:  # of the two sides, the one that the value goes further into
-        first = max((e for e in errors if e["loc"][0] == first["loc"][0]), key=lambda e: len(e["loc"]))
+    if first["loc"][-1:] and first["loc"][-1] in ONE and isinstance(first["input"], list):  # what the list's side says
+        first = errors[errors.index(first) + 1]
     where = ".".join(str(part) for part in first["loc"] if part not in UNION)
     if first["type"] == "extra_forbidden" or _is_no_role(first["loc"], first["type"], root):
         *parents, key = [str(part) for part in first["loc"]]

@@ -44,7 +44,7 @@ class PairFacts:
     Attributes:
         family: the teacher's.
         teacher: its fingerprint (`raydmd.models.fingerprint`); a hub's commit in it is not compared.
-        guidance_scale: w in u + w (c - u).
+        guidance_scale: w in u + w (c - u), or that of each of the teacher's two networks.
         guidance_rescale: none, or norm (`raydmd.objectives.guidance`).
         steps: of its own sampler.
         times: that sampler's falling times.
@@ -57,7 +57,7 @@ class PairFacts:
 
     family: str
     teacher: str
-    guidance_scale: float
+    guidance_scale: float | tuple[float, float]
     guidance_rescale: str
     steps: int
     times: tuple[float, ...]
@@ -149,6 +149,8 @@ def read_index(folder: Path) -> PairIndex | None:
             raise ValueError("another format")
         cut = {name: int(tree.pop(name)) for name in ("total", "shard_size", "chunk")}
         tree["times"], tree["latent_shape"] = tuple(map(float, tree["times"])), tuple(map(int, tree["latent_shape"]))
+        if isinstance(scale := tree["guidance_scale"], list):
+            tree["guidance_scale"] = tuple(map(float, scale))
         return PairIndex(PairFacts(**tree), **cut)
     except (FileNotFoundError, NotADirectoryError):
         return None

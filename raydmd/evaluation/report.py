@@ -133,9 +133,10 @@ def _section(shown: list[dict[str, Any]], say: Callable[[str], None]) -> dict[st
     say("drawing pictures")
     first: Run = shown[0]["run"]
     teacher = first.recipe.teacher
+    guidance = " and ".join(f"{scale:g}" for scale in teacher.guidance_scales)
     section: dict[str, Any] = {
         "family": teacher.family,
-        "words": f"{teacher.family}, guidance {teacher.guidance_scale:g}, Heun in {_count(teacher.steps, 'step')}",
+        "words": f"{teacher.family}, guidance {guidance}, Heun in {_count(teacher.steps, 'step')}",
         "pixels": first.family.name == "digits",
         "table": _table(shown),
         "boundaries": _boundary_table(shown),

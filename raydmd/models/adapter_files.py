@@ -11,7 +11,7 @@ from raydmd.errors import UserError
 from raydmd.models.base import one_line
 
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' LORA_ADAPTER_METADATA_KEY
-COMPONENTS = ("transformer", "unet")  # what the names of a diffusers network's tensors begin with, as diffusers has it
+COMPONENTS = ("transformer", "transformer_2", "unet")  # what the names of a diffusers network's tensors begin with
 
 
 @dataclass(frozen=True)

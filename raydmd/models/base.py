@@ -31,6 +31,19 @@ class Denoiser(nn.Module, ABC):
     def forward(self, latents: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """Predict from ``latents`` [B, *latent_shape] at times ``t`` [B]; the result is of their shape and dtype."""
 
+    @property
+    def parts(self) -> "Sequence[Denoiser]":
+        """The networks that it is made of, each a denoiser by itself; most are one."""
+        return [self]
+
+    def part_of(self, t: Tensor) -> Tensor | None:
+        """Return which of `parts` scores each sample at ``t`` [B], int64 [B]; None: there is but one."""
+        return None
+
+    def for_interval(self, high: float, low: float) -> "Denoiser":
+        """Return what scores the times between ``high`` and ``low``: one of `parts` where it scores them all."""
+        return self
+
     def checkpoint_activations(self, run: Callable[..., Any]) -> bool:
         """Recompute activations in the backward pass through ``run(module, *args)``; False where it is not used."""
         return False
@@ -96,6 +109,11 @@ class Family(ABC):
             UserError: the family takes none.
         """
         raise UserError(f"teacher.lora: family '{self.name}' takes none; only those of diffusers' models do")
+
+    @property
+    def two_guidance_scales(self) -> bool:
+        """Whether the teacher has two networks, each of which may have a guidance scale of its own."""
+        return False
 
     @abstractmethod
     def load_teacher(self) -> Denoiser:

@@ -36,6 +36,8 @@ class Experts(nn.Module):
         alpha: of the adapters; their effect is scaled by alpha / rank.
         targets: endings of the names of the linear layers that get adapters.
         seed: of the adapters' initial weights; the same on every device.
+        intervals: the times between which each expert is called, (high, low): of a teacher of several networks it has
+            only those that score these times (`Denoiser.for_interval`). None: all experts have all of it.
 
     Raises:
         UserError: no layer has a name that ends in a target.
@@ -50,10 +52,12 @@ class Experts(nn.Module):
         alpha: float = 8.0,
         targets: Sequence[str] = (),
         seed: int = 0,
+        intervals: Sequence[tuple[float, float]] | None = None,
     ) -> None:
         super().__init__()
         self.count, self.kind, self.rank, self.alpha, self.seed = count, kind, rank, alpha, seed
         self.training_index: int | None = None
+        self.intervals = intervals
         self._teacher = (teacher,)  # in a tuple, so that its weights are not this module's
         if kind == "full":
             self.networks = nn.ModuleDict()
@@ -74,7 +78,7 @@ class Experts(nn.Module):
         self._check_started(index)
         if self.kind == "full":
             return self.networks[str(index)]
-        return _Adapted(self.backbone, self._switch, _adapter(index))
+        return _Adapted(self._part(self.backbone, index), self._switch, _adapter(index))
 
     def start(self, index: int) -> None:
         """Make expert ``index`` from the teacher's weights and train it from now on; the others are frozen."""
@@ -116,11 +120,11 @@ class Experts(nn.Module):
         self._check_started(index)
         return list(self.networks[str(index)].state_dict() if self.kind == "full" else self._parameters_of(index))
 
-    def metadata(self) -> dict[str, str]:
-        """Return what an expert's file says of it besides its tensors: of adapters, rank, alpha and targets."""
+    def metadata(self, index: int) -> dict[str, str]:
+        """Return what the file of expert ``index`` says besides its tensors: of adapters, rank, alpha and targets."""
         if self.kind == "full":
             return {}
-        return adapter_metadata(self.targets, self.rank, self.alpha, self.endings)
+        return adapter_metadata(self._targets_of(index), self.rank, self.alpha, self.endings)
 
     def load_state(self, index: int, state: Mapping[str, Tensor]) -> None:
         """Give expert ``index`` the weights of `state`; one that has not been started is made, frozen.
@@ -152,7 +156,7 @@ class Experts(nn.Module):
         if not 0 <= index < self.count:
             raise ValueError(f"experts are 0..{self.count - 1}, not {index}")
         if self.kind == "full":
-            self.networks[str(index)] = copy.deepcopy(self._teacher[0]).requires_grad_(False)
+            self.networks[str(index)] = copy.deepcopy(self._part(self._teacher[0], index)).requires_grad_(False)
             return
         if index not in self._switch.made:
             self._inject(index)
@@ -171,7 +175,7 @@ class Experts(nn.Module):
         from peft.tuners.lora import LoraLayer
 
         alpha: Any = self.alpha  # peft takes any number, though it says int
-        config = LoraConfig(r=self.rank, lora_alpha=alpha, target_modules=self.targets, lora_dropout=0.0)
+        config = LoraConfig(r=self.rank, lora_alpha=alpha, target_modules=self._targets_of(index), lora_dropout=0.0)
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.filterwarnings("ignore", message=".*peft_config.*")  # a second adapter is what is wanted
             inject_adapter_in_model(config, self.backbone, adapter_name=_adapter(index))
@@ -181,6 +185,15 @@ class Experts(nn.Module):
         for name, parameter in self.backbone.named_parameters():
             if f".{_adapter(index)}." in name:
                 parameter.data = parameter.data.float()
+
+    def _part(self, network: Denoiser, index: int) -> Denoiser:
+        """Return what of a network scores the times of expert ``index``."""
+        return network if self.intervals is None else network.for_interval(*self.intervals[index])
+
+    def _targets_of(self, index: int) -> list[str]:
+        """Return the names of the linear layers that get an adapter of expert ``index``."""
+        there = {name for name, _ in self._part(self.backbone, index).named_modules()}
+        return [name for name in self.targets if name in there]
 
     def _parameters_of(self, index: int) -> dict[str, nn.Parameter]:
         if self.kind == "full":

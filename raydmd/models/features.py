@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from raydmd.errors import UserError, nearest
 from raydmd.models.base import Conditions, Denoiser
+from raydmd.models.routing import Rows, by_part, rows_of
 
 MOST = 4  # blocks that are read where none are named
 
@@ -40,7 +41,19 @@ def evenly(there: Sequence[str]) -> list[str]:
 def read_features(
     denoiser: Denoiser, names: Sequence[str], x: Tensor, t: Tensor, conditions: Conditions
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the prediction on ``x`` [B, ...] at ``t`` [B], and each block's features, [B, C] or [B, C, *grid]."""
+    """Return the prediction on ``x`` [B, ...] at ``t`` [B], and each block's features, [B, C] or [B, C, *grid].
+
+    Where a denoiser has several networks, a sample's features are of the one that scores it.
+    """
+    if (part_of := denoiser.part_of(t)) is not None:
+        parts = denoiser.parts
+
+        def read(part: int, rows: Rows) -> list[Tensor]:
+            output, features = read_features(parts[part], names, x[rows], t[rows], rows_of(conditions, rows))
+            return [output, *features]
+
+        prediction, *features = by_part(part_of, read)
+        return prediction, features
     blocks, found = denoiser.feature_blocks(), dict[str, Tensor]()
 
     def keep(name: str) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 from raydmd.config.plugins import import_in_actor, load_entry_point, offered
 from raydmd.errors import UserError, nearest
 from raydmd.models.base import Family
+from raydmd.models.diffusers.cogvideox import CogVideoXFamily
 from raydmd.models.diffusers.edm import EDMFamily
 from raydmd.models.diffusers.flux import FluxFamily
 from raydmd.models.diffusers.flux2_klein import Flux2KleinFamily
@@ -23,6 +24,7 @@ FAMILIES: dict[str, type[Family]] = {
     for family in (
         DigitsFamily,
         RingFamily,
+        CogVideoXFamily,
         EDMFamily,
         FluxFamily,
         Flux2KleinFamily,

@@ -11,7 +11,7 @@ GuidanceRescale = Literal["none", "norm"]
 """What becomes of the guided prediction: nothing, or each token of it gets the conditional one's norm."""
 
 
-def guided(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
+def guided(conditional: Tensor, unconditional: Tensor, guidance_scale: float | Tensor) -> Tensor:
     """Classifier-free guidance, u + guidance_scale (c - u), in at least float32; a scale of 1 is the conditional.
 
     Self-Forcing and CausVid write c + w (c - u): their w is guidance_scale - 1.

@@ -83,8 +83,9 @@ class Run:
         """Load every trained expert onto copies (or adapters) of ``teacher``; ``finite`` as in ``expert_state``."""
         kind = self.recipe.method.experts
         experts = Experts(
-            teacher, len(self.phases), kind.kind, kind.rank, kind.alpha, self.family.lora_targets, self.recipe.seed
-        )
+            teacher, len(self.phases), kind.kind, kind.rank, kind.alpha, self.family.lora_targets, self.recipe.seed,
+            [phase.interval for phase in self.phases],
+        )  # fmt: skip
         for phase in self.trained_phases():
             experts.start(phase.index)
             experts.load_state(phase.index, self.expert_state(phase.index, finite))

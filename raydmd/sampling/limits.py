@@ -23,12 +23,15 @@ def check_method(recipe: Recipe, family: Family, phases: Sequence[Phase]) -> Non
         phases: its method's.
 
     Raises:
-        UserError: guidance below 1, a rescaling that the family has not, times of the scores at or near a phase's
-            end, a weight that is zero, steps that
-            are none, and what `plan_iterations` refuses.
+        UserError: guidance below 1, or of two networks where there is one, a rescaling that the family has not, times
+            of the scores at or near a phase's end, a weight that is zero, steps that are none, and what
+            `plan_iterations` refuses.
     """
-    scale, method, t_max = recipe.teacher.guidance_scale, recipe.method, family.schedule.t_max
-    if scale < 1 and family.condition_columns:
+    scales, method, t_max = recipe.teacher.guidance_scales, recipe.method, family.schedule.t_max
+    if len(scales) > 1 and not family.two_guidance_scales:
+        raise UserError(f"teacher.guidance_scale: two numbers are for a teacher of two networks (Wan 2.2 A14B); this "
+                        f"one, of family '{family.name}', has one: give one number")  # fmt: skip
+    if (scale := min(scales)) < 1 and family.condition_columns:
         of = "the teacher without a prompt" if scale == 0 else "a teacher between its prompt and none"
         raise UserError(
             f"teacher.guidance_scale: {scale:g} would distil {of}, since it is w in u + w (c - u); 1 means no guidance "

@@ -39,6 +39,11 @@ class Phase:
         """The time s at which the phase's samples x_s live."""
         return self.times[-1]
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The times, the noisiest and the phase's end, between which the expert is called."""
+        return self.times[0], self.times[-1]
+
     def score_times(self, method: MethodOptions, u: torch.Tensor) -> torch.Tensor:
         """Draw t ~ T(t; low, high) (Phased DMD Sec. 2.3.1) from uniform ``u`` [B]; float64 [B]."""
         if self.score_low == self.score_high:

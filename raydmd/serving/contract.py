@@ -130,7 +130,7 @@ class Card:
         prompts: the only prompts that it knows, or None if it takes any text.
         steps: of the student.
         teacher_steps: of the teacher; None if it is not loaded.
-        guidance_scale: of the teacher.
+        guidance_scale: of the teacher; of one of two networks, each one's.
         frames: of a video; 1 for pictures.
         fps: of a video.
         layout: ``colocated``, ``pipelined`` or ``in-process``.
@@ -148,7 +148,7 @@ class Card:
     prompts: tuple[str, ...] | None
     steps: tuple[StepPlan, ...]
     teacher_steps: int | None
-    guidance_scale: float
+    guidance_scale: float | tuple[float, float]
     frames: int
     fps: int
     layout: str

@@ -208,7 +208,7 @@ def expert_networks(run: Run, indices: list[int], weights: Weights | None, devic
         return {index: experts.expert(index) for index in indices}
     networks: dict[int, Expert] = {}
     for index in indices:
-        network, state = run.teacher(), run.expert_state(index)
+        network, state = run.teacher().for_interval(*run.phases[index].interval), run.expert_state(index)
         if kind.kind == "lora":
             fuse_lora(network, state, kind.rank, kind.alpha)
         else:

@@ -50,7 +50,8 @@ class Fake(ScoreNetwork):
             updates: made so far, over all phases.
         """
         self.phase, self.updates = self.phases[index], updates
-        self.network = copy.deepcopy(self.teacher).to(self.device).requires_grad_(True)
+        teacher = self.teacher.for_interval(self.phase.score_high, self.phase.score_low)
+        self.network = copy.deepcopy(teacher).to(self.device).requires_grad_(True)
         self.flat = FlatParameters(dict(self.network.named_parameters()), self.recipe.optimizer.of(self.role))
 
     def update(self, *inputs: list[Any], collective: Collective | None = None) -> UpdateStats:

@@ -56,6 +56,7 @@ class Generator:
             kind.alpha,
             family.lora_targets,
             recipe.seed,
+            [phase.interval for phase in self.phases],
         )
         self.draws = recipe.method.fake_updates + 1
         self.pairs: PairSource | None = None

@@ -39,20 +39,30 @@ class Scorer(ScoreNetwork):
     def predict(
         self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions, guidance_scale: float | None = None
     ) -> torch.Tensor:
-        """Return the guided prediction, like ``x_t`` [B, ...], for ``t`` [B]; without a scale, by the recipe's."""
-        scale = self.recipe.teacher.guidance_scale if guidance_scale is None else guidance_scale
+        """Return the guided prediction, like ``x_t`` [B, ...], for ``t`` [B]; without a scale, by the recipe's.
+
+        Of a teacher of two networks each sample has the scale of its own; a scale given is that of both.
+        """
+        scales = self.recipe.teacher.guidance_scales if guidance_scale is None else (guidance_scale,)
         conditions = {name: value.to(self.device) for name, value in conditions.items()}
         x_t, t = x_t.to(self.device), t.to(self.device)
-        if scale == 1.0 or not conditions:
+        if set(scales) == {1.0} or not conditions:
             return self.network(x_t, t, conditions)
         empty = self.family.unconditional(conditions)
         both = {name: torch.cat([value, empty[name]]) for name, value in conditions.items()}
         conditional, unconditional = self.network(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        prediction = guided(conditional, unconditional, scale)
+        prediction = guided(conditional, unconditional, self._scale_of(scales, x_t, t))
         if (self.recipe.teacher.guidance_rescale or self.family.guidance_rescale) == "none":
             return prediction
         assert self.family.patches is not None  # `check_method` has seen to it
         return with_norm_of(conditional, prediction, self.family.patches)
+
+    def _scale_of(self, scales: tuple[float, ...], x: torch.Tensor, t: torch.Tensor) -> float | torch.Tensor:
+        """Return the guidance scale, or of two networks that of each sample's own, [B, 1, ...]."""
+        part_of = self.network.part_of(t) if len(scales) > 1 else None
+        if part_of is None:
+            return scales[0]
+        return torch.tensor(scales, device=x.device)[part_of.to(x.device)].view(-1, *[1] * (x.ndim - 1))
 
     def times(self, steps: int, shape: tuple[int, ...] | None = None) -> list[float]:
         """Return the ``steps`` + 1 falling times of the teacher's own sampler for latents of ``shape``.

@@ -34,11 +34,12 @@ def try_row(part: Any, role: str, row: Conditions) -> None:
         network.to(device)
         x = normal(key, 0, 1, family.latent_shape).to(device)
         t = torch.full((1,), 0.5 * family.schedule.t_max, dtype=torch.float64, device=device)
+        networks = network.parts
         conditions = {name: value.to(device) for name, value in row.items()}
         rows = [conditions]
-        if isinstance(part, Scorer) and part.recipe.teacher.guidance_scale != 1.0 and conditions:
+        if isinstance(part, Scorer) and set(part.recipe.teacher.guidance_scales) != {1.0} and conditions:
             rows.append(family.unconditional(conditions))
-        shapes = [network(x, t, each).shape for each in rows]
+        shapes = [one(x, t, each).shape for one in networks for each in rows]
     except (UserError, RunError):
         raise
     except Exception as error:  # whatever the layers of a network raise

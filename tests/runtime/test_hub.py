@@ -158,13 +158,22 @@ def test_revisions_and_variants(wan: Path, hub: HubServer, tmp_path: Path) -> No
         family(f"{NAME}@v3").check_teacher()
 
 
-def test_two_transformers_are_refused_before_their_weights_are_fetched(wan: Path, hub: HubServer, tmp_path) -> None:
-    folder = Path(shutil.copytree(wan, tmp_path / "model"))
-    edit(folder / "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"], boundary_ratio=0.9)
+def test_of_two_transformers_both_are_fetched_once_it_is_known_where_they_change_over(
+    wan: Path, hub: HubServer, tmp_path: Path
+) -> None:
+    folder, second = Path(shutil.copytree(wan, tmp_path / "model")), WEIGHTS.replace("transformer", "transformer_2")
+    shutil.copytree(folder / "transformer", folder / "transformer_2")
+    edit(folder / "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"], boundary_ratio=None)
     hub.models["Someone/tiny-wan", "main"] = folder
     with pytest.raises(UserError, match="two transformers"):
         family(NAME).check_teacher()
-    assert WEIGHTS not in hub.fetched()
+    assert not {WEIGHTS, second} & hub.fetched()
+    told = Path(shutil.copytree(folder, tmp_path / "told"))
+    edit(told / "model_index.json", boundary_ratio=0.9)
+    hub.models["Someone/tiny-wan", "v2"] = told
+    family(f"{NAME}@v2").load_teacher()
+    assert {WEIGHTS, second} <= hub.fetched()
+    assert {"config.json", "../transformer_2/config.json"} <= family(f"{NAME}@v2").teacher_files().keys()
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def make_run(recipe: Recipe, folder: Path, prompts: PromptTable) -> Run:
     for index, weights in enumerate(trained.experts):
         file = expert_file(folder, index)
         file.parent.mkdir(parents=True)
-        metadata = trained.parts["generator"].experts.metadata()
+        metadata = trained.parts["generator"].experts.metadata(index)
         save_file({name: value.contiguous() for name, value in weights.items()}, file, metadata)
     write_index(folder)
     return put_classifier(Run(folder)) if family.name == "digits" else Run(folder)

@@ -49,7 +49,7 @@ def trained(teacher, family, seed=0):
 def write(file, experts):
     """Write an expert as a run does: by the generator's worker and the writer of checkpoints."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(b"".join(pieces(LabelledTensors(to_wire(experts.state(0)), experts.metadata()))))
+    file.write_bytes(b"".join(pieces(LabelledTensors(to_wire(experts.state(0)), experts.metadata(0)))))
     return file
 
 
@@ -109,7 +109,7 @@ def test_a_worker_hands_over_the_metadata(folders):  # noqa: F811
     experts = trained(family.load_teacher(), family)
     sent = StudentWorker.expert(SimpleNamespace(part=SimpleNamespace(experts=experts)), 0)
     received = pickle.loads(pickle.dumps(sent, protocol=5))
-    assert isinstance(received, LabelledTensors) and received.metadata == experts.metadata()
+    assert isinstance(received, LabelledTensors) and received.metadata == experts.metadata(0)
     assert received.keys() == experts.state(0).keys()
     assert all(isinstance(value, np.ndarray) for value in received.values())
 

@@ -161,7 +161,7 @@ def test_diffusers_loads_what_we_trained(name: str, folders: dict[str, Path], tm
     with torch.no_grad():
         for parameter in experts.trainable_parameters().values():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-        state, said = experts.state(0), experts.metadata()
+        state, said = experts.state(0), experts.metadata(0)
         ours, without = experts.expert(0)(*batch), teacher(*batch)
     assert all(key.startswith("unet.") for key in state)
     assert set(json.loads(said[METADATA_KEY])) == {"unet.r", "unet.lora_alpha", "unet.target_modules"}

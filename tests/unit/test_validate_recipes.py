@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def place(tmp_path_factory, teachers: dict[str, Path]) -> Path:
     """Files that recipes name: teachers and prompts."""
     place = tmp_path_factory.mktemp("recipes")
     new(place / "wan", "wan")
-    edit(new(place / "two", "wan") / "model_index.json", transformer_2=["diffusers", "X"], boundary_ratio=0.875)
+    edit(new(place / "two", "wan") / "model_index.json", transformer_2=["diffusers", "X"], boundary_ratio=None)
+    shutil.copytree(place / "two" / "transformer", place / "two" / "transformer_2")
     edit(new(place / "edit", "qwen_image") / "model_index.json", _class_name="QwenImageEditPipeline")
     (place / "ring").symlink_to(teachers["ring"])
     write_prompts(place / "right.parquet", rows())

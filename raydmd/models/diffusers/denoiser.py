@@ -1,7 +1,7 @@
 """A diffusers network behind the `Denoiser` protocol."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,17 @@ class PretrainedDenoiser(Denoiser):
     """A diffusers network, kept under its part's name in the pipeline.
 
     So its parameters' names begin as those in diffusers' LoRA files do: ``transformer.`` or ``unet.``.
+
+    Args:
+        network: the diffusers model.
+        component: its part's name; None: the usual one.
     """
 
-    component: ClassVar[str] = "transformer"
+    component: str = "transformer"
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, component: str | None = None) -> None:
         super().__init__()
+        self.component = component or self.component
         self.add_module(self.component, network)
 
     @property

@@ -19,9 +19,16 @@ from raydmd.models.diffusers.denoiser import PretrainedDenoiser, checkpoint, wit
 from raydmd.models.diffusers.hub import HUB
 from raydmd.models.diffusers.loading import ENCODER, load_model, load_text_pipeline
 from raydmd.models.diffusers.sampler_grid import sampler_grid
-from raydmd.models.diffusers.teacher_folder import CONFIG, TeacherFolder, find_teacher
+from raydmd.models.diffusers.teacher_folder import ALONE, CONFIG, TeacherFolder, find_teacher
 from raydmd.models.diffusers.teacher_lora import fuse_teacher_lora, lora_files, read_lora
-from raydmd.models.diffusers.weight_files import check_weights, meta_network, read_json, variant_of, weight_files
+from raydmd.models.diffusers.weight_files import (
+    check_same_config,
+    check_weights,
+    meta_network,
+    read_json,
+    variant_of,
+    weight_files,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NEGATIVE = "negative_"  # before the name of a column of the null prompt
@@ -43,7 +50,7 @@ class PretrainedFamily(Family):
 
     - ``latent_shape``: of one sample;
     - ``dtype``: of the frozen weights (float32, bfloat16, float16); LoRA weights are float32 always;
-    - ``subfolder``: of the network in a pipeline's folder;
+    - ``subfolder``: of the network in a pipeline's folder; given, it is the teacher alone, without a second one;
     - ``variant``: of the weights' files, e.g. ``fp16``;
     - ``negative_prompt``: the null prompt's text, where prompts are encoded as they come;
     - ``null_prompt``: whether prompts come with the null prompt's columns; not needed at a guidance scale of 1;
@@ -104,6 +111,15 @@ class PretrainedFamily(Family):
         """Put the loaded network behind the protocol."""
         return self.denoiser(network)
 
+    def _wrap_two(self, high: Any, low: Any, boundary: float) -> PretrainedDenoiser:
+        """Put a pipeline's two loaded networks behind the protocol.
+
+        Raises:
+            UserError: the family takes but one.
+        """
+        raise UserError(f"teacher.path: {self._root()} has two transformers, and family '{self.name}' takes one; "
+                        f"{ALONE}")  # fmt: skip
+
     def _encode(self, pipeline: Any, prompts: list[str]) -> dict[str, np.ndarray]:
         """Return ``prompt_embeds`` [B, L, D], float32, and what belongs to it."""
         raise NotImplementedError
@@ -123,17 +139,19 @@ class PretrainedFamily(Family):
         self._lora = path
 
     def load_teacher(self) -> Denoiser:
-        """Load the frozen network with diffusers' ``from_pretrained``.
+        """Load the frozen network, or both of two, with diffusers' ``from_pretrained``.
 
         Raises:
             UserError: what `check_teacher` refuses.
         """
         self.check_teacher()
         variant, dtype = self.options["variant"] or None, DTYPES[self.options["dtype"]]
-        network = load_model(self.network_class, self.teacher_folder().network, variant, dtype)
+        folders = self.teacher_folder().networks
+        networks = [load_model(self.network_class, folder, variant, dtype) for folder in folders]
         if self._lora is not None:
+            (network,) = networks
             fuse_teacher_lora(network, read_lora(self._lora, self.pipeline_class, self.denoiser.component, network))
-        denoiser = self._wrap(network)
+        denoiser = self._assemble(networks)
         denoiser.requires_grad_(False).eval()
         if self.options["gradient_checkpointing"]:
             denoiser.checkpoint_activations(checkpoint)
@@ -141,7 +159,13 @@ class PretrainedFamily(Family):
 
     def outline(self) -> Denoiser:
         """Return the network of the config on the meta device."""
-        return self._wrap(self._meta_network())
+        return self._assemble([self._meta_network(folder) for folder in self.teacher_folder().networks])
+
+    def _assemble(self, networks: Sequence[Any]) -> PretrainedDenoiser:
+        if len(networks) == 1:
+            return self._wrap(networks[0])
+        high, low = networks
+        return self._wrap_two(high, low, self.teacher_folder().boundary())
 
     def check_teacher(self) -> None:
         """Refuse a folder that would not be used whole, or does not fit, by its configs and its weights' headers.
@@ -149,21 +173,29 @@ class PretrainedFamily(Family):
         Raises:
             UserError: ``teacher...: ...``, also where there is no path.
         """
-        folder = self.teacher_folder()
-        folder.check_pipeline(self.name, self.pipelines, alone="subfolder" in self.given)
-        network = self._meta_network()
-        self._config = network.config
-        self._check_config(network.config)
-        folder.fetch_weights(self.options["variant"])
-        files = weight_files(folder.network, self.options["variant"])
-        check_weights(folder.network, files, network)
+        folder, variant = self.teacher_folder(), self.options["variant"]
+        folder.check_pipeline(self.name, self.pipelines)
+        if folder.both:
+            folder.boundary()
+        networks = [self._meta_network(path) for path in folder.networks]
+        self._assemble(networks)
+        self._config = networks[0].config
+        self._check_config(self._config)
+        for path, network in zip(folder.networks[1:], networks[1:], strict=True):
+            check_same_config(path / CONFIG, network.config, self._config)
+        folder.fetch_weights(variant)
+        for path, network in zip(folder.networks, networks, strict=True):
+            check_weights(path, weight_files(path, variant), network)
         if self._lora is not None:
-            read_lora(self._lora, self.pipeline_class, self.denoiser.component, network)
+            if folder.both:
+                raise UserError("teacher.lora: it is of one network, and the teacher has two; take one alone by "
+                                "teacher.options.subfolder, or a folder that the LoRAs are fused into")  # fmt: skip
+            read_lora(self._lora, self.pipeline_class, self.denoiser.component, networks[0])
 
-    def _meta_network(self) -> Any:
+    def _meta_network(self, folder: Path) -> Any:
         import diffusers
 
-        file = self.teacher_folder().network / CONFIG
+        file = folder / CONFIG
         if (found := read_json(file).get("_class_name")) != self.network_class:
             raise UserError(f"teacher.path: {file} is of a {found}; family '{self.name}' needs a "
                             f"{self.network_class}")  # fmt: skip
@@ -191,16 +223,16 @@ class PretrainedFamily(Family):
         """
         if self.path is None:
             raise UserError(f"teacher.path: family '{self.name}' needs the teacher's folder, or {HUB}owner/name")
-        found = self._snapshot or find_teacher(self.path, self.options["subfolder"])
+        found = self._snapshot or find_teacher(self.path, self.options["subfolder"], "subfolder" in self.given)
         self._snapshot = None if found.hub is None else found  # the hub is asked once
         return found
 
     def teacher_files(self) -> dict[str, Path]:
-        """Return the network's config and weights, a LoRA's, and what of the pipeline training depends on."""
+        """Return the networks' configs and weights, a LoRA's, and what of the pipeline training depends on."""
         folder = self.teacher_folder()
         folder.fetch_weights(self.options["variant"])
         lora = {} if self._lora is None else lora_files(self._lora)
-        return {**folder.files(weight_files(folder.network, self.options["variant"])), **lora}
+        return {**folder.files(self.options["variant"]), **lora}
 
     def teacher_revision(self) -> str | None:
         """Return the hub's commit, of a teacher from there."""

@@ -18,7 +18,7 @@ from raydmd.models.diffusers.variance_preserving import VariancePreservingFamily
 class UNetBlocks(PretrainedDenoiser):
     """A UNet of diffusers, whose encoder's and middle block's features can be read."""
 
-    component: ClassVar[str] = "unet"
+    component = "unet"
 
     def feature_blocks(self) -> Mapping[str, nn.Module]:
         """Return the encoder's blocks and the middle one, which DMD2's discriminator reads (DMD2 Sec. 4.3)."""

@@ -12,6 +12,8 @@ from raydmd.models.base import Conditions, require_column
 from raydmd.models.diffusers.autoencoder import WanAutoencoder
 from raydmd.models.diffusers.denoiser import PretrainedDenoiser
 from raydmd.models.diffusers.pretrained import PretrainedFamily
+from raydmd.models.diffusers.teacher_folder import SECOND, read_index
+from raydmd.models.diffusers.two_networks import TwoNetworkDenoiser
 
 TIMESTEPS = 1000.0
 """Wan's network counts time from 0 to 1000."""
@@ -52,9 +54,10 @@ class WanFamily(PretrainedFamily):
 
     Columns: ``prompt_embeds`` [L, D] and ``negative_prompt_embeds`` [L, D], both padded with zeros to one length
     (512 for Wan's own), since the network sees the padding; with the option ``image_channels`` also
-    ``image_latents`` [image_channels, frames, H, W] (mask and encoded image; 20 for Wan 2.2 I2V).
-    The default ``latent_shape`` is of 81 frames of 480 x 832. Wan 2.2's low-noise expert is ``subfolder:
-    transformer_2``.
+    ``image_latents`` [image_channels, frames, H, W] (mask and encoded image; 20 for Wan 2.2 I2V), which
+    `encode_first_frames` makes of a picture.
+    The default ``latent_shape`` is of 81 frames of 480 x 832. Of Wan 2.2's two transformers each sample is scored by
+    the one of its own t; ``subfolder: transformer`` or ``transformer_2`` takes one of them alone.
     """
 
     name: ClassVar[str] = "wan"
@@ -79,6 +82,15 @@ class WanFamily(PretrainedFamily):
         """The pipeline of text to video, or with the option ``image_channels`` that of image to video."""
         return ("WanImageToVideoPipeline",) if self.options["image_channels"] else (self.pipeline_class,)
 
+    @property
+    def two_guidance_scales(self) -> bool:
+        """Whether the teacher has two transformers; while it is not named it may have."""
+        return "subfolder" not in self.given and (self.path is None or self.teacher_folder().both)
+
+    def _wrap_two(self, high: Any, low: Any, boundary: float) -> PretrainedDenoiser:
+        """Put Wan 2.2's two transformers behind the protocol."""
+        return TwoNetworkDenoiser(WanDenoiser(high), WanDenoiser(low, SECOND), boundary)
+
     def conditions(self, rows: Mapping[str, np.ndarray]) -> Conditions:
         """Return the columns as tensors; an image's latents are of the sample's frames and sides."""
         conditions = super().conditions(rows)
@@ -89,6 +101,34 @@ class WanFamily(PretrainedFamily):
                 raise UserError(f"prompts: column 'image_latents' is {list(conditions['image_latents'].shape[1:])} "
                                 f"a row, not {list(wanted)}")  # fmt: skip
         return conditions
+
+    def encode_first_frames(self, pictures: Tensor) -> Tensor:
+        """Return ``image_latents`` of videos that begin with some pictures, as diffusers' WanImageToVideoPipeline.
+
+        First come the channels of a mask, one for each frame of a latent's, which is 1 where the frames are given (in
+        the first latent), then the VAE's latents of the picture followed by grey frames.
+
+        Args:
+            pictures: [B, 3, height, width] in [-1, 1], the first frames; of any sides that the VAE divides.
+
+        Returns:
+            [B, image_channels, frames, H, W], float32, with ``latent_shape``'s frames.
+
+        Raises:
+            UserError: the teacher takes no image, other channels than these, or has no VAE.
+        """
+        wanted, channels = self.options["image_channels"], self.vae.temporal + self.latent_shape[0]
+        if wanted != channels:
+            raise UserError(f"teacher.options.image_channels: a first frame makes {channels} of them (a mask of "
+                            f"{self.vae.temporal} and latents of {self.latent_shape[0]}), not {wanted}")  # fmt: skip
+        if (network := self._load_vae()) is None:
+            self.check_pixels("teacher.path")
+        frames = pictures.new_zeros(len(pictures), self.frames, *pictures.shape[1:])
+        frames[:, 0] = pictures
+        latents = self.vae.encode_pixels(network.to(pictures.device), frames)
+        mask = latents.new_zeros(len(latents), self.vae.temporal, *latents.shape[2:])
+        mask[:, :, 0] = 1.0
+        return torch.cat([mask, latents], dim=1)
 
     @property
     def reads_text(self) -> bool:
@@ -106,6 +146,10 @@ class WanFamily(PretrainedFamily):
 
     def _check_config(self, config: Any) -> None:
         shape, images = self.latent_shape, self.options["image_channels"]
+        if images and read_index(self._root()).get("expand_timesteps"):
+            raise UserError(f"teacher.path: the pipeline in '{self.path}' has expand_timesteps (TI2V-5B: the first "
+                            f"frame replaces latents, at a time of its own), which family 'wan' does not follow; "
+                            f"without teacher.options.image_channels it makes videos of text")  # fmt: skip
         if config.image_dim is not None or config.added_kv_proj_dim is not None:
             raise UserError(f"teacher.path: the transformer in '{self.path}' attends to an image's embeddings "
                             f"(image_dim {config.image_dim}, as Wan 2.1's image to video does), which family 'wan' "

@@ -85,6 +85,18 @@ def check_weights(folder: Path, files: Sequence[str], network: Any) -> None:
                             f"its config")  # fmt: skip
 
 
+def check_same_config(config_file: Path, config: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+    """Refuse a pipeline's second network that is not of the first one's kind.
+
+    Raises:
+        UserError: ``teacher.path: ...``: a value of their configs differs.
+    """
+    for key in sorted({*config, *first}):
+        if not key.startswith("_") and config.get(key) != first.get(key):
+            raise UserError(f"teacher.path: {config_file} has {key} {config.get(key)!r}, but the first transformer "
+                            f"has {first.get(key)!r}; the two must be of one config")  # fmt: skip
+
+
 def meta_network(config_file: Path, kind: Any) -> Any:
     """Build the network of a config without memory for its weights.
 

@@ -331,7 +331,7 @@ class StudentWorker(TrainerWorker):
     def expert(self, index: int) -> Any:
         """Return a finished expert's weights by name, with its file's metadata."""
         experts = self.part.experts
-        return LabelledTensors(to_wire(experts.state(index)), experts.metadata())
+        return LabelledTensors(to_wire(experts.state(index)), experts.metadata(index))
 
     def pairs(self) -> Any:
         """Return the teacher's ODE pairs, if there are any that are not in a folder."""

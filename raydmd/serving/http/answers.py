@@ -60,7 +60,9 @@ class ImagesAnswer(BaseModel):
     batches: dict[str, int] = Field(description="samples in the batch of each stage")
     revision: str = Field(description="of the weights")
     num_inference_steps: int | None = Field(None, description="of the teacher")
-    guidance_scale: float | None = Field(None, description="of the teacher")
+    guidance_scale: float | tuple[float, float] | None = Field(
+        None, description="of the teacher; of one of two networks, each one's"
+    )
     safety_identifier: str | None = None
 
 
@@ -97,7 +99,7 @@ class ModelCard(BaseModel):
     steps: list[Step]
     teacher: TeacherCard | None
     alias_of: str | None
-    guidance_scale: float
+    guidance_scale: float | tuple[float, float]
     negative_prompts: bool
     frames: int
     fps: int

@@ -21,7 +21,7 @@ class View {
     const experts = [...new Set(this.plan.map((s) => s.made_by))];
     this.time = el("b");
     this.kind = el("span", { className: "soft", textContent: this.teacher
-      ? `${count(total, "step")}, guidance ${level(card.guidance_scale)}`
+      ? `${count(total, "step")}, guidance ${[card.guidance_scale].flat().map(level).join(" and ")}`
       : `${count(total, "step")} by ${count(experts.length, "expert")}` });
     const keep = el("button", { type: "button", className: "link", textContent: "use again", title: "Put this seed into the form" });
     keep.addEventListener("click", () => { $("seed").value = this.request.seed; announce(`Seed ${this.request.seed} is used again.`); });
