@@ -262,7 +262,15 @@ def _encodings(table: pa.Table) -> dict[str, str]:
     return found
 
 
-def default_cache() -> Path:
-    """Return the folder of embeddings where the recipe names none."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "raydmd" / "prompts"
+def cached_place(cache: str | None, facts: EncodedFacts) -> str:
+    """Return where a table is in a cache: a folder by the table's name.
+
+    Args:
+        cache: a folder or a URI; None: ``raydmd/prompts`` in the user's own cache.
+        facts: of the table.
+    """
+    if cache is None:
+        home = os.environ.get("XDG_CACHE_HOME")
+        cache = str((Path(home) if home else Path.home() / ".cache") / "raydmd" / "prompts")
+    folder, mark, options = cache.partition("?") if "://" in cache else (cache, "", "")
+    return f"{folder.rstrip('/')}/{facts.key()}{mark}{options}"

@@ -162,7 +162,7 @@ class _Place:
             system, inner = fs.FileSystem.from_uri(path) if "://" in path else (fs.LocalFileSystem(), path)
             kind = system.get_file_info(inner).type
             if kind != fs.FileType.Directory:
-                suffix = Path(path).suffix.lower()
+                suffix = Path(inner).suffix.lower()
                 if kind == fs.FileType.NotFound and suffix in SUFFIXES and suffix != ".parquet":
                     raise UserError(f"{key}: no file '{path}'{_nearest_file(path)}")
                 return cls(path, [inner], system, suffix if suffix in SUFFIXES and kind == fs.FileType.File else "")

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from raydmd.config.recipe import Recipe
 from raydmd.console import console as terminal
-from raydmd.data.encoded_table import Encoded, EncodedFacts, EncodedTable, default_cache, file_content
+from raydmd.data.encoded_table import Encoded, EncodedFacts, EncodedTable, cached_place, file_content
 from raydmd.data.pictures import PictureFolder
 from raydmd.data.prompt_files import KEY, PromptTexts
 from raydmd.errors import RunError, UserError
@@ -117,9 +117,7 @@ def encode_recipe(recipe: Recipe, folder: Path, console: Console | None = None) 
     if texts is None:
         return recipe
     facts = encoded_facts(family, texts, recipe.runtime.encoder.batch)
-    table = EncodedTable(
-        f"{(recipe.prompts.cache or str(default_cache())).rstrip('/')}/{facts.key()}", facts, CACHE_KEY
-    )
+    table = EncodedTable(cached_place(recipe.prompts.cache, facts), facts, CACHE_KEY)
     encoded = _complete(recipe, texts, table, folder, console or terminal)
     update = {"path": encoded.place, "column": None}
     return recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update=update)})

@@ -149,8 +149,9 @@ def part(number: int, length: int, count: int = 2) -> bytes:
     return file_content(FACTS, number, {"x": x, "x_mask": np.ones((count, length), int)}, number)
 
 
-def test_files_of_several_lengths_are_one_table(tmp_path: Path) -> None:
-    table = EncodedTable(str(tmp_path / "t"), FACTS, "--out")
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_files_of_several_lengths_are_one_table(scheme: str, tmp_path: Path) -> None:
+    table = EncodedTable(f"{scheme}{tmp_path}/t", FACTS, "--out")
     table.claim()
     for number, (length, count) in enumerate([(4, 2), (2, 2), (3, 1)]):
         table.commit(number, part(number, length, count))
