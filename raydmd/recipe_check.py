@@ -9,6 +9,8 @@ import numpy as np
 from raydmd.config.recipe import Recipe
 from raydmd.data.embedded import EMBEDDED
 from raydmd.data.pair_shards import KEY
+from raydmd.data.prompt_files import COLUMN_KEY, PromptTexts
+from raydmd.data.prompt_files import KEY as PROMPTS_KEY
 from raydmd.data.prompts import PromptTable
 from raydmd.errors import UserError
 from raydmd.locations import absolute_location
@@ -23,7 +25,7 @@ from raydmd.models.diffusers.sampler_grid import SCHEDULER_FILE
 from raydmd.models.diffusers.teacher_folder import find_teacher
 from raydmd.models.diffusers.weight_files import weight_files
 from raydmd.models.embedded.prompts import ensure_embedded_prompts
-from raydmd.models.encoding import encode_rows
+from raydmd.models.encoding import encode_rows, texts_for
 from raydmd.models.initial_student import check_initial
 from raydmd.runs.run import recipe_family
 from raydmd.sampling.limits import check_method
@@ -47,6 +49,9 @@ def absolute(recipe: Recipe) -> Recipe:
     if isinstance(recipe.monitor.prompts, str):
         place = str(Path(recipe.monitor.prompts).expanduser().resolve())
         changes["monitor"] = recipe.monitor.model_copy(update={"prompts": place})
+    if (cache := recipe.prompts.cache) is not None and "://" not in cache:
+        place = str(Path(cache).expanduser().resolve())
+        changes["prompts"] = changes.get("prompts", recipe.prompts).model_copy(update={"cache": place})
     if recipe.pairs.path is not None:
         place = str(Path(recipe.pairs.path).expanduser().resolve())
         changes["pairs"] = recipe.pairs.model_copy(update={"path": place})
@@ -91,16 +96,50 @@ def check(recipe: Recipe, prompts: bool = True, hub: bool = True) -> list[str]:
         )
     if recipe.prompts.path is None:
         if family.name not in EMBEDDED:
-            raise UserError(f"prompts.path: family '{family.name}' ships no prompts; give a Parquet file")
+            raise UserError(f"prompts.path: family '{family.name}' ships no prompts; give a file of texts, or of "
+                            f"embeddings in Parquet")  # fmt: skip
+    elif prompts and recipe_texts(recipe, family) is not None:
+        family.check_encoder(PROMPTS_KEY)
+        prompts = False
     elif prompts:
-        conditions = _encode(recipe, family)
-        if recipe.teacher.path is not None:
-            family.check_conditions(conditions)
-        if conditions and recipe.teacher.guidance_scale != 1.0 and "teacher" in build_method(recipe).roles:
-            family.unconditional(conditions)
+        _check_table(recipe, family)
     if recipe.pairs.path is not None:
         _check_pairs(recipe, family, prompts)
     return build_method(recipe).check(family, hub)
+
+
+def check_encoded(recipe: Recipe) -> None:
+    """Refuse what `check` could not see of prompts while they were texts; now they are a table.
+
+    Raises:
+        UserError: embeddings that do not fit the teacher, or pairs of other prompts.
+    """
+    family = recipe_family(recipe)
+    family.check_teacher()
+    _check_table(recipe, family)
+    if recipe.pairs.path is not None:
+        _check_pairs(recipe, family, prompts=True)
+
+
+def recipe_texts(recipe: Recipe, family: Family) -> PromptTexts | None:
+    """Return the texts of ``prompts.path``; None where there is none, or it is a table.
+
+    Raises:
+        UserError: a file that is not there or cannot be used.
+    """
+    path, column = recipe.prompts.path, recipe.prompts.column
+    texts = None if path is None else texts_for(family, path, column)
+    if texts is None and column is not None:
+        raise UserError(f"{COLUMN_KEY}: '{column}' is of texts, and prompts.path is no file of texts; leave it out")
+    return texts
+
+
+def _check_table(recipe: Recipe, family: Family) -> None:
+    conditions = _encode(recipe, family)
+    if recipe.teacher.path is not None:
+        family.check_conditions(conditions)
+    if conditions and recipe.teacher.guidance_scale != 1.0 and "teacher" in build_method(recipe).roles:
+        family.unconditional(conditions)
 
 
 def _check_pairs(recipe: Recipe, family: Family, prompts: bool) -> None:
@@ -134,12 +173,22 @@ def check_offline(recipe: Recipe) -> list[str]:
 
 def notes(recipe: Recipe) -> list[str]:
     """Return what is worth saying of a recipe that `check` accepts, a line each."""
-    family, said = recipe_family(recipe), []
+    family, said = recipe_family(recipe), list[str]()
     if recipe.pairs.path is not None and not build_method(recipe).pairs:
         said = [f"{KEY}: method '{recipe.method.name}' takes no ODE pairs here: it is not looked at"]
     if isinstance(family, PretrainedFamily) and recipe.teacher.timestep_shift is None and family.sampler_grid is None:
         said += [f"teacher.timestep_shift: '{family.path}' has no {SCHEDULER_FILE}: the teacher's own sampler takes "
                  f"evenly spaced times"]  # fmt: skip
+    return [*said, *_notes_of_texts(recipe, family)]
+
+
+def _notes_of_texts(recipe: Recipe, family: Family) -> list[str]:
+    if _is_remote(recipe.prompts.path) or (texts := recipe_texts(recipe, family)) is None:
+        return []
+    said = texts.notes()
+    role = recipe.runtime.of(build_method(recipe).teacher)
+    if role.gpus and not recipe.runtime.encoder.gpus:
+        said.append("runtime.encoder.gpus: 0: the texts are encoded by CPUs, though the teacher has a GPU")
     return said
 
 
@@ -150,8 +199,9 @@ def _check_without_teacher(recipe: Recipe) -> list[str]:
     check_method(recipe, unnamed, plan_phases(recipe, unnamed.schedule.t_max))
     check_warmups(recipe, unnamed.schedule.t_max)
     if recipe.prompts.path is None:
-        raise UserError(f"prompts.path: family '{family.name}' ships no prompts; give a Parquet file")
-    if not _is_remote(recipe.prompts.path):
+        raise UserError(f"prompts.path: family '{family.name}' ships no prompts; give a file of texts, or of "
+                        f"embeddings in Parquet")  # fmt: skip
+    if not _is_remote(recipe.prompts.path) and recipe_texts(recipe, family) is None:
         _encode(recipe, family)
     method = build_method(recipe)
     own = type(method).check is not Method.check

@@ -223,13 +223,20 @@ class Batch(Section):
 
 
 class Prompts(Section):
-    """What is generated: rows of a Parquet file.
+    """What is generated: texts, which the teacher's own text encoder encodes, or rows of a Parquet file of embeddings.
 
     The fake score's rollouts, the generator's batches and the ODE pairs each walk all rows, once an epoch, in an order
     that follows from the seed.
     """
 
-    path: str | None = Field(None, description="Parquet; null: those that ship with the embedded family")
+    path: str | None = Field(
+        None, description="texts (.txt, .csv, .jsonl, .parquet, a folder of captioned pictures) or a Parquet file of "
+        "embeddings; null: those that ship with the embedded family",
+    )  # fmt: skip
+    column: str | None = Field(None, description="of the texts; null: the one of text, prompt, caption that is there")
+    cache: str | None = Field(
+        None, description="folder or URI of embeddings that were made of texts; null: ~/.cache/raydmd/prompts"
+    )
     cache_mb: NonNegative = Field(256, description="encoded prompts are kept when they fit in this many MB of memory")
     encoders: Positive = Field(1, description="actors that encode prompts where they do not fit")
 
@@ -270,6 +277,23 @@ class Role(Section):
         return self
 
 
+class EncoderPool(Section):
+    """Workers that encode texts before training starts; when they are done, the roles get their place."""
+
+    workers: Positive = Field(1, description="as many as these when there is room, and one at least")
+    cpus: float = Field(1.0, ge=0)
+    gpus: float = Field(0.0, ge=0)
+    resources: dict[str, float] = Field(default_factory=dict, description="custom Ray resources, each worker")
+    labels: dict[str, str] = Field(default_factory=dict, description="Ray label selector")
+    threads: Positive = Field(1, description="torch threads of a worker")
+    batch: Positive = Field(32, description="prompts that are encoded at once, and are one file of the result")
+
+    def role(self) -> Role:
+        """Return the workers as those of a role."""
+        shared = {name: getattr(self, name) for name in ("cpus", "gpus", "resources", "labels", "threads")}
+        return Role(max_workers=self.workers, **shared)
+
+
 class Runtime(Section):
     """The Ray side; roles of other methods are further sections, like the three that are named."""
 
@@ -279,6 +303,7 @@ class Runtime(Section):
     teacher: Role = Role()
     fake: Role = Role()
     generator: Role = Role()
+    encoder: EncoderPool = EncoderPool()
     max_staleness: NonNegative = Field(0, description="versions that the fake's rollouts may lag; 0 is exact")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     object_store_mb: Positive = Field(512, description="object store of a Ray that raydmd starts itself")

@@ -82,6 +82,20 @@ def read_metadata(folder: Path, names: Sequence[str], columns: Sequence[str], ke
     return Metadata(file, made, [line for line, _ in rows])
 
 
+def metadata_columns(folder: Path, key: str) -> tuple[Path, list[str]]:
+    """Return a folder's file of metadata, and the columns of its first row besides `FILE_NAME`.
+
+    Raises:
+        UserError: no file or both kinds, or its first row is not JSON or CSV.
+    """
+    file = _find(folder, (), key)
+    try:
+        _, row = next((_json_lines if file.suffix == ".jsonl" else _csv_rows)(file, key), (0, {}))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{key}: '{file}' cannot be read: {error}") from None
+    return file, [name for name in row if name != FILE_NAME]
+
+
 def _find(folder: Path, columns: Sequence[str], key: str) -> Path:
     there = [folder / name for name in FILES if (folder / name).is_file()]
     if len(there) == 2:

@@ -16,6 +16,7 @@ from raydmd.data.row_order import WINDOW_BYTES, RowGroup
 from raydmd.errors import UserError, nearest
 
 GROUP_BYTES = 16 * 2**20
+KEPT_OPEN = 256  # files; a process may have some thousand
 CACHED_BYTES = 3 * WINDOW_BYTES  # the windows of two streams, and what a chunk has of the next one
 
 
@@ -30,16 +31,27 @@ def write_prompts(path: str | Path, rows: Mapping[str, np.ndarray | Sequence[obj
         ValueError: no columns, no rows, or columns of unequal length.
         StorageError: the disk is full or gone.
     """
-    path = Path(path)
-    arrays = {name: np.asarray(values) for name, values in rows.items()}
-    lengths = {len(array) for array in arrays.values()}
-    if len(lengths) != 1 or not min(lengths):
-        raise ValueError(f"columns need one and the same length above 0, not {sorted(lengths)}")
-    table = pa.table({name: _to_arrow(array) for name, array in arrays.items()})
+    path, table = Path(path), to_table(rows)
     group = max(1, int(GROUP_BYTES * table.num_rows / max(table.nbytes, 1)))
     with replacing(path) as part:
         pq.write_table(table, part, row_group_size=group)
     return path
+
+
+def to_table(rows: Mapping[str, np.ndarray | Sequence[object]]) -> pa.Table:
+    """Return columns of equal length as a table.
+
+    Args:
+        rows: arrays [N, ...] or lists by column name; what follows N becomes fixed-size lists.
+
+    Raises:
+        ValueError: no columns, no rows, or columns of unequal length.
+    """
+    arrays = {name: np.asarray(values) for name, values in rows.items()}
+    lengths = {len(array) for array in arrays.values()}
+    if len(lengths) != 1 or not min(lengths):
+        raise ValueError(f"columns need one and the same length above 0, not {sorted(lengths)}")
+    return pa.table({name: _to_arrow(array) for name, array in arrays.items()})
 
 
 class PromptTable:
@@ -48,6 +60,9 @@ class PromptTable:
     A row group is read as a whole and the last few are held, so a table of embeddings may be larger than memory. Where
     a run reads in an order of its own (`raydmd.data.row_order`), it holds windows of row groups: those of some ten
     megabytes, as `write_prompts` makes them, cost least; a group larger than that is held as a whole.
+
+    Of several files, those that have shorter lists in a column with a mask (``x`` with ``x_mask``) are padded with
+    zeros to the longest, and masked: a file of `raydmd encode` is as long as its own longest text.
 
     Args:
         path: a file or folder; also a URI that pyarrow.fs knows (``s3://``, ``gs://``).
@@ -63,19 +78,25 @@ class PromptTable:
 
     def __init__(self, path: str | Path, columns: Sequence[str] | None = None) -> None:
         self.path = str(path)
-        self._files = [self._open(file) for file in self._list_files()]
-        self._places = [(file, i) for file in self._files for i in range(file.num_row_groups)]
-        found = [file.metadata.row_group(i) for file, i in self._places]
+        self._open_files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
+        self._footers: dict[str, pq.FileMetaData] = {}
+        files = self._list_files()
+        schemas = [self._open(file).schema_arrow for file in files]
+        self._places = [(file, i) for file in files for i in range(self._footers[file].num_row_groups)]
+        found = [self._footers[file].row_group(i) for file, i in self._places]
         self.groups = [RowGroup(group.num_rows, group.total_byte_size) for group in found]
         self._ends = list(accumulate(group.rows for group in self.groups))
         if not self._ends or not self._ends[-1]:
             raise UserError(f"prompts: '{self.path}' has no rows")
-        names = self._files[0].schema_arrow.names
+        names = schemas[0].names
         self.columns = list(names if columns is None else columns)
-        for file in self._files:
+        for schema in schemas:
             for name in self.columns:
-                if name not in file.schema_arrow.names:
+                if name not in schema.names:
                     raise UserError(f"prompts: '{self.path}' has no column '{name}'{nearest(name, names)}")
+        masked = [name for name in self.columns if f"{name}_mask" in self.columns]
+        self._padded = {name: max(_list_size(schema, name) for schema in schemas) for mask in masked
+                        for name in (mask, f"{mask}_mask")}  # fmt: skip
         self._cache: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -132,7 +153,7 @@ class PromptTable:
         digest, looked = blake2b(digest_size=16), list(range(len(self.groups)))
         if self.columns and sum(group.size for group in self.groups) > WINDOW_BYTES:
             for (file, number), group in zip(self._places, self.groups, strict=True):
-                found = file.metadata.row_group(number)
+                found = self._footers[file].row_group(number)
                 entries = [found.column(i) for i in range(found.num_columns)]
                 sizes = [(c.path_in_schema, c.total_uncompressed_size, c.total_compressed_size) for c in entries
                          if c.path_in_schema.partition(".")[0] in self.columns]  # fmt: skip
@@ -161,14 +182,19 @@ class PromptTable:
             self._cache.move_to_end(index)
             return self._cache[index]
         file, number = self._places[index]
-        table = file.read_row_group(number, columns=self.columns)
-        group = {name: to_numpy(table.column(name), name, self.path) for name in self.columns}
+        table = self._open(file).read_row_group(number, columns=self.columns)
+        group = {name: self._pad(name, to_numpy(table.column(name), name, self.path)) for name in self.columns}
         for name, values in group.items():
             self._refuse_not_finite(name, values, self._ends[index] - self.groups[index].rows)
         self._cache[index] = group
         while len(self._cache) > 2 and sum(self.groups[kept].size for kept in self._cache) > CACHED_BYTES:
             self._cache.popitem(last=False)
         return group
+
+    def _pad(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Return a column [N, L, ...] as long as the table's longest, where that is known."""
+        extra = self._padded.get(name, 0) - (values.shape[1] if values.ndim > 1 else 0)
+        return np.pad(values, [(0, 0), (0, extra), *[(0, 0)] * (values.ndim - 2)]) if extra > 0 else values
 
     def _refuse_not_finite(self, name: str, values: np.ndarray, first: int) -> None:
         """Refuse numbers that are none, in a column whose rows begin with row ``first``."""
@@ -197,10 +223,18 @@ class PromptTable:
         raise UserError(f"prompts: no file '{self.path}'{_nearest_file(self.path)}")
 
     def _open(self, file: str) -> pq.ParquetFile:
+        """Return a file of the table; the last `KEPT_OPEN` stay open."""
+        if file in self._open_files:
+            self._open_files.move_to_end(file)
+            return self._open_files[file]
         try:
-            return pq.ParquetFile(self._filesystem.open_input_file(file))
+            found = pq.ParquetFile(self._filesystem.open_input_file(file), metadata=self._footers.get(file))
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(f"prompts: '{file}' is not a Parquet file") from error
+        self._footers[file], self._open_files[file] = found.metadata, found
+        if len(self._open_files) > KEPT_OPEN:
+            self._open_files.popitem(last=False)[1].close(force=True)
+        return found
 
 
 def to_numpy(column: pa.ChunkedArray, name: str, path: str) -> np.ndarray:
@@ -230,6 +264,12 @@ def to_numpy(column: pa.ChunkedArray, name: str, path: str) -> np.ndarray:
     if array.null_count:
         raise UserError(f"prompts: column '{name}' of '{path}' has rows without a value")
     return array.to_numpy(zero_copy_only=False).reshape(shape)
+
+
+def _list_size(schema: pa.Schema, name: str) -> int:
+    """Return the length of a column's lists; 0 where it is not one for all rows."""
+    kind = schema.field(name).type
+    return int(kind.list_size) if pa.types.is_fixed_size_list(kind) else 0
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -22,6 +22,7 @@ from raydmd.objectives.guidance import GuidanceRescale
 KINDS = {int: "a whole number", str: "text", bool: "true or false"}
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+IMAGE_COLUMN = "image_latents"  # the condition that a picture makes, of families from image to video
 
 
 class Denoiser(nn.Module, ABC):
@@ -221,6 +222,39 @@ class Family(ABC):
             UserError: the family cannot, or its text encoder cannot be loaded.
         """
         raise UserError(f"family '{self.name}' has no text encoder")
+
+    def check_encoder(self, key: str) -> None:
+        """Refuse texts where nothing encodes them: by default, always. Nothing is loaded.
+
+        Args:
+            key: of the recipe, that gives texts.
+
+        Raises:
+            UserError: the family has no text encoder, or the teacher's folder lacks it.
+        """
+        raise UserError(f"{key}: it holds texts, and family '{self.name}' has no text encoder")
+
+    def encoder_files(self) -> dict[str, Path]:
+        """Return the files on this machine that `encode_prompts` uses, by a name that does not tell where they lie.
+
+        Where the family takes pictures (`IMAGE_COLUMN`), with those of `encode_first_frames`.
+
+        Raises:
+            UserError: the family has no text encoder, or the teacher's folder lacks it.
+        """
+        raise UserError(f"family '{self.name}' has no text encoder")
+
+    def cut_prompts(self, prompts: Sequence[str]) -> int | None:
+        """Return how many of some texts are longer than `encode_prompts` reads; None where that cannot be told."""
+        return None
+
+    def encode_first_frames(self, pictures: Tensor) -> Tensor:
+        """Turn first frames [B, 3, H, W] in [-1, 1] into the `IMAGE_COLUMN` [B, channels, f, h, w] of their rows.
+
+        Raises:
+            UserError: the family takes none.
+        """
+        raise UserError(f"family '{self.name}' takes no first frames")
 
     def teacher_times(
         self, steps: int, shift: float | None = None, shape: tuple[int, ...] | None = None

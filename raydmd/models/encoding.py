@@ -1,12 +1,58 @@
-"""From rows of a prompt table to what a network is conditioned on; a row that cannot be used is named."""
+"""From texts to rows of a prompt table, and from rows to what a network is conditioned on; what is wrong is named."""
 
 from collections.abc import Mapping
 
 import numpy as np
 
+from raydmd.data.encoded_table import EncodedFacts
+from raydmd.data.prompt_files import KEY, PromptTexts, read_prompt_texts
 from raydmd.data.prompts import PromptTable
 from raydmd.errors import UserError
-from raydmd.models.base import Conditions, Family
+from raydmd.models.base import IMAGE_COLUMN, Conditions, Family
+from raydmd.models.fingerprint import fingerprint_encoder
+
+NOT_READ = ("gradient_checkpointing", "subfolder", "latent_shape")  # options that change nothing in an encoded text
+
+
+def texts_for(family: Family, path: str, column: str | None = None, key: str = KEY) -> PromptTexts | None:
+    """Read the texts of a file, or the captions of a folder of pictures, for a family; None where it is a table.
+
+    Args:
+        family: that is to encode them.
+        path: as `read_prompt_texts` takes it.
+        column: of the texts; None: it is found.
+        key: of the recipe, or the command's argument, for errors.
+
+    Raises:
+        UserError: as `read_prompt_texts`; or the family needs a picture with each text, and there are none.
+    """
+    texts = read_prompt_texts(path, column, family.condition_columns, key)
+    if texts is not None and takes_pictures(family) and texts.pictures is None:
+        raise UserError(f"{key}: family '{family.name}' begins at a picture here: a folder of pictures with "
+                        f"captions in its metadata is needed, or embeddings with '{IMAGE_COLUMN}', not texts alone "
+                        f"as in '{path}'")  # fmt: skip
+    return texts
+
+
+def takes_pictures(family: Family) -> bool:
+    """Whether a family's prompt is a text and a picture."""
+    return IMAGE_COLUMN in family.condition_columns
+
+
+def encoded_facts(family: Family, texts: PromptTexts, batch: int) -> EncodedFacts:
+    """Return what determines a family's embeddings of some texts. Nothing is loaded.
+
+    Raises:
+        UserError: there is no text encoder, or a file or picture cannot be read.
+    """
+    pictures = takes_pictures(family)
+    used = {name: value for name, value in family.options.items() if name not in NOT_READ}
+    if pictures:
+        used |= {"latent_shape": list(family.latent_shape), "picture_size": list(family.picture_size)}
+    return EncodedFacts(
+        family=family.name, encoder=fingerprint_encoder(family), texts=texts.digest(pictures), rows=len(texts),
+        batch=batch, columns=list(family.condition_columns), options=used,
+    )  # fmt: skip
 
 
 def encode_rows(family: Family, table: PromptTable, rows: np.ndarray) -> Conditions:

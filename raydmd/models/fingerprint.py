@@ -1,5 +1,6 @@
 """A teacher's fingerprint: whether the weights under a path are those that a run was made with, told in seconds."""
 
+from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
 
@@ -21,12 +22,25 @@ def fingerprint_teacher(family: Family) -> str:
     Raises:
         UserError: ``teacher.path: ...``: no teacher there, or a file that cannot be read.
     """
+    revision = family.teacher_revision()
+    return _fingerprint(family.teacher_files()) + (f"{REVISION}{revision}" if revision else "")
+
+
+def fingerprint_encoder(family: Family) -> str:
+    """Return the fingerprint of what encodes a family's prompts (`Family.encoder_files`): 32 hexadecimal digits.
+
+    Raises:
+        UserError: ``teacher.path: ...``: there is none, or a file that cannot be read.
+    """
+    return _fingerprint(family.encoder_files())
+
+
+def _fingerprint(files: Mapping[str, Path]) -> str:
     digest = blake2b(digest_size=16)
-    for label, file in sorted(family.teacher_files().items()):
+    for label, file in sorted(files.items()):
         content = _content(file)
         digest.update(f"{label}\0{len(content)}\0".encode() + content)
-    revision = family.teacher_revision()
-    return digest.hexdigest() + (f"{REVISION}{revision}" if revision else "")
+    return digest.hexdigest()
 
 
 def same_teacher(one: str, other: str) -> bool:

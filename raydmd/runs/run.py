@@ -1,5 +1,6 @@
 """A run's folder: what is where, and loading a finished or unfinished run from it."""
 
+import json
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -10,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from raydmd.atomic import write_text
 from raydmd.config.recipe import Recipe
 from raydmd.errors import UserError, nearest
 from raydmd.jsonl import read_lines
@@ -25,6 +27,8 @@ from raydmd.runs.expert_index import check_expert, read_index
 from raydmd.runs.folders import expert_file, own_teacher
 from raydmd.sampling.phase import Phase
 
+TABLE_FILE = "prompts/encoded.json"
+
 
 class Run:
     """A run's folder, read.
@@ -39,7 +43,7 @@ class Run:
             siblings = [path.parent.name for path in self.folder.parent.glob("*/recipe.yaml")]
             raise UserError(f"no run in '{folder}': it has no recipe.yaml{nearest(self.folder.name, siblings)}")
         recipe = with_teacher(load_strangers_recipe(self.folder / "recipe.yaml"), self.folder)
-        self.recipe: Recipe = with_commit(recipe, self._written_fingerprint())
+        self.recipe: Recipe = with_table(with_commit(recipe, self._written_fingerprint()), self.folder)
         self.family: Family = recipe_family(self.recipe)
         self.phases: list[Phase] = plan_phases(self.recipe, self.family.schedule.t_max)
 
@@ -145,6 +149,25 @@ def with_teacher(recipe: Recipe, folder: Path) -> Recipe:
     if recipe.teacher.path is not None:
         return recipe
     return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"path": own_teacher(folder)})})
+
+
+def note_table(folder: Path, table: str) -> None:
+    """Have a run's folder say where the table is that was made of its texts.
+
+    Raises:
+        StorageError: the disk is full or gone.
+    """
+    write_text(folder / TABLE_FILE, json.dumps({"table": table}) + "\n")
+
+
+def with_table(recipe: Recipe, folder: Path) -> Recipe:
+    """Return a run's recipe with the table that was made of its texts in ``prompts.path``, where the run has one."""
+    try:
+        place = str(json.loads((folder / TABLE_FILE).read_text(encoding="utf-8"))["table"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return recipe
+    update = {"path": place, "column": None}
+    return recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update=update)})
 
 
 def with_commit(recipe: Recipe, fingerprint: str) -> Recipe:

@@ -56,8 +56,9 @@ from raydmd.training.messages import micro_batches
 def connect(recipe: Recipe, folder: Path) -> AbstractContextManager[RayHealthMonitor]:
     """Join or start a Ray as `joined` does, large enough for a recipe; what Ray says goes to ``folder``/run.log."""
     roles = [recipe.runtime.of(role) for role in build_method(recipe).roles]
-    claimed = sum(role.cpus * role.max_workers for role in roles) + 2  # two more for Ray Data's tasks
-    return joined(claimed, recipe.runtime.object_store_mb, folder / "run.log")
+    encoder = recipe.runtime.encoder  # has done its work before the roles begin
+    claimed = max(sum(role.cpus * role.max_workers for role in roles), encoder.cpus * encoder.workers)
+    return joined(claimed + 2, recipe.runtime.object_store_mb, folder / "run.log")  # two for Ray Data's tasks
 
 
 @contextmanager

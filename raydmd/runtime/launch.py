@@ -18,11 +18,12 @@ from raydmd.methods.program import MethodTrace, trace_method
 from raydmd.models.base import CONFIG_FILE
 from raydmd.models.embedded.prompts import ensure_embedded_prompts
 from raydmd.models.fingerprint import fingerprint_teacher
-from raydmd.recipe_check import absolute, check, notes
-from raydmd.runs.run import recipe_family, with_teacher
+from raydmd.recipe_check import absolute, check, check_encoded, notes
+from raydmd.runs.run import note_table, recipe_family, with_teacher
 from raydmd.runtime.checkpoint.lock import Claim, claim_run
 from raydmd.runtime.cluster import checkpoints, connect, launch
 from raydmd.runtime.controller import Controller
+from raydmd.runtime.encode import encode_recipe
 from raydmd.runtime.observability.recorder import Recorder
 from raydmd.runtime.observability.status import StatusWriter
 from raydmd.runtime.observability.weights_and_biases import check_wandb
@@ -130,6 +131,10 @@ def _distill(
     if own:
         archive_teacher(recipe, folder, claim.owner)
     fingerprint = fingerprint_teacher(recipe_family(recipe))
+    given, recipe = recipe, encode_recipe(recipe, folder, console)
+    if recipe is not given:
+        check_encoded(recipe)
+        note_table(folder, str(recipe.prompts.path))
     prompts = recipe.prompts.path or str(ensure_embedded_prompts(recipe_family(recipe), folder / "prompts"))
     recorder = Recorder(folder, recipe, trace.ends[-1], console, claim, status.state)
 

@@ -5,19 +5,15 @@ shards that are missing, grows and shrinks the pool of actors, and gives what a 
 written by the worker that made it, and only its name comes back.
 """
 
-import logging
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import ray
 import torch
 from rich.console import Console
 
-from raydmd.atomic import remove_parts, write_text, writing
-from raydmd.config.recipe import PairsFolder, Recipe, Role
+from raydmd.atomic import remove_parts, writing
+from raydmd.config.recipe import PairsFolder, Recipe
 from raydmd.console import console as terminal
 from raydmd.data.pair_shards import (
     INDEX_FILE,
@@ -30,7 +26,7 @@ from raydmd.data.pair_shards import (
 )
 from raydmd.data.prompts import PromptTable
 from raydmd.data.trajectories import PAIR_CHUNK
-from raydmd.errors import RunError, StorageError, UserError
+from raydmd.errors import RunError, UserError
 from raydmd.methods.local import make_pairs
 from raydmd.methods.pairs import pair_facts
 from raydmd.methods.registry import build_method
@@ -41,12 +37,13 @@ from raydmd.recipe_check import absolute, check
 from raydmd.runs.run import recipe_family
 from raydmd.runtime.checkpoint.lock import Claim
 from raydmd.runtime.cluster import joined
-from raydmd.runtime.membership.placement import SAY_EVERY, actor_options, describe, worker_device
+from raydmd.runtime.encode import encode_recipe
+from raydmd.runtime.membership.placement import worker_device
 from raydmd.runtime.preparation import pin_commit
+from raydmd.runtime.ray_data import explained, pool_results, told, wait_for_room
 from raydmd.runtime.workers.base import role_part
 
-NUMBER, SHARD, KIND, WORDS = "number", "shard", "kind", "words"  # columns of the job's input, and of its output
-KINDS = {kind.__name__: kind for kind in (UserError, RunError, StorageError)}
+NUMBER, SHARD = "number", "shard"  # columns of the job's input, and of its output
 
 
 class ShardWorker:
@@ -73,18 +70,14 @@ class ShardWorker:
             self._misfit = error
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Make the shard of a number [1]; return its file's name, and the kind and the words of an error, each [1].
-
-        What is no fault of Ray's comes back as a result: Ray Data keeps neither an error's kind nor its message.
-        """
-        name, kind, words = "", "", ""
+        """Make the shard of a number [1]; return its file's name, and what went wrong (`told`), each [1]."""
+        name, error = "", self._misfit
         try:
-            if self._misfit is not None:
-                raise self._misfit
-            name = self._make(int(rows[NUMBER][0]))
-        except (UserError, RunError) as error:
-            kind, words = type(error).__name__, str(error)
-        return {SHARD: np.array([name]), KIND: np.array([kind]), WORDS: np.array([words])}
+            if error is None:
+                name = self._make(int(rows[NUMBER][0]))
+        except (UserError, RunError) as own:
+            error = own
+        return {SHARD: np.array([name]), **told(error)}
 
     def _make(self, number: int) -> str:
         start, count = self.index.span(number)
@@ -136,6 +129,8 @@ def collect_pairs(
     check(recipe)
     with Claim([(f"--out {folder}", str(folder))]), writing(folder):
         remove_parts(folder)
+        refuse_other_things(folder)
+        recipe = encode_recipe(recipe, folder, console)
         index, prompts = _begin(recipe, folder, total, shard_size or (there.shard_size if there else PAIR_CHUNK))
         missing = missing_shards(folder, index, thorough=True)
         if missing:
@@ -146,7 +141,6 @@ def collect_pairs(
 def _begin(recipe: Recipe, folder: Path, total: int, shard_size: int) -> tuple[PairIndex, str]:
     """Have the folder say what its shards are; return that, and the place of the prompts."""
     family = recipe_family(recipe)
-    refuse_other_things(folder)
     prompts = recipe.prompts.path or str(ensure_embedded_prompts(family, folder / "prompts"))
     table = PromptTable(prompts, family.condition_columns)
     facts = pair_facts(recipe, family, table if family.condition_columns else None)
@@ -167,7 +161,7 @@ def _collect(
     claimed = settings.cpus * settings.max_workers + 2  # two more for Ray Data's own
     with joined(claimed, recipe.runtime.object_store_mb, folder / "run.log") as ray_health:
         try:
-            _wait_for_room(settings, recipe.runtime.placement_timeout, say)
+            wait_for_room(settings, "teacher", recipe.runtime.placement_timeout, say)
             with counting("shards", len(missing), None if console is terminal else console) as made:
                 for _ in _shards(recipe, folder, prompts, index, missing):
                     made()
@@ -178,7 +172,7 @@ def _collect(
         except (UserError, RunError):
             raise
         except Exception as error:  # Ray Data's are of several kinds
-            raise ray_health.error() or _explained(error, folder) from None
+            raise ray_health.error() or explained(error, folder / "error.txt") from None
     if lost := missing_shards(folder, index):
         raise RunError(f"--out {folder}: {len(lost)} of its shards are not there, though they were written")
 
@@ -190,57 +184,6 @@ def _shards(recipe: Recipe, folder: Path, prompts: str, index: PairIndex, missin
         UserError, RunError: as a worker found; shards that others were at are not waited for.
     """
     settings = recipe.runtime.of(build_method(recipe).teacher)
-    asked = min(settings.max_workers, len(missing))  # all at once, as the roles of a run do: an autoscaler sees them
-    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=asked, initial_size=asked)
-    with _quiet_ray_data():
-        numbers = ray.data.from_items([{NUMBER: number} for number in missing], override_num_blocks=len(missing))
-        dataset = numbers.map_batches(
-            ShardWorker, fn_constructor_args=(recipe, str(folder), prompts, index), batch_size=1, batch_format="numpy",
-            compute=pool, **actor_options(settings),
-        )  # fmt: skip
-        for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
-            for name, kind, words in zip(batch[SHARD], batch[KIND], batch[WORDS], strict=True):
-                if kind:
-                    raise KINDS[str(kind)](str(words))
-                yield str(name)
-
-
-@contextmanager
-def _quiet_ray_data() -> Iterator[None]:
-    """While inside, Ray Data shows no bars, and writes what it says where Ray's other notices go."""
-    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
-    before, context.enable_progress_bars = context.enable_progress_bars, False
-    kept, propagated, level = logger.handlers, logger.propagate, logger.level
-    logger.handlers = [handler for handler in kept if not isinstance(handler, logging.StreamHandler)]
-    logger.propagate = True
-    logger.setLevel(logging.INFO)  # else a handler of the root's would be given all that is for debugging
-    try:
-        yield
-    finally:
-        context.enable_progress_bars, logger.handlers, logger.propagate = before, kept, propagated
-        logger.setLevel(level)
-
-
-def _wait_for_room(settings: Role, timeout: float, say: Callable[[str], None]) -> None:
-    """Wait until one worker of the role has room: Ray Data would wait for ever, without a word.
-
-    Raises:
-        UserError: the timeout ran out; names what the role asks for, and what the cluster has.
-    """
-    options, begin = actor_options(settings), time.monotonic()
-    answer = ray.remote(**options)(lambda: None).remote()  # sent as it is: no module is imported for it
-    while not ray.wait([answer], timeout=min(SAY_EVERY, timeout))[0]:
-        if time.monotonic() - begin >= timeout:
-            ray.cancel(answer, force=True)
-            free = {key: f"{value:g}" for key, value in sorted(ray.available_resources().items())}
-            raise UserError(f"runtime.teacher: not placed within {timeout:g} s: {describe(settings)}; free in the "
-                            f"cluster: {free}")  # fmt: skip
-        say(f"waiting: a teacher worker waits for {describe(settings)}")
-
-
-def _explained(error: Exception, folder: Path) -> RunError:
-    """Turn what ended the job into one line; what Ray says of it goes to error.txt."""
-    with suppress(OSError, StorageError):
-        write_text(folder / "error.txt", str(error))
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return RunError(f"the job broke: {lines[-1][:300]} (details: {folder}/error.txt; the same command goes on)")
+    items = [{NUMBER: number} for number in missing]
+    for result in pool_results(items, ShardWorker, (recipe, str(folder), prompts, index), settings):
+        yield str(result[SHARD])

@@ -188,6 +188,15 @@ def actor_record(actor: Any) -> dict[str, Any]:
     return dict(state.actor_table(actor._actor_id.hex(), None, None))
 
 
+def living_actors(class_name: str) -> int:
+    """Return how many actors of this job, whose class's name has ``class_name`` in it, are there or on their way."""
+    from ray._private.state import state
+
+    job = ray.JobID(bytes.fromhex(ray.get_runtime_context().get_job_id()))
+    actors = state.actor_table(None, job, None).values()
+    return sum(class_name in actor["ActorClassName"] and actor["State"] != "DEAD" for actor in actors)
+
+
 def draining_nodes() -> dict[str, float]:
     """Return the nodes that Ray is told will go away, with the time.time() of their end (infinity: no date)."""
     from ray._private.state import state

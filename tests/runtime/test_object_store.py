@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from pyarrow import fs
 from rich.console import Console
 from safetensors.torch import load_file
 
+from raydmd.data.encoded_table import EncodedFacts, EncodedTable, file_content
+from raydmd.data.prompt_files import read_prompt_texts
+from raydmd.data.prompts import PromptTable
 from raydmd.errors import RunError, StorageError, UserError
 from raydmd.jsonl import read_lines
 from raydmd.locations import absolute_location, parse_location
@@ -393,3 +397,25 @@ def test_a_new_head_gets_the_runs_own_teacher_and_a_finished_runs_experts(uri: s
     assert len(run.trained_phases()) == 2 and run.experts(run.teacher())
     expert_file(third, 1).unlink()
     assert distill(recipe, third, console=quiet) is True and expert_file(third, 1).is_file()
+
+
+def test_texts_and_their_embeddings(server: int) -> None:
+    """Texts are read from an object store, and a table is made, completed and read there."""
+    place, texts = at(server, "table"), at(server, "texts.csv")
+    files, path = fs.FileSystem.from_uri(texts)
+    with files.open_output_stream(path) as stream:
+        stream.write("caption\na fox\nein Füchschen\na wolf\n".encode())
+    read = read_prompt_texts(texts)
+    assert read is not None and read.texts == ["a fox", "ein Füchschen", "a wolf"]
+    facts = EncodedFacts("f", "e", read.digest(), len(read), 2, ["x"])
+    table = EncodedTable(place, facts, "--out")
+    table.claim()
+    for number, rows in enumerate(([0, 1], [2])):
+        assert list(table.found()) == list(range(number))
+        table.commit(number, file_content(facts, number, {"x": np.array(rows)}, 0))
+    assert table.found() == {0: 0, 1: 0}
+    assert PromptTable(place, ["x"]).take(np.array([2, 0]))["x"].tolist() == [2, 0]
+    with pytest.raises(UserError, match="holds embeddings of something else"):
+        EncodedTable(place, replace(facts, batch=3), "--out").claim()
+    with pytest.raises(UserError, match="prompts.path: no file"):
+        read_prompt_texts(at(server, "none.txt"))

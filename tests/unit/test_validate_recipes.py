@@ -29,7 +29,9 @@ def place(tmp_path_factory, teachers: dict[str, Path]) -> Path:
     edit(new(place / "edit", "qwen_image") / "model_index.json", _class_name="QwenImageEditPipeline")
     (place / "ring").symlink_to(teachers["ring"])
     write_prompts(place / "right.parquet", rows())
-    write_prompts(place / "few.parquet", {"text": ["a", "b"]})
+    write_prompts(place / "few.parquet", {"words": ["a", "b"]})
+    (place / "texts.txt").write_text("a fox\n")
+    (place / "latin.txt").write_bytes(b"a fox\n\xfcber\n")
     wide = np.zeros((2, 7, WIDTH + 1), dtype=np.float32)
     write_prompts(place / "wide.parquet", {"prompt_embeds": wide, "negative_prompt_embeds": wide})
     (place / "torn.parquet").write_bytes(b"PAR1 and no more")
@@ -76,6 +78,9 @@ WRONG: dict[str, tuple[dict[str, Any] | str, str]] = {
     "no prompts": (wan(prompts=None), "prompts.path: family 'wan' ships no prompts"),
     "a missing file": (wan(prompts="rihgt.parquet"), "prompts: no file '.*'; did you mean 'right.parquet'?"),
     "a column": (wan(prompts="few.parquet"), "prompts: .* has no column 'prompt_embeds'"),
+    "texts": (wan(prompts="texts.txt"), "prompts.path: it holds texts, and the teacher '.*' has no text_encoder"),
+    "no UTF-8": (wan(prompts="latin.txt"), "prompts.path: line 2 of '.*latin.txt' is not UTF-8"),
+    "no texts": (wan(prompts="txets.txt"), "prompts.path: no file '.*'; did you mean 'texts.txt'"),
     "a torn file": (wan(prompts="torn.parquet"), "is not a Parquet file"),
     "another width": (wan(prompts="wide.parquet"), "'prompt_embeds' is of width 17, but the teacher takes 16"),
     "a shape": (wan(latent_shape=[4, 3, 7, 6]), "teacher.options.latent_shape: .* is not divisible"),

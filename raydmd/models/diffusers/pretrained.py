@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from raydmd.diffusion.schedule import RectifiedFlow, Schedule
 from raydmd.errors import UserError, nearest
-from raydmd.models.base import Conditions, Denoiser, Family, require_column
+from raydmd.models.base import IMAGE_COLUMN, Conditions, Denoiser, Family, require_column
 from raydmd.models.diffusers.autoencoder import Autoencoder, decoding_dtype
 from raydmd.models.diffusers.config_files import read_config
 from raydmd.models.diffusers.denoiser import PretrainedDenoiser, checkpoint, with_frames
@@ -63,6 +63,7 @@ class PretrainedFamily(Family):
     autoencoder: ClassVar[type[Autoencoder]]
     widths: ClassVar[Mapping[str, str]]  # of columns of the prompts: the key of the network's config that says it
     patch: ClassVar[tuple[int, int, int]] = (1, 2, 2)  # as `patches`, where the network's config is not there or silent
+    text_tokens: ClassVar[int | None] = None  # of a prompt, that its one text encoder reads; None: not told
     gives_sigmas: ClassVar[bool] = False  # whether the pipeline gives its scheduler sigmas and mu
     gives_mu: ClassVar[bool] = False  # whether it gives mu without sigmas
     optional_encoders: ClassVar[tuple[str, ...]] = ()  # parts that encode prompts, and that the pipeline can do without
@@ -333,17 +334,46 @@ class PretrainedFamily(Family):
             UserError: the teacher's folder has no text encoder, or one that cannot be loaded.
         """
         if self._pipeline is None:
-            if not self.reads_text:
-                raise UserError(f"teacher.path: '{self.path}' has no text_encoder/config.json to encode prompts with")
-            self._fetch(*ENCODER)
-            dtype, variant = DTYPES[self.options["dtype"]], self.options["variant"]
-            absent = [part for part in self.optional_encoders if not self._has_part(part)]
-            self._pipeline = load_text_pipeline(self.pipeline_class, self._root(), variant, dtype, absent)
+            self._pipeline = self._load_text_pipeline()
         pipeline = self._pipeline.to(device)
         if not self._null and self.options.get("null_prompt", True):
             self._null = {f"{NEGATIVE}{name}": rows for name, rows in self._encode_null(pipeline).items()}
         null = {name: np.repeat(rows, len(prompts), axis=0) for name, rows in self._null.items()}
         return {**self._encode(pipeline, list(prompts)), **null}
+
+    def check_encoder(self, key: str) -> None:
+        """Refuse texts where the teacher's folder has no text encoder beside the network."""
+        if self.path is None or not self._has_part("text_encoder"):
+            raise UserError(f"{key}: it holds texts, and the teacher '{self.path}' has no text_encoder/{CONFIG} to "
+                            f"encode them with")  # fmt: skip
+        if IMAGE_COLUMN in self.condition_columns:
+            self.check_pixels(key)
+
+    def encoder_files(self) -> dict[str, Path]:
+        """Return the configs and weights of all text encoders and tokenizers; with pictures, the VAE's, too."""
+        self.check_encoder("teacher.path")
+        patterns = [*ENCODER, "vae/*"] if IMAGE_COLUMN in self.condition_columns else [*ENCODER]
+        self._fetch(*patterns)
+        root = self._root()
+        found = [file for pattern in patterns for file in root.glob(pattern) if file.is_file()]
+        return {file.relative_to(root).as_posix(): file for file in found if not file.name.startswith(".")}
+
+    def cut_prompts(self, prompts: Sequence[str]) -> int | None:
+        """Return how many texts have more tokens than `text_tokens`, by the pipeline's tokenizer."""
+        if self.text_tokens is None:
+            return None
+        if self._pipeline is None:
+            self._pipeline = self._load_text_pipeline()
+        read = self._pipeline.tokenizer(list(prompts)).input_ids
+        return sum(len(tokens) > self.text_tokens for tokens in read)
+
+    def _load_text_pipeline(self) -> Any:
+        if self.path is None or not self._has_part("text_encoder"):
+            raise UserError(f"teacher.path: '{self.path}' has no text_encoder/config.json to encode prompts with")
+        self._fetch(*ENCODER)
+        dtype, variant = DTYPES[self.options["dtype"]], self.options["variant"]
+        absent = [part for part in self.optional_encoders if not self._has_part(part)]
+        return load_text_pipeline(self.pipeline_class, self._root(), variant, dtype, absent)
 
     # Pictures.
 

@@ -18,6 +18,8 @@ from raydmd.models.diffusers.pretrained import PretrainedFamily
 
 BUCKET = 64
 """Tokens."""
+TOKENS = 1024
+"""Of a prompt, at most, besides its template's."""
 POSITIONS = 4096
 """Of the rotary embedding, on either side of 0; the picture is centred, and the text follows on its diagonal."""
 
@@ -67,6 +69,7 @@ class QwenImageFamily(PretrainedFamily):
     denoiser = QwenImageDenoiser
     autoencoder = QwenImageAutoencoder
     widths: ClassVar[Mapping[str, str]] = {"prompt_embeds": "joint_attention_dim"}
+    text_tokens = TOKENS
     gives_sigmas: ClassVar[bool] = True
     guidance_rescale = "norm"
     defaults: ClassVar[Mapping[str, Any]] = {

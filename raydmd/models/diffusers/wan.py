@@ -66,6 +66,7 @@ class WanFamily(PretrainedFamily):
     denoiser = WanDenoiser
     autoencoder = WanAutoencoder
     widths: ClassVar[Mapping[str, str]] = {"prompt_embeds": "text_dim"}
+    text_tokens = TOKENS
     defaults: ClassVar[Mapping[str, Any]] = {
         **PretrainedFamily.defaults, "latent_shape": [16, 21, 60, 104], "image_channels": 0,
     }  # fmt: skip
