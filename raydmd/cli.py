@@ -266,7 +266,7 @@ def generate(run: Path, prompt: str | None, prompts: Path | None, n: int, seed: 
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Of the weights; default the teacher's own for diffusers, float32 for adapters.",
+    help="Of the weights; default float32 for adapters, and for diffusers the teacher's own if that keeps the effect.",
 )
 @click.option("--no-check", is_flag=True, help="Do not sample the export with plain diffusers and compare.")
 @click.option("--push", "hub_name", metavar="OWNER/NAME", help="Upload it to the Hugging Face hub, too.")

@@ -24,23 +24,22 @@ ROWS = 40  # of measured figures, at most
 LICENSE = "other # yours to say: the base model's licence, and that of the prompts, may bind it"
 
 
-def write_card(plan: Plan, folder: Path, name: str, said: Sequence[str]) -> None:
+def write_card(plan: Plan, folder: Path, name: str) -> None:
     """Write README.md and copy the run's newest pictures.
 
     Args:
         plan: of the export.
         folder: of the export.
         name: of the folder as it will be, which the example loads.
-        said: what is to be said of the weights.
 
     Raises:
         StorageError: the disk is full or gone.
     """
     pictures = _copy_pictures(plan, folder)
-    write_text(folder / CARD, "\n".join(_lines(plan, name, said, pictures)) + "\n")
+    write_text(folder / CARD, "\n".join(_lines(plan, name, pictures)) + "\n")
 
 
-def _lines(plan: Plan, name: str, said: Sequence[str], pictures: Sequence[str]) -> Iterator[str]:
+def _lines(plan: Plan, name: str, pictures: Sequence[str]) -> Iterator[str]:
     recipe, count = plan.run.recipe, len(plan.times) - 1
     method, experts = recipe.method, recipe.method.experts
     yield "---"
@@ -90,8 +89,6 @@ def _lines(plan: Plan, name: str, said: Sequence[str], pictures: Sequence[str]) 
     yield "```"
     yield ""
     yield from _remarks(plan)
-    for words in said:
-        yield f"- {words}."
     yield ""
     if figures := _figures(plan):
         yield "## Measured"

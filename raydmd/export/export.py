@@ -49,8 +49,8 @@ def export_run(
     try:
         say("writing")
         part.mkdir(parents=True)
-        said = FORMATS[format].write(plan, part)
-        write_card(plan, part, out.name, said)
+        plan = _write(plan, part, dtype is None, say)
+        write_card(plan, part, out.name)
         _write_record(plan, part, None)
         if checked:
             say("checking with plain diffusers")
@@ -62,6 +62,25 @@ def export_run(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return found
+
+
+def _write(plan: Plan, part: Path, free: bool, say: Callable[[str], None]) -> Plan:
+    """Write the experts; return the plan that they are written by.
+
+    Where the dtype is free to choose, and adapters would be lost by rounding to half precision, that is float32's.
+    """
+    try:
+        FORMATS[plan.format].write(plan, part)
+        return plan
+    except UserError:
+        if not free or plan.dtype == "float32":
+            raise
+    say(f"writing again, in float32: {plan.dtype} would round the adapters' effect away")
+    shutil.rmtree(part)
+    part.mkdir()
+    plan = make_plan(plan.run, plan.format, "float32")
+    FORMATS[plan.format].write(plan, part)
+    return plan
 
 
 def _check_place(out: Path) -> None:

@@ -11,8 +11,8 @@ from raydmd.export.plan import Plan
 class Format(Protocol):
     """A form that experts are written in."""
 
-    def write(self, plan: Plan, folder: Path) -> list[str]:
-        """Write the experts into a folder; return what is to be said of it."""
+    def write(self, plan: Plan, folder: Path) -> None:
+        """Write the experts into a folder."""
         ...
 
     def code(self, plan: Plan) -> str:

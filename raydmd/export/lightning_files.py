@@ -14,7 +14,7 @@ PREFIX = "diffusion_model."  # ComfyUI's, before the layers' names
 TWO = ("high_noise_model.safetensors", "low_noise_model.safetensors")  # as Wan2.2-Lightning names its files
 
 
-def write(plan: Plan, folder: Path) -> list[str]:
+def write(plan: Plan, folder: Path) -> None:
     """Write a file an expert into ``folder``: ``lora_down`` [r, in], ``lora_up`` [out, r] and ``alpha`` of each layer.
 
     Raises:
@@ -28,7 +28,6 @@ def write(plan: Plan, folder: Path) -> list[str]:
             tensors[f"{name}.lora_up.weight"] = up.to(dtype).contiguous()
             tensors[f"{name}.alpha"] = torch.tensor(float(plan.adapter.alpha))
         write_bytes(folder / file, save(tensors, {"format": "pt"}))
-    return []
 
 
 def code(plan: Plan) -> str:

@@ -16,7 +16,7 @@ from raydmd.models.diffusers.pretrained import DTYPES
 SINGLE = "pytorch_lora_weights.safetensors"  # diffusers' name of the only file
 
 
-def write(plan: Plan, folder: Path) -> list[str]:
+def write(plan: Plan, folder: Path) -> None:
     """Write a file an expert into ``folder``.
 
     Raises:
@@ -24,7 +24,6 @@ def write(plan: Plan, folder: Path) -> list[str]:
     """
     for file, state in zip(file_names(plan), plan.states, strict=True):
         write_lora(plan, state, folder / file)
-    return []
 
 
 def code(plan: Plan) -> str:

@@ -14,7 +14,7 @@ WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the names in PEFT's files
 
 
-def write(plan: Plan, folder: Path) -> list[str]:
+def write(plan: Plan, folder: Path) -> None:
     """Write a folder an expert into ``folder``.
 
     Raises:
@@ -36,7 +36,6 @@ def write(plan: Plan, folder: Path) -> list[str]:
             (folder / name).mkdir(parents=True)
             config.save_pretrained(str(folder / name))
         write_bytes(folder / name / WEIGHTS, save(tensors, {"format": "pt"}))
-    return []
 
 
 def code(plan: Plan) -> str:
