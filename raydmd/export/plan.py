@@ -20,7 +20,7 @@ from raydmd.sampling.phase import Phase
 
 FORMATS = ("diffusers", "lora", "peft", "lightning")
 LARGEST_DIFFERENCE = 1e-5
-"""Of latents, between plain diffusers and the run, in float32."""
+"""Of latents between plain diffusers and the run, in float32; more where latents are above 1, by that."""
 HALF_DIFFERENCE = 0.05
 """Largest difference of latents by their norm, in half precision: it rounds in other places than the run does."""
 
@@ -161,8 +161,7 @@ def make_plan(run: Run, format: str, dtype: str | None = None) -> Plan:
     times = trained_times(run.phases)
     sampler = choose_sampler(family.student_samplers(times), times, family)
     plan = Plan(run, family, format, dtype, pipeline, sampler)
-    if plan.is_lora:
-        _check_adapters(plan)
+    _check_experts(plan)
     return plan
 
 
@@ -220,12 +219,17 @@ def _check_finished(run: Run) -> None:
             check_expert(run.folder, index, phase.index, content=True)
 
 
-def _check_adapters(plan: Plan) -> None:
+def _check_experts(plan: Plan) -> None:
     for phase, state in zip(plan.phases, plan.states, strict=True):
+        file = plan.run.expert_file(phase.index)
+        if other := next((name for name in state if not name.startswith(f"{plan.component}.")), None):
+            raise UserError(f"{file}: '{other}' is not of the pipeline's {plan.component}: experts of another part, or "
+                            f"of two, are not exported")  # fmt: skip
+        if not plan.is_lora:
+            continue
         layers = plan.layers(state)
         if not any(bool(up.any()) for _, up in layers.values()):
-            raise UserError(f"{plan.run.expert_file(phase.index)}: the adapters are empty (every lora_B is 0): the "
-                            f"expert is the teacher itself")  # fmt: skip
+            raise UserError(f"{file}: the adapters are empty (every lora_B is 0): the expert is the teacher itself")
         if plan.format == "lightning":
             for layer in layers:
                 plan.family.original_layer(layer)

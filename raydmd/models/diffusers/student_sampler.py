@@ -72,8 +72,12 @@ class SampledByDiffusers:
         return TIMESTEPS * times
 
     def pipeline_latents(self, latents: Tensor) -> Tensor:
-        """Return latents [B, *latent_shape] as the pipeline takes and returns them."""
+        """Return latents [B, *latent_shape] as the pipeline takes them."""
         return latents
+
+    def stepped_latents(self, latents: Tensor) -> Tensor:
+        """Return latents [B, *latent_shape] as the pipeline has them after a step; by default as it takes them."""
+        return self.pipeline_latents(latents)
 
     def original_layer(self, layer: str) -> str:
         """Return a layer's name as the model's own code has it, which ComfyUI and the Lightning releases use.

@@ -65,7 +65,7 @@ class VariancePreservingFamily(PretrainedFamily):
         config = {key: self._process[key] for key in PROCESS if key in self._process}
         timesteps = [round(float(self.schedule.timestep_of(t)), 6) for t in times[:-1]]
         call = {"num_inference_steps": len(timesteps), "timesteps": timesteps}
-        return [Sampler("EulerDiscreteScheduler", {**config, "timestep_spacing": "leading"}, call)]
+        return [Sampler("EulerDiscreteScheduler", {**config, "timestep_spacing": "leading", "steps_offset": 1}, call)]
 
     def noise_levels(self, times: Tensor) -> Tensor:
         """Return sigma / alpha at times [N]."""
