@@ -7,12 +7,13 @@ ENV=${ENV:-.venv}
 [ -x "$ENV/bin/python" ] || "${PYTHON:-python3}" -m venv "$ENV"
 # uv is done in a third of pip's time; pip is for those machines on which pip alone is told where packages are.
 [ -x "$ENV/bin/uv" ] || "$ENV/bin/python" -m pip install --quiet uv
-"$ENV/bin/uv" pip install --quiet --compile-bytecode --python "$ENV/bin/python" --editable '.[test]' ||
+"$ENV/bin/uv" pip install --quiet --python "$ENV/bin/python" --editable '.[test]' ||
   "$ENV/bin/python" -m pip install --quiet --editable '.[test]'
 "$ENV/bin/ruff" check .
 "$ENV/bin/ruff" format --check .
-"$ENV/bin/mypy"
+"$ENV/bin/mypy" & types=$!
 "$ENV/bin/python" -m pytest -q -n "${JOBS:-2}" --dist loadfile --no-loadscope-reorder "$@"
+wait "$types"
 [ $# -eq 0 ] || exit 0
 
 oldest=$(sed -n 's/.*"ray\[.*\]>=\([0-9.]*\),.*/\1/p' pyproject.toml)

@@ -14,6 +14,7 @@ from raydmd.errors import UserError
 from raydmd.locations import absolute_location
 from raydmd.methods.base import Method
 from raydmd.methods.pairs import check_run_pairs
+from raydmd.methods.program import check_warmups
 from raydmd.methods.registry import build_method, plan_phases
 from raydmd.models.base import Conditions, EmbeddedFamily, Family
 from raydmd.models.diffusers.hub import HUB, cached_snapshot, parse_hub_name
@@ -23,6 +24,7 @@ from raydmd.models.diffusers.teacher_folder import find_teacher
 from raydmd.models.diffusers.weight_files import weight_files
 from raydmd.models.embedded.prompts import ensure_embedded_prompts
 from raydmd.models.encoding import encode_rows
+from raydmd.models.initial_student import check_initial
 from raydmd.runs.run import recipe_family
 from raydmd.sampling.limits import check_method
 
@@ -31,11 +33,20 @@ LOOKED_THROUGH = 64 * 2**20  # bytes of a prompt table, all of whose rows are en
 
 def absolute(recipe: Recipe) -> Recipe:
     """Return the recipe with local paths made absolute, so that it means the same elsewhere."""
-    changes: dict[str, Any] = {"method": recipe.method.absolute()}
+    method = recipe.method.absolute()
+    if method.init is not None:
+        method = method.model_copy(update={"init": str(Path(method.init).expanduser().resolve())})
+    changes: dict[str, Any] = {"method": method}
     for name in ("teacher", "prompts"):
         section = getattr(recipe, name)
         if section.path is not None and Path(section.path).exists():
             changes[name] = section.model_copy(update={"path": str(Path(section.path).resolve())})
+    if recipe.teacher.lora is not None:
+        place = str(Path(recipe.teacher.lora).expanduser().resolve())
+        changes["teacher"] = changes.get("teacher", recipe.teacher).model_copy(update={"lora": place})
+    if isinstance(recipe.monitor.prompts, str):
+        place = str(Path(recipe.monitor.prompts).expanduser().resolve())
+        changes["monitor"] = recipe.monitor.model_copy(update={"prompts": place})
     if recipe.pairs.path is not None:
         place = str(Path(recipe.pairs.path).expanduser().resolve())
         changes["pairs"] = recipe.pairs.model_copy(update={"path": place})
@@ -63,6 +74,7 @@ def check(recipe: Recipe, prompts: bool = True, hub: bool = True) -> list[str]:
     """
     family = recipe_family(recipe)
     check_method(recipe, family, plan_phases(recipe, family.schedule.t_max))
+    check_warmups(recipe, family.schedule.t_max)
     if recipe.teacher.path is not None:
         family.check_teacher()
         family.teacher_times(recipe.teacher.steps, recipe.teacher.timestep_shift)
@@ -72,6 +84,11 @@ def check(recipe: Recipe, prompts: bool = True, hub: bool = True) -> list[str]:
         family.new_network()
     else:
         raise UserError(f"teacher.path: family '{family.name}' needs a folder or a hub's name of its weights")
+    if recipe.method.init is not None:
+        kind, count = recipe.method.experts, len(plan_phases(recipe, family.schedule.t_max))
+        check_initial(
+            recipe.method.init, count, family.outline(), kind.kind, kind.rank, kind.alpha, family.lora_targets
+        )
     if recipe.prompts.path is None:
         if family.name not in EMBEDDED:
             raise UserError(f"prompts.path: family '{family.name}' ships no prompts; give a Parquet file")
@@ -79,6 +96,8 @@ def check(recipe: Recipe, prompts: bool = True, hub: bool = True) -> list[str]:
         conditions = _encode(recipe, family)
         if recipe.teacher.path is not None:
             family.check_conditions(conditions)
+        if conditions and recipe.teacher.guidance_scale != 1.0 and "teacher" in build_method(recipe).roles:
+            family.unconditional(conditions)
     if recipe.pairs.path is not None:
         _check_pairs(recipe, family, prompts)
     return build_method(recipe).check(family, hub)
@@ -128,6 +147,7 @@ def _check_without_teacher(recipe: Recipe) -> list[str]:
     """Check the rest of a recipe whose teacher is not here; return what is elsewhere."""
     family = recipe_family(recipe)
     check_method(recipe, family, plan_phases(recipe, family.schedule.t_max))
+    check_warmups(recipe, family.schedule.t_max)
     if recipe.prompts.path is None:
         raise UserError(f"prompts.path: family '{family.name}' ships no prompts; give a Parquet file")
     if not _is_remote(recipe.prompts.path):

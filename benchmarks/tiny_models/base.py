@@ -73,6 +73,16 @@ def normal_rows(draw: np.random.Generator, count: int, *shape: int) -> np.ndarra
     return draw.standard_normal((count, *shape)).astype(np.float32)
 
 
+def as_tensors(rows: Rows) -> dict[str, Tensor]:
+    """Return rows as a pipeline takes them."""
+    return {name: torch.from_numpy(column) for name, column in rows.items()}
+
+
+def to_variance_preserving(latents: Tensor, sigma: Tensor) -> Tensor:
+    """Return latents x_0 + sigma eps, as EulerDiscreteScheduler has them, divided by sqrt(1 + sigma^2)."""
+    return latents / (1.0 + sigma.double().square()).sqrt().float()
+
+
 class FirstStep:
     """A pipeline's callback that keeps the latents after the first step and ends the run there."""
 

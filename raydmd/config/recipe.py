@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 from raydmd.errors import UserError, nearest
 from raydmd.locations import parse_location
@@ -45,6 +45,9 @@ class Teacher(Section):
         None, description="shift of that sampler's times; null: as its scheduler_config.json says, 1 without one"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="what the family's network takes")
+    lora: str | None = Field(
+        None, description="LoRA file, or folder with one, that is fused into a diffusers teacher: a fine-tuned one"
+    )
 
 
 class Pretrain(Section):
@@ -117,6 +120,11 @@ class MethodOptions(Section):
     fake_updates: Positive = Field(5, description="fake-score updates to one of the generator")
     regression: Regression = Regression()
     experts: Experts = Experts()
+    init: str | None = Field(
+        None,
+        description="a run's folder, one of its experts/phase-K, or a file of weights or LoRA, where all machines see "
+        "it: the student that experts start from; null: the teacher",
+    )
 
     def absolute(self) -> Self:
         """Return the options with local paths made absolute; by default they have none."""
@@ -155,6 +163,11 @@ class Optimizer(Section):
     eps: Rate = 1e-8
     weight_decay: float = Field(0.0, ge=0)
     clip: float | None = Field(1.0, description="largest norm of the whole gradient; null: no clipping", gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of lr over the role's updates in a phase; it begins anew with each phase"
+    )
+    final: Share = Field(0.0, description="share of lr that linear and cosine fall to by the phase's end")
+    warmup: NonNegative = Field(0, description="updates of the role in which lr rises from 0, in each phase")
 
 
 class GeneratorOptimizer(Optimizer):
@@ -289,12 +302,39 @@ class Checkpoint(Section):
         return self
 
 
+def _check_prompts(value: Any) -> Any:
+    """Refuse what is neither a file's path nor a list of texts and rows' numbers."""
+    if isinstance(value, list | tuple):
+        if not value:
+            raise ValueError("at least one prompt is needed; null: the table's first rows")
+        for each in value:
+            if not (isinstance(each, str) and each.strip()) and not (type(each) is int and each >= 0):
+                raise ValueError(f"each is a text or a row's number, 0 or more, not {each!r}")
+    elif value is not None and not (isinstance(value, str) and value.strip()):
+        raise ValueError(f"a list of texts or rows' numbers is needed, or a file of texts, not {value!r}")
+    return value
+
+
+class Wandb(Section):
+    """Weights & Biases (the extra ``wandb``); its key comes from its own login or WANDB_API_KEY, never from here."""
+
+    project: str | None = Field(None, min_length=1, description="that the run is shown in; null: nothing is sent")
+    entity: str | None = Field(None, min_length=1, description="user or team; null: the account's own")
+    name: str | None = Field(None, min_length=1, description="of the run there; null: its folder's")
+    mode: Literal["online", "offline", "disabled"] = "online"
+
+
 class Monitor(Section):
     """What is seen while it trains."""
 
     samples_every: NonNegative = Field(50, description="iterations between sample grids; 0: none")
     samples: Positive = 40
+    prompts: Annotated[str | tuple[str | int, ...] | None, BeforeValidator(_check_prompts)] = Field(
+        None,
+        description="of the grids, in turn: texts or rows' numbers, or a file of texts; null: the table's first rows",
+    )
     tensorboard: bool = True
+    wandb: Wandb = Wandb()
     zeroed_warn_share: Share = Field(
         0.01, description="of an iteration's samples: more without a finite gradient are left out with a warning"
     )

@@ -33,6 +33,7 @@ RECIPE_KEYS = {
     "guidance_rescale": "teacher.guidance_rescale",
     "steps": "teacher.steps", "times": "teacher.timestep_shift", "dtype": "teacher.options.dtype",
     "latent_shape": "teacher.options.latent_shape", "seed": "seed", "prompts": "prompts.path",
+    "inputs": "teacher.options",
 }  # fmt: skip
 
 
@@ -51,6 +52,7 @@ class PairFacts:
         latent_shape: of a sample.
         seed: of the noise and of the prompts' order.
         prompts: the identity of the rows (`PromptTable.identity`); None: not known here, and not compared.
+        inputs: what else the network is told at every call (`Family.constant_inputs`), as text.
     """
 
     family: str
@@ -63,6 +65,7 @@ class PairFacts:
     latent_shape: tuple[int, ...]
     seed: int
     prompts: str | None
+    inputs: str = ""
 
     def difference(self, there: "PairFacts") -> str | None:
         """Return what differs first from the facts of a folder, by the recipe's key; None: nothing does."""
@@ -118,6 +121,8 @@ class PairIndex:
     def text(self) -> str:
         """Return the content of ``pairs.json``."""
         tree = {"format": FORMAT, **asdict(self.facts)}
+        if not tree["inputs"]:
+            del tree["inputs"]
         tree |= {"total": self.total, "shard_size": self.shard_size, "chunk": self.chunk}
         return json.dumps(tree, indent=2) + "\n"
 

@@ -18,7 +18,7 @@ from raydmd.evaluation.comparison import by_teacher, differences
 from raydmd.evaluation.curves import Band, Line, chart
 from raydmd.evaluation.evaluate import Figures, evaluation_of
 from raydmd.evaluation.exhibits import EXPERTS, ON_THE_WAY, Exhibits, Picture, picture_file
-from raydmd.evaluation.prompts import words_in_turn
+from raydmd.evaluation.validation_prompts import preview_words
 from raydmd.runs.run import Run
 from raydmd.sampling.phase import Phase
 from raydmd.sampling.plan import plan_iterations
@@ -122,7 +122,7 @@ def _run(run: Run, name: str, color: str, say: Callable[[str], None]) -> dict[st
         "run": run, "name": name, "color": color, "figures": figures, "note": note, "metrics": metrics, "facts": facts,
         "headline": _headline(figures), "events": _events(run), "recipe": dump_recipe(recipe),
         "utilisation": _utilisation(metrics), "previews": (previews := _previews(run)),
-        "preview_prompts": words_in_turn(recipe, run.family, recipe.monitor.samples) if previews else [],
+        "preview_prompts": preview_words(recipe, run.family, recipe.monitor.samples) if previews else [],
         "pixels": run.family.name == "digits",
         "bands": _bands(run.phases, metrics),
     }  # fmt: skip

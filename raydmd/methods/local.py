@@ -17,6 +17,7 @@ from raydmd.data.row_order import PromptOrder
 from raydmd.data.trajectories import PAIR_CHUNK, Pairs
 from raydmd.methods.base import Method
 from raydmd.methods.pairs import check_run_pairs, folder_pairs
+from raydmd.methods.program import plan_updates
 from raydmd.methods.registry import build_method
 from raydmd.models.base import Denoiser, Family
 from raydmd.models.encoding import encode_rows
@@ -135,6 +136,7 @@ def train(
     for index, length in enumerate(program.lengths):
         for role, made in updates.items():
             program.parts[role].start_phase(index, made)
+            plan_updates(program.parts[role], recipe, role, index, family.schedule.t_max)
         for _ in range(length):
             if iteration == iterations:
                 return run

@@ -29,6 +29,7 @@ def pair_facts(recipe: Recipe, family: Family, prompts: PromptTable | None) -> P
         latent_shape=tuple(family.latent_shape),
         seed=recipe.seed,
         prompts=None if prompts is None else prompts.identity(),
+        inputs=", ".join(f"{name} {value:g}" for name, value in family.constant_inputs.items()),
     )
 
 

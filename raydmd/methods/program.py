@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 from raydmd.config.recipe import Recipe
+from raydmd.errors import UserError
 from raydmd.methods.base import Frozen, Method
 from raydmd.methods.loading import parse_recipe
 from raydmd.methods.registry import build_method
@@ -167,6 +168,11 @@ class MethodTrace:
             self._before.append(self._tracer(len(self._before) - 1).iteration(len(self._before) - 1).updates)
         return self._before[n]
 
+    def updates_in(self, phase: int) -> dict[str, int]:
+        """Return how many updates each trained role makes in a phase, by its index."""
+        begin = self.updates_before(self.ends[phase - 1] if phase else 0)
+        return {role: made - begin[role] for role, made in self.updates_before(self.ends[phase]).items()}
+
     def iteration(self, n: int) -> Trace:
         """Return the calls of iteration ``n``."""
         return self._tracer(n).iteration(n)
@@ -230,3 +236,32 @@ def _trace(recipe: str, t_max: float) -> MethodTrace:
     method = build_method(parsed)
     phases = method.phases(t_max)
     return MethodTrace(method, phases, list(accumulate(plan_iterations(parsed, phases))))
+
+
+def plan_updates(part: Any, recipe: Recipe, role: str, phase: int, t_max: float = 1.0) -> None:
+    """Tell the optimizer of a role that begins a phase how many updates it will make, if its learning rate falls.
+
+    Args:
+        part: the role's; its phase has begun.
+        recipe: the run's recipe.
+        role: its name.
+        phase: index of the phase.
+        t_max: the schedule's noisiest time.
+    """
+    if part.flat.settings.schedule != "constant":
+        part.flat.total = trace_method(recipe, t_max).updates_in(phase)[role]
+
+
+def check_warmups(recipe: Recipe, t_max: float = 1.0) -> None:
+    """Refuse a learning rate that does not come to rise as far as ``lr`` in a phase.
+
+    Raises:
+        UserError: a role's warm-up takes all of its updates in a phase.
+    """
+    warm = [role for role in build_method(recipe).trained() if recipe.optimizer.of(role).warmup]
+    for phase in range(len(trace_method(recipe, t_max).ends)) if warm else ():
+        made = trace_method(recipe, t_max).updates_in(phase)
+        for role in warm:
+            if 0 < made[role] <= (warmup := recipe.optimizer.of(role).warmup):
+                raise UserError(f"optimizer.{role}.warmup: {warmup} of the {made[role]} updates of phase {phase + 1} "
+                                f"leave none at the whole lr; at most {made[role] - 1}")  # fmt: skip

@@ -11,7 +11,7 @@ from raydmd.errors import UserError
 from raydmd.models.base import one_line
 
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' LORA_ADAPTER_METADATA_KEY
-PREFIX = "transformer"  # of the names of a diffusers transformer's tensors; diffusers' own prefix, too
+COMPONENTS = ("transformer", "unet")  # what the names of a diffusers network's tensors begin with, as diffusers has it
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class Adapter:
 def adapter_metadata(names: Iterable[str], rank: int, alpha: float, targets: Sequence[str]) -> dict[str, str]:
     """Return the metadata of a safetensors file of adapters.
 
-    It is what ``save_lora_weights(..., transformer_lora_adapter_metadata=LoraConfig.to_dict())`` writes, as far as it
-    is not PEFT's default. Without it diffusers takes alpha to be the rank.
+    It is what ``save_lora_weights(..., transformer_lora_adapter_metadata=LoraConfig.to_dict())`` writes (of a UNet,
+    ``unet_lora_adapter_metadata``), as far as it is not PEFT's default. Without it diffusers takes alpha to be the
+    rank.
 
     Args:
         names: of the file's tensors.
@@ -34,7 +35,8 @@ def adapter_metadata(names: Iterable[str], rank: int, alpha: float, targets: Seq
         alpha: of the adapters.
         targets: endings of the names of the layers that have one (PEFT's ``target_modules``).
     """
-    prefix = f"{PREFIX}." if all(name.startswith(f"{PREFIX}.") for name in names) else ""
+    first = {_component(name) for name in names}
+    prefix = f"{first.pop()}." if len(first) == 1 and first <= set(COMPONENTS) else ""
     said = {"r": rank, "lora_alpha": alpha, "target_modules": list(targets)}
     return {
         "format": "pt",
@@ -52,7 +54,7 @@ def read_adapter(file: Path) -> Adapter | None:
     if text is None:
         return None
     try:
-        said = {key.removeprefix(f"{PREFIX}."): value for key, value in json.loads(text).items()}
+        said = {key.removeprefix(f"{_component(key)}."): value for key, value in json.loads(text).items()}
         return Adapter(int(said["r"]), float(said["lora_alpha"]))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file}: its {METADATA_KEY} is not a record with r and lora_alpha") from error
@@ -68,6 +70,11 @@ def check_adapter(file: Path, rank: int, alpha: float) -> None:
     if said is not None and said != Adapter(rank, alpha):
         raise UserError(f"{file}: its adapters have rank {said.rank} and alpha {said.alpha:g}, but the run's recipe "
                         f"has method.experts.rank {rank} and alpha {alpha:g}")  # fmt: skip
+
+
+def _component(name: str) -> str:
+    """Return what the name begins with, of `COMPONENTS`; else nothing."""
+    return next((component for component in COMPONENTS if name.startswith(f"{component}.")), "")
 
 
 def _metadata(file: Path) -> dict[str, str]:

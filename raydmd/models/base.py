@@ -43,6 +43,10 @@ class Denoiser(nn.Module, ABC):
         """Return the shape of a block's features on a sample of ``latent_shape``: C, or C and the tokens' grid."""
         raise NotImplementedError
 
+    def block_shape(self, name: str, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the features of block ``name``; by default that of all blocks, `feature_shape`."""
+        return self.feature_shape(latent_shape)
+
     def feature_map(self, output: Any, shape: tuple[int, ...]) -> Tensor:
         """Turn a block's output, by default tokens [B, N, C] in the grid's order, into features [B, *shape]."""
         tokens: Tensor = output
@@ -81,6 +85,17 @@ class Family(ABC):
             if kind in (int, str, bool) and (type(value) is not kind or (kind is int and value < 0)):
                 raise UserError(f"teacher.options.{key}: {KINDS[kind]} is needed, not {value!r}")
         self.options: dict[str, Any] = {**self.defaults, **self.given}
+
+    def use_lora(self, path: str) -> None:
+        """Have the teacher fine-tuned: a LoRA's weights are added to its own when it is loaded.
+
+        Args:
+            path: of the LoRA's file, or of a folder with one.
+
+        Raises:
+            UserError: the family takes none.
+        """
+        raise UserError(f"teacher.lora: family '{self.name}' takes none; only those of diffusers' models do")
 
     @abstractmethod
     def load_teacher(self) -> Denoiser:
@@ -129,6 +144,14 @@ class Family(ABC):
     def teacher_revision(self) -> str | None:
         """Return the hub's commit that the teacher's files are of, where they come from it."""
         return None
+
+    @property
+    def constant_inputs(self) -> Mapping[str, float]:
+        """What the network is told at every call beside its conditions, by the option that says it: part of a teacher.
+
+        By default nothing.
+        """
+        return {}
 
     @abstractmethod
     def conditions(self, rows: Mapping[str, np.ndarray]) -> Conditions:

@@ -3,7 +3,7 @@
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -59,12 +59,7 @@ class Experts(nn.Module):
             self.networks = nn.ModuleDict()
             return
         self.endings = list(targets)
-        names = [name for name, module in teacher.named_modules() if isinstance(module, nn.Linear)]
-        self.targets = [name for name in names if any(name == t or name.endswith(f".{t}") for t in targets)]
-        if not self.targets:
-            ends = sorted({name.rsplit(".", 1)[-1] for name in names})
-            raise UserError(f"LoRA targets {list(targets)}: no linear layer has such a name"
-                            f"{nearest(targets[0] if targets else '', ends)}")  # fmt: skip
+        self.targets = adapted_layers(teacher, targets)
         self.backbone = _share(teacher).requires_grad_(False)
         self._switch = _Switch()
         if getattr(self.backbone, "checkpointing", False):
@@ -115,6 +110,11 @@ class Experts(nn.Module):
         if self.kind == "full":
             tensors = self.networks[str(index)].state_dict()
         return {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+
+    def names(self, index: int) -> list[str]:
+        """Return the names of `state`."""
+        self._check_started(index)
+        return list(self.networks[str(index)].state_dict() if self.kind == "full" else self._parameters_of(index))
 
     def metadata(self) -> dict[str, str]:
         """Return what an expert's file says of it besides its tensors: of adapters, rank, alpha and targets."""
@@ -192,6 +192,26 @@ class Experts(nn.Module):
     def _check_started(self, index: int) -> None:
         if index not in self.started:
             raise ValueError(f"expert {index} of 0..{self.count - 1} has not been started")
+
+
+def adapted_layers(network: nn.Module, targets: Iterable[str]) -> list[str]:
+    """Return the names of the linear layers that get adapters.
+
+    Args:
+        network: the teacher's.
+        targets: endings of the names.
+
+    Raises:
+        UserError: no layer has a name that ends in a target.
+    """
+    targets = list(targets)
+    names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    found = [name for name in names if any(name == t or name.endswith(f".{t}") for t in targets)]
+    if not found:
+        ends = sorted({name.rsplit(".", 1)[-1] for name in names})
+        raise UserError(f"LoRA targets {targets}: no linear layer has such a name"
+                        f"{nearest(targets[0] if targets else '', ends)}")  # fmt: skip
+    return found
 
 
 LOST = 0.01

@@ -42,9 +42,10 @@ def read_features(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the prediction on ``x`` [B, ...] at ``t`` [B], and each block's features, [B, C] or [B, C, *grid]."""
     blocks, found = denoiser.feature_blocks(), dict[str, Tensor]()
-    shape = denoiser.feature_shape(tuple(x.shape[1:]))
 
     def keep(name: str) -> Any:
+        shape = denoiser.block_shape(name, tuple(x.shape[1:]))
+
         def hook(module: nn.Module, given: Any, output: Any) -> None:
             found[name] = denoiser.feature_map(output, shape)
 

@@ -6,13 +6,33 @@ from typing import Any
 from raydmd.config.plugins import import_in_actor, load_entry_point, offered
 from raydmd.errors import UserError, nearest
 from raydmd.models.base import Family
+from raydmd.models.diffusers.edm import EDMFamily
+from raydmd.models.diffusers.flux import FluxFamily
+from raydmd.models.diffusers.flux2_klein import Flux2KleinFamily
 from raydmd.models.diffusers.qwen_image import QwenImageFamily
+from raydmd.models.diffusers.sd3 import SD3Family
+from raydmd.models.diffusers.sdxl import SDXLFamily
+from raydmd.models.diffusers.stable_diffusion import StableDiffusionFamily
 from raydmd.models.diffusers.wan import WanFamily
+from raydmd.models.diffusers.z_image import ZImageFamily
 from raydmd.models.embedded.digits import DigitsFamily
 from raydmd.models.embedded.ring import RingFamily
 
 FAMILIES: dict[str, type[Family]] = {
-    family.name: family for family in (DigitsFamily, RingFamily, QwenImageFamily, WanFamily)
+    family.name: family
+    for family in (
+        DigitsFamily,
+        RingFamily,
+        EDMFamily,
+        FluxFamily,
+        Flux2KleinFamily,
+        QwenImageFamily,
+        SD3Family,
+        SDXLFamily,
+        StableDiffusionFamily,
+        WanFamily,
+        ZImageFamily,
+    )
 }
 
 

@@ -156,5 +156,12 @@ def with_commit(recipe: Recipe, fingerprint: str) -> Recipe:
 
 
 def recipe_family(recipe: Recipe) -> Family:
-    """Build the recipe's family."""
-    return build_family(recipe.teacher.family, recipe.teacher.path, dict(recipe.teacher.options))
+    """Build the recipe's family.
+
+    Raises:
+        UserError: an unknown family or option, or one that takes no LoRA.
+    """
+    family = build_family(recipe.teacher.family, recipe.teacher.path, dict(recipe.teacher.options))
+    if recipe.teacher.lora is not None:
+        family.use_lora(recipe.teacher.lora)
+    return family

@@ -258,7 +258,7 @@ class Controller:
         every = self.recipe.monitor.samples_every
         if every and ((n + 1) % every == 0 or n + 1 in self.ends):
             count = self.recipe.monitor.samples
-            conditions = self.actors.prompts.rows.remote(0, count)
+            conditions = self.actors.prompts.previews.remote(count)
             drawn = self.student.one("preview", count, conditions, self.executor.updates[self.student.role])
             self._behind(self._show(f"student-{n + 1:06d}", drawn))
 
@@ -266,7 +266,7 @@ class Controller:
         """Have the teacher draw the pictures that the student's will be held against."""
         if self.recipe.monitor.samples_every and not self.next and not self._previewed:
             count = self.recipe.monitor.samples
-            drawn = await self.sampler.map("preview", [(count, self.actors.prompts.rows.remote(0, count))])
+            drawn = await self.sampler.map("preview", [(count, self.actors.prompts.previews.remote(count))])
             self._previewed = True
             self._behind(self._show("teacher", drawn.results[0]))
 

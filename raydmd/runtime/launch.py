@@ -12,6 +12,7 @@ from raydmd.atomic import write_text
 from raydmd.config.recipe import Recipe
 from raydmd.console import console as terminal
 from raydmd.errors import RunError, StorageError, UserError
+from raydmd.evaluation.validation_prompts import check_validation_prompts
 from raydmd.interrupts import graceful
 from raydmd.methods.program import MethodTrace, trace_method
 from raydmd.models.base import CONFIG_FILE
@@ -24,6 +25,7 @@ from raydmd.runtime.cluster import checkpoints, connect, launch
 from raydmd.runtime.controller import Controller
 from raydmd.runtime.observability.recorder import Recorder
 from raydmd.runtime.observability.status import StatusWriter
+from raydmd.runtime.observability.weights_and_biases import check_wandb
 from raydmd.runtime.preparation import (
     archive_teacher,
     check_fingerprint,
@@ -32,7 +34,6 @@ from raydmd.runtime.preparation import (
     pin_teacher,
     prepare,
 )
-from raydmd.runtime.pretrain import pretrain
 from raydmd.runtime.recovery.state import State
 from raydmd.runtime.workers.base import Factory
 
@@ -66,6 +67,8 @@ def distill(
     console, given = console or terminal, absolute(recipe)
     recipe = pin_teacher(given, folder)
     check(recipe)
+    check_validation_prompts(recipe, recipe_family(recipe))
+    check_wandb(recipe)
     for note in notes(recipe):
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     with claim_run(folder, checkpoints(recipe, folder)) as claim:
@@ -83,17 +86,17 @@ def _claimed(
     claim: Claim,
 ) -> bool:
     """Do what `distill` does, in a folder and a place of checkpoints that are this driver's."""
-    done = prepare(given, folder, resume, claim.owner)
+
+    def say(words: str) -> None:
+        console.print(words, highlight=False, markup=False, soft_wrap=True)
+
+    done = prepare(given, folder, resume, claim.owner, say)
     own, recipe = recipe.teacher.path is None, with_teacher(recipe, folder)
     if own:
         fetch_teacher(recipe, folder)
     trained = (folder / "teacher" / CONFIG_FILE).is_file()
     if done and (trained or not own):
         check_fingerprint(recipe, folder, fingerprint_teacher(recipe_family(recipe)))
-
-    def say(words: str) -> None:
-        console.print(words, highlight=False, markup=False, soft_wrap=True)
-
     trace = trace_method(recipe, recipe_family(recipe).schedule.t_max)
     if done == trace.ends[-1] and has_experts(recipe, folder, len(trace.phases), say, claim.owner):
         console.print(f"{folder} is finished: nothing to do", highlight=False, soft_wrap=True)
@@ -121,6 +124,8 @@ def _distill(
 ) -> bool:
     """Do what is left to do on the Ray that is there; return whether the run is finished."""
     if own and not trained:
+        from raydmd.runtime.pretrain import pretrain  # and Ray Train, which takes a while
+
         pretrain(recipe, folder / "teacher", console)
     if own:
         archive_teacher(recipe, folder, claim.owner)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -25,10 +24,10 @@ from raydmd.runtime.checkpoint.plan import run_plan
 from raydmd.runtime.checkpoint.storage import Store
 from raydmd.runtime.checkpoint.writer import keep_experts, spoilt_experts
 from raydmd.runtime.cluster import checkpoints
+from raydmd.runtime.resume_rules import check_same_run
 
+Say = Callable[[str], None]
 TEACHER = (f"teacher/{WEIGHTS_FILE}", f"teacher/{CONFIG_FILE}")  # in this order: with the last, it is whole
-FREE = {"name", "runtime", "checkpoint", "monitor", "evaluation", "plugins"}  # may differ when a run is continued
-FREE |= {"pairs"}  # a folder is taken only where its pairs are, to the bit, those that the run would make
 
 
 def pin_teacher(recipe: Recipe, folder: Path) -> Recipe:
@@ -62,7 +61,7 @@ def _is_of_a_hub(recipe: Recipe) -> bool:
     return (recipe.teacher.path or "").startswith(HUB) and recipe.teacher.family not in EMBEDDED
 
 
-def prepare(recipe: Recipe, folder: Path, resume: str, owner: str = "") -> int:
+def prepare(recipe: Recipe, folder: Path, resume: str, owner: str = "", say: Say = lambda words: None) -> int:
     """Make the run's folder, or look into the one that is there; return how many iterations are committed.
 
     What a start that failed has left is no run: it stands in nobody's way.
@@ -72,6 +71,7 @@ def prepare(recipe: Recipe, folder: Path, resume: str, owner: str = "") -> int:
         folder: its folder.
         resume: as `raydmd.runtime.launch.distill` takes it.
         owner: the token under which the driver holds the folder and the place of the checkpoints.
+        say: told from where a run that was given another length goes on.
 
     Raises:
         UserError: the folder, or the place of the checkpoints, holds a run and ``resume`` is ``never``, or the recipe
@@ -83,13 +83,13 @@ def prepare(recipe: Recipe, folder: Path, resume: str, owner: str = "") -> int:
     if kept.is_file():
         if resume == "never" and not _is_blank(folder, archive):
             raise UserError(f"--out {folder}: it already holds a run; choose another folder, or --resume auto")
-        _compare(kept.read_text(encoding="utf-8"), recipe, f"--out {folder}", _is_blank(folder, archive))
+        _compare(kept.read_text(encoding="utf-8"), recipe, f"--out {folder}", folder, _is_blank(folder, archive), say)
     elif folder.is_dir() and any(not _is_ours(path) for path in folder.iterdir()):
         raise UserError(f"--out {folder}: it is not empty and holds no run; choose another folder")
     elif recipe.checkpoint.path is not None and (there := archive.read_text("recipe.yaml")) is not None:
         if resume == "never" and not _is_blank(folder, archive):
             raise UserError("checkpoint.path: it already holds a run; choose another place, or --resume auto")
-        _compare(there, recipe, KEY, _is_blank(folder, archive))
+        _compare(there, recipe, KEY, folder, _is_blank(folder, archive), say)
     write_text(kept, dump_recipe(recipe))
     if recipe.checkpoint.path is not None:
         archive.write_text("recipe.yaml", dump_recipe(recipe))
@@ -115,9 +115,7 @@ def check_fingerprint(recipe: Recipe, folder: Path, fingerprint: str) -> None:
                         f"another --out")  # fmt: skip
 
 
-def has_experts(
-    recipe: Recipe, folder: Path, count: int, say: Callable[[str], None] = lambda words: None, owner: str = ""
-) -> bool:
+def has_experts(recipe: Recipe, folder: Path, count: int, say: Say = lambda words: None, owner: str = "") -> bool:
     """Whether a finished run's folder, which may be a new head's, has its experts, to the bit.
 
     Those that it lacks, or that differ from what the run's last manifest says, are fetched from the archive.
@@ -210,7 +208,7 @@ def _remove_parts(folder: Path) -> None:
         remove_parts(place)
 
 
-def _compare(kept: str, recipe: Recipe, where: str, blank: bool) -> None:
+def _compare(kept: str, recipe: Recipe, where: str, folder: Path, blank: bool, say: Say) -> None:
     """Refuse a recipe that is not the one that a run was begun with; one with which nothing was made counts not.
 
     Raises:
@@ -230,23 +228,19 @@ def _compare(kept: str, recipe: Recipe, where: str, blank: bool) -> None:
         return
     if blank and tree.get("checkpoint", {}).get("path") == recipe.checkpoint.path:
         return
-    _same_recipe(parse_recipe(tree, where), recipe, where)
+    before = parse_recipe(tree, where)
+    check_same_run(before, recipe, where, lambda: _committed(before, folder))
+    if before.iterations == recipe.iterations or not (done := _committed(before, folder)):
+        return
+    change = f"iterations: {before.iterations} there, {recipe.iterations} here"
+    if not (first := _committed(recipe, folder)):
+        raise UserError(f"{where}: {change}: none of its manifests is of before the end of its phase "
+                        f"(checkpoint.keep: {before.checkpoint.keep}); choose another place")  # fmt: skip
+    if first != done:
+        say(f"{change}: the run goes on from iteration {first}, its last manifest of before the end of its phase")
 
 
-def _same_recipe(kept: Recipe, given: Recipe, where: str) -> None:
-    if kept.checkpoint.path != given.checkpoint.path:
-        place = kept.checkpoint.path or "its folder"
-        raise UserError(f"{where}: its checkpoints are in {place}, and checkpoint.path says otherwise")
-    ours, theirs = given.model_dump(mode="json"), kept.model_dump(mode="json")
-    for key in ours:
-        if key not in FREE and ours[key] != theirs[key]:
-            name = _first_difference(ours[key], theirs[key], key)
-            raise UserError(f"{where}: it holds a run of another recipe ({name}); choose another place")
-
-
-def _first_difference(ours: Any, theirs: Any, key: str) -> str:
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        for name in ours:
-            if ours[name] != theirs.get(name):
-                return _first_difference(ours[name], theirs.get(name), f"{key}.{name}")
-    return f"{key}: {theirs} there, {ours} here"
+def _committed(recipe: Recipe, folder: Path) -> int:
+    """Return the iterations of the newest manifest that is of a recipe's plan."""
+    newest = _archive(recipe, folder, "").peek()
+    return newest.iteration if newest else 0

@@ -12,6 +12,7 @@ from raydmd.config.recipe import Recipe
 from raydmd.data.prompts import PromptTable
 from raydmd.data.row_order import PromptOrder
 from raydmd.errors import UserError
+from raydmd.evaluation.validation_prompts import validation_conditions
 from raydmd.methods.registry import build_method
 from raydmd.models.base import Family
 from raydmd.models.encoding import encode, encode_rows
@@ -112,6 +113,16 @@ class PromptStream(Helper):
             rows = (np.arange(count) + start) % len(table)
             self._previewed = {(start, count): self._of_rows(rows)}
         return self._previewed[start, count]
+
+    @tracked
+    def previews(self, count: int) -> dict[str, np.ndarray]:
+        """Return the conditions of a preview's samples: those of ``monitor.prompts``, else of the first rows."""
+        if self.recipe.monitor.prompts is None:
+            return self.rows(0, count)
+        if (-1, count) not in self._previewed:
+            family = recipe_family(self.recipe)  # its text encoder is not kept
+            self._previewed = {(-1, count): to_wire(validation_conditions(self.recipe, family, count))}
+        return self._previewed[-1, count]
 
     @tracked
     def pairs(self, start: int, count: int) -> dict[str, np.ndarray]:

@@ -64,6 +64,7 @@ def read_card(serving: Serving, run: Run | None = None) -> Card:
     sizes = (family.picture_size, *(size for size in serving.sizes if size != family.picture_size))
     for size in sizes:
         family.shape_for(*size)
+    null_prompt = family.options.get("null_prompt", True)
     return Card(
         name=serving.name or Path(os.path.abspath(serving.run)).name,  # of the link, not of what it points at
         kind="video" if family.frames > 1 else "image",
@@ -83,7 +84,8 @@ def read_card(serving: Serving, run: Run | None = None) -> Card:
         revision=run.revision(),
         created=int(run.expert_file(0).stat().st_mtime),
         aliases=tuple(serving.aliases),
-        negative_prompts=serving.teacher and family.reads_text,
+        negative_prompts=serving.teacher and family.reads_text and null_prompt,
+        null_prompt=null_prompt,
     )
 
 

@@ -138,6 +138,7 @@ class Card:
         created: when they were written, in seconds since 1970.
         aliases: further names of the model.
         negative_prompts: the teacher can be given a negative prompt.
+        null_prompt: there is a null prompt, without which the teacher cannot be guided.
     """
 
     name: str
@@ -155,6 +156,7 @@ class Card:
     created: int
     aliases: tuple[str, ...] = ()
     negative_prompts: bool = False
+    null_prompt: bool = True
 
     def names(self, maker: Maker = "student") -> tuple[str, ...]:
         """Return the ids by which a maker can be asked for, its own first."""
@@ -163,6 +165,8 @@ class Card:
 
 def no_negative_prompt(card: Card) -> str:
     """Return why a model's teacher takes no negative prompt."""
+    if not card.null_prompt:
+        return f"negative_prompt: '{card.name}' has no null prompt here (teacher.options.null_prompt); leave it out"
     return f"negative_prompt: '{card.name}' has no text encoder here, and its null prompt is its own; leave it out"
 
 

@@ -22,6 +22,7 @@ from raydmd.runs.run import Run
 from raydmd.sampling.noise import renoise_key, sample_key, starting_latents
 from raydmd.sampling.phase import Phase
 from raydmd.sampling.student import Move, walk
+from raydmd.sampling.teacher import first_time, noise_at
 from raydmd.serving.contract import BadRequest, Format, Size
 from raydmd.serving.settings import Weights
 from raydmd.training.teacher import Scorer
@@ -171,13 +172,14 @@ class TeacherSteps:
         return TeacherSteps(self.scorer, steps or self.steps, scale)
 
     def walk(self, x: Tensor, conditions: Conditions, noises: list[Noise]) -> Iterator[Move]:
-        """Make the steps from ``x`` [B, ...] one by one."""
-        x = x.to(self.scorer.device)
+        """Make the steps from noise ``x`` [B, ...] one by one."""
+        times = self.scorer.times(self.steps, tuple(x.shape[1:]))
+        x = noise_at(self.family, x.to(self.scorer.device), first_time(self.family, times))
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             return self.scorer.predict(x, t, conditions, self.guidance_scale)
 
-        yield from walk(self.family, predict, self.scorer.times(self.steps, tuple(x.shape[1:])), x)
+        yield from walk(self.family, predict, times, x)
 
 
 def denoised(family: Family, move: Move) -> Tensor:

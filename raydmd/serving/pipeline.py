@@ -202,6 +202,9 @@ class Pipeline:
                          "output_format")  # fmt: skip
         if request.negative_prompt is not None and not card.negative_prompts:
             raise BadRequest(no_negative_prompt(card), "negative_prompt")
+        if request.guidance_scale not in (None, 1.0) and not card.null_prompt:
+            raise BadRequest(f"guidance_scale: '{card.name}' has no null prompt here (teacher.options.null_prompt), so "
+                             f"only 1 is possible", "guidance_scale")  # fmt: skip
         shape, most = self._offer.shapes[card.sizes.index(size)], self.serving.max_batch
         return [
             StageBatch(

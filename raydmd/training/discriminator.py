@@ -55,8 +55,8 @@ def new_heads(network: Denoiser, family: Family, recipe: Recipe, phase: int) -> 
     """
     options = discriminator_options(recipe)
     blocks = chosen_blocks(network, options.blocks, BLOCKS)
-    shape = network.feature_shape(tuple(family.latent_shape))
-    return blocks, Heads([shape] * len(blocks), options.width, integer(Key(recipe.seed, phase, "heads", 0), 2**62))
+    shapes = [network.block_shape(name, tuple(family.latent_shape)) for name in blocks]
+    return blocks, Heads(shapes, options.width, integer(Key(recipe.seed, phase, "heads", 0), 2**62))
 
 
 class Discriminator:
@@ -132,7 +132,7 @@ class Discriminator:
                 micro.append((wrong.batch_id.start, dict(zip(self.figures, values, strict=True))))
             norm = self.flat.step(gradients, self.recipe.batch.micros, collective)
         self.updates += 1
-        return UpdateStats(norm, micro, self.updates, {"teacher": broken} if broken else {})
+        return UpdateStats(norm, micro, self.updates, {"teacher": broken} if broken else {}, self.flat.lr)
 
     def vjp(self, generated: Stepped) -> Cotangents:
         """Differentiate the generator's loss by the fake score's latents ``x``."""

@@ -80,7 +80,7 @@ class Fake(ScoreNetwork):
                     raise FloatingPointError(f"{error}: nor is the fake score's loss, on samples that are") from error
                 raise  # another replica's, or too large a sum
         self.updates += 1
-        return UpdateStats(norm, micro, self.updates)
+        return UpdateStats(norm, micro, self.updates, lr=self.flat.lr)
 
     def losses(self, samples: Samples) -> tuple[torch.Tensor, dict[str, float]]:
         """Return the loss of each sample, [B], and the micro-batch's figures."""

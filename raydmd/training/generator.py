@@ -15,6 +15,7 @@ from raydmd.diffusion.random import Key, normal, uniform
 from raydmd.diffusion.schedule import broadcast
 from raydmd.models.base import Conditions, Denoiser, Family
 from raydmd.models.experts import Experts
+from raydmd.models.initial_student import initial_state
 from raydmd.objectives.distribution_matching import distribution_matching_gradient, surrogate_loss
 from raydmd.objectives.regression import regression_loss
 from raydmd.sampling.phase import Phase
@@ -64,14 +65,20 @@ class Generator:
         self._entries: dict[tuple[int, int], torch.Tensor] = {}
 
     def start_phase(self, index: int, updates: int) -> None:
-        """Make expert ``index`` from the teacher and begin to train it, with a new optimizer.
+        """Make expert ``index`` from the teacher, or from ``method.init``, and begin to train it by a new optimizer.
 
         Args:
             index: of the phase.
             updates: made so far, over all phases.
+
+        Raises:
+            UserError: ``method.init`` does not fit, or is not on this machine.
         """
         self.phase, self.updates, self.ended = self.phases[index], updates, False
         self.experts.start(index)
+        if (init := self.recipe.method.init) is not None:
+            state = initial_state(init, index, len(self.phases), self.experts.names(index))
+            self.experts.load_state(index, state)
         parameters = self.experts.trainable_parameters()
         self.flat = FlatParameters(parameters, self.recipe.optimizer.generator, self.recipe.ema)
         self._kept.clear()
@@ -160,7 +167,7 @@ class Generator:
         self.updates += 1
         self._kept.clear()  # of calls that were dropped and made again by another replica
         self._entries = {key: x for key, x in self._entries.items() if key[0] >= self.updates * self.draws}
-        return UpdateStats(norm, micro, self.updates, dict(zeroed))
+        return UpdateStats(norm, micro, self.updates, dict(zeroed), self.flat.lr)
 
     def objective(
         self, x_s: torch.Tensor, proposal: Noised, teacher: Score, fake: Score

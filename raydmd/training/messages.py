@@ -124,12 +124,14 @@ class UpdateStats:
         version: updates made with it.
         zeroed: samples of this replica's that were left out, their gradient not being finite, by the role that made
             them.
+        lr: its learning rate; None: the part does not say.
     """
 
     norm: float
     micro: list[tuple[int, dict[str, float]]]
     version: int
     zeroed: dict[str, int] = field(default_factory=dict)
+    lr: float | None = None
 
 
 def micro_batches(recipe: Recipe) -> list[MicroBatch]:

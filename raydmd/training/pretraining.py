@@ -39,8 +39,7 @@ class Pretraining:
             (loss.sum() / settings.batch).backward()
             gradients.append(self.flat.take_gradient(last=start == share[-1]))
             losses.append(float(loss.detach().mean()))
-        self.flat.lr = self._lr(iteration)
-        self.flat.step(gradients, len(starts), collective)
+        self.flat.step(gradients, len(starts), collective, self._lr(iteration))
         return sum(losses) / len(losses) if losses else math.nan
 
     def teacher(self) -> Denoiser:

@@ -12,7 +12,7 @@ from raydmd.models.base import Conditions, Denoiser, Family
 from raydmd.objectives.guidance import guided, with_norm_of
 from raydmd.sampling.noise import initial_noise, starting_latents
 from raydmd.sampling.phase import Phase
-from raydmd.sampling.teacher import cut_grid, follow_ode
+from raydmd.sampling.teacher import cut_grid, first_time, follow_ode, noise_at
 from raydmd.training.score_network import ScoreNetwork
 
 
@@ -65,12 +65,16 @@ class Scorer(ScoreNetwork):
     def sample(
         self, x: torch.Tensor, conditions: Conditions, *, steps: int, start: float | None = None, method: str = "heun"
     ) -> torch.Tensor:
-        """Follow the guided PF-ODE from ``x`` [B, ...] at time ``start`` (default: the noisiest) to 0.
+        """Follow the guided PF-ODE from ``x`` [B, ...] at time ``start`` (default: noise at the noisiest) to 0.
 
-        The grid is the teacher's own of ``steps`` steps, cut at ``start``. Returns [points, B, ...].
+        The grid is the teacher's own of ``steps`` steps, cut at ``start``; noise is taken to where that grid begins.
+        Returns [points, B, ...].
         """
-        start = self.family.schedule.t_max if start is None else start
-        times = cut_grid(self.times(steps, tuple(x.shape[1:])), start)
+        times = self.times(steps, tuple(x.shape[1:]))
+        if start is None:
+            start = first_time(self.family, times)
+            x = noise_at(self.family, x, start)
+        times = cut_grid(times, start)
 
         def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return self.predict(x, t, conditions)

@@ -10,6 +10,7 @@ from torch.optim.adamw import adamw  # torch.optim's classes import torch's comp
 
 from raydmd.config.recipe import Optimizer
 from raydmd.training.collective import Collective, exact_sum
+from raydmd.training.learning_rate import learning_rate
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -25,6 +26,11 @@ class FlatParameters:
         ema: decay of the moving average; 0 keeps none.
         unbiased: the average is over the weights after each update alone, as Adam's are, and forgets those begun with.
             An expert's average starts from the teacher's weights, which is as it should be; a new network's must not.
+
+    Attributes:
+        total: updates that will be made, by which a learning rate that falls does so; None: nobody has said.
+        lr: the learning rate of the last update.
+        version: updates made.
     """
 
     def __init__(
@@ -38,6 +44,7 @@ class FlatParameters:
         ):
             parameter.data, parameter.grad = weight, gradient
         self.settings, self.lr = settings, settings.lr
+        self.total: int | None = None
         self.moments: dict[str, torch.Tensor] = {}  # from the first update on
         self.ema, self.unbiased, self.version = ema, unbiased, 0
         self.average = self.weight.clone() if ema else self.weight
@@ -59,8 +66,14 @@ class FlatParameters:
         self.gradient.zero_()
         return taken
 
-    def step(self, gradients: list[torch.Tensor], count: int, collective: Collective) -> float:
+    def step(self, gradients: list[torch.Tensor], count: int, collective: Collective, lr: float | None = None) -> float:
         """Sum the micro-batches' gradients over replicas, clip, update, average; return the gradient's norm.
+
+        Args:
+            gradients: of this replica's micro-batches.
+            count: micro-batches of all replicas.
+            collective: the peers.
+            lr: the learning rate; None: as the settings have it.
 
         Raises:
             FloatingPointError: the gradient is not finite; weights and state are then untouched.
@@ -75,6 +88,7 @@ class FlatParameters:
         clip = self.settings.clip
         if clip is not None and norm > clip:
             self.gradient.mul_(clip / norm)
+        self.lr = learning_rate(self.settings, self.version, self.total) if lr is None else lr
         self._adamw()
         self.gradient.zero_()
         if self.ema:

@@ -122,9 +122,15 @@ def _recipe(path: Path) -> list[str]:
     Raises:
         UserError: what `raydmd distill` refuses.
     """
+    from raydmd.evaluation.validation_prompts import check_validation_prompts
     from raydmd.recipe_check import check_offline
+    from raydmd.runs.run import recipe_family
 
     try:
-        return check_offline(load_strangers_recipe(path))
+        recipe = load_strangers_recipe(path)
+        told = check_offline(recipe)
+        if "://" not in (recipe.prompts.path or "") and "://" not in (recipe.teacher.path or ""):
+            check_validation_prompts(recipe, recipe_family(recipe))
+        return told
     except UserError as error:
         raise UserError(str(error).removeprefix(f"{path}: ")) from None

@@ -22,12 +22,19 @@ OPTIONS = {
     "dmd": ["method.dmd.reference_samples=true", "method.regression.weight=0.25", "method.regression.pairs=64"],
     "dmd2": ["method.dmd2.references=64", "method.dmd2.generator_weight=0.1", "method.discriminator.width=16"],
     "tdm": [],
-    "sid": ["method.phases=2"],
+    "sid": [
+        "method.phases=2",
+        "optimizer.generator.schedule=cosine",
+        "optimizer.generator.warmup=1",
+        "optimizer.fake.schedule=linear",
+        "optimizer.fake.final=0.2",
+    ],
     "adm": [*SMALL, "method.phases=2"],
     "adp": ["method.discriminator.width=16", "method.adp.pairs=64", "optimizer.latent.lr=1e-3"],
     "dmdx": [*SMALL, "method.adp.iterations=4", "method.adp.pairs=64", "optimizer.latent.lr=1e-3"],
 }
-STOPS = {"dmd2": [5], "sid": [5], "adm": [5], "dmdx": [3, 5]}  # dmdx: in either of its stages
+SHORTER = {"tdm": 5}  # a run that is finished is then given more iterations
+STOPS = {"dmd2": [5], "sid": [5], "dmdx": [3, 5]}  # dmdx: in either of its stages
 
 
 def settings(name: str, *more: str) -> list[str]:
@@ -44,7 +51,7 @@ def two_nodes() -> Iterator[None]:
 def test_the_same_bits_with_several_workers(
     two_nodes: None, quick: Any, prompts: Any, tmp_path: Path, name: str
 ) -> None:
-    """And after stops in the middle, from which the run goes on."""
+    """And after stops in the middle, from which the run goes on, and of a run that was shorter at first."""
     data = "digits" if name != "tdm" else "ring"
     roles = build_method(quick(data, *settings(name))).roles
     several = [f"runtime.{role}={{max_workers: 2, cpus: 0.1}}" for role in roles]
@@ -57,6 +64,9 @@ def test_the_same_bits_with_several_workers(
     for until in STOPS.get(name, ()):
         assert distill(recipe, folder, console=quiet, until=until) is False
         assert_states(folder, until, reference(until).parts, build_method(recipe).trained())
+    if name in SHORTER:
+        shorter = quick(data, *settings(name, *several), f"iterations={SHORTER[name]}")
+        assert distill(shorter, folder, console=quiet) is True
     assert distill(recipe, folder, console=quiet) is True
     experts = reference().experts
     assert len(experts) == len(build_method(recipe).phases(family.schedule.t_max))

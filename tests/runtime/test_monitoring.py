@@ -23,7 +23,8 @@ from raydmd.runtime.observability.recorder import Recorder
 
 LINE = {
     "phase": 2, "iteration": 3, "loss_fake": 0.75, "loss_discriminator": 0.5, "generator_grad_norm": 1.5,
-    "fake_grad_norm": None, "staleness": 1, "samples": 64, "seconds": 0.4, "zeroed_samples": {"teacher": 2},
+    "fake_grad_norm": None, "generator_learning_rate": 2e-4, "fake_learning_rate": None, "staleness": 1,
+    "samples": 64, "seconds": 0.4, "zeroed_samples": {"teacher": 2},
     "roles": {"teacher": {"busy_seconds": 0.2, "workers": 2}, "fake": {"busy_seconds": 0.4, "workers": 1}},
 }  # fmt: skip
 DASHBOARD = json.loads((CLUSTER / "grafana.json").read_text())
@@ -129,6 +130,7 @@ def test_the_values(scraped: dict[str, Metric]) -> None:
     assert values(scraped, "ray_raydmd_recovery_seconds_count", "role") == {("fake",): 1, ("generator",): 1}
     assert values(scraped, "ray_raydmd_loss", "loss") == {("fake",): 0.75, ("discriminator",): 0.5}
     assert values(scraped, "ray_raydmd_gradient_norm", "role") == {("generator",): 1.5}
+    assert values(scraped, "ray_raydmd_learning_rate", "role") == {("generator",): 2e-4}
     single = {"staleness": 1, "queue_depth": 7,
               "checkpoint_bytes": 4096, "checkpoint_seconds": 0.25}  # fmt: skip
     assert {name: values(scraped, f"ray_raydmd_{name}")[()] for name in single} == single

@@ -27,7 +27,7 @@ from raydmd.runs.folders import expert_file
 from raydmd.runs.run import recipe_family
 from raydmd.runtime.checkpoint.manager import Archive
 
-ITERATIONS = 120
+ITERATIONS = 60
 RECIPE = [
     f"iterations={ITERATIONS}", "batch.size=16", "batch.micro=4", "method.fake_updates=3", "checkpoint.every=4",
     "monitor.samples_every=0", "monitor.tensorboard=false",

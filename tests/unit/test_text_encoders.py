@@ -9,6 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import yaml
 from local_serving import newer, pixels, serving
 from run_folders import make_run
 from test_large_families import SHAPES, WIDTH, large_recipe
@@ -167,3 +168,19 @@ def test_newer_weights_keep_the_text_encoder(runs: dict[str, Path], tmp_path: Pa
 def test_generate_takes_any_text(runs: dict[str, Path], tmp_path: Path) -> None:
     assert command(["generate", str(runs["qwen_image"]), "--prompt", TEXT, "-n", "1", "--out", str(tmp_path)]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["a-red-fox-in-the-snow-0-0.png"]
+
+
+def test_without_the_null_prompt_the_teacher_is_served_without_guidance(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs["qwen_image"], run)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["teacher"]["guidance_scale"] = 1.0
+    recipe["teacher"]["options"]["null_prompt"] = False
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    pipeline = local_pipeline(serving(run, teacher=True, teacher_steps=1))
+    ask = GenerationRequest(TEXT, 1, 5, "teacher")
+    assert len(asyncio.run(pipeline.make(ask)).pictures) == 1
+    with pytest.raises(BadRequest, match="guidance_scale: 'run' has no null prompt here .* only 1 is possible"):
+        asyncio.run(pipeline.make(replace(ask, guidance_scale=2.0)))
+    with pytest.raises(BadRequest, match="negative_prompt: 'run' has no null prompt here"):
+        asyncio.run(pipeline.make(replace(ask, negative_prompt="a fox")))

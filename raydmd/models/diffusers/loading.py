@@ -1,6 +1,7 @@
 """Loading diffusers' models and pipelines from a folder, with errors of one line."""
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ def load_model(class_name: str, folder: Path, variant: str | None, dtype: torch.
         raise UserError(f"teacher.path: cannot load '{folder}': {one_line(error)}") from error
 
 
-def load_text_pipeline(class_name: str, root: Path, variant: str, dtype: torch.dtype) -> Any:
+def load_text_pipeline(
+    class_name: str, root: Path, variant: str, dtype: torch.dtype, absent: Sequence[str] = ()
+) -> Any:
     """Load a pipeline with nothing in it but what encodes prompts.
 
     Args:
@@ -48,6 +51,7 @@ def load_text_pipeline(class_name: str, root: Path, variant: str, dtype: torch.d
         root: the pipeline's folder.
         variant: of the weights' files, of those parts that have it; empty: of none.
         dtype: of the text encoders' weights.
+        absent: text encoders that are not there, and left out with their tokenizers.
 
     Raises:
         UserError: it cannot be loaded.
@@ -56,6 +60,7 @@ def load_text_pipeline(class_name: str, root: Path, variant: str, dtype: torch.d
 
     kind = getattr(diffusers, class_name)
     without: dict[str, Any] = {name: None for name in OTHERS if name in inspect.signature(kind).parameters}
+    without |= {name: None for part in absent for name in (part, part.replace("text_encoder", "tokenizer"))}
     without["variant"] = variant_of(root / "text_encoder", variant)
     try:
         pipeline = kind.from_pretrained(root, torch_dtype=dtype, use_safetensors=True, **without)

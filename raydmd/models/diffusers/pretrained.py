@@ -21,6 +21,7 @@ from raydmd.models.diffusers.loading import ENCODER, load_model, load_text_pipel
 from raydmd.models.diffusers.sampler_grid import sampler_grid
 from raydmd.models.diffusers.student_sampler import SampledByDiffusers
 from raydmd.models.diffusers.teacher_folder import CONFIG, TeacherFolder, find_teacher
+from raydmd.models.diffusers.teacher_lora import fuse_teacher_lora, lora_files, read_lora
 from raydmd.models.diffusers.weight_files import check_weights, meta_network, read_json, variant_of, weight_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,6 +47,7 @@ class PretrainedFamily(SampledByDiffusers, Family):
     - ``subfolder``: of the network in a pipeline's folder;
     - ``variant``: of the weights' files, e.g. ``fp16``;
     - ``negative_prompt``: the null prompt's text, where prompts are encoded as they come;
+    - ``null_prompt``: whether prompts come with the null prompt's columns; not needed at a guidance scale of 1;
     - ``gradient_checkpointing``: recompute blocks in the backward pass, for memory.
     """
 
@@ -56,9 +58,11 @@ class PretrainedFamily(SampledByDiffusers, Family):
     widths: ClassVar[Mapping[str, str]]  # of columns of the prompts: the key of the network's config that says it
     patch: ClassVar[tuple[int, int, int]] = (1, 2, 2)  # as `patches`, where the network's config is not there or silent
     gives_sigmas: ClassVar[bool] = False  # whether the pipeline gives its scheduler sigmas and mu
+    gives_mu: ClassVar[bool] = False  # whether it gives mu without sigmas
+    optional_encoders: ClassVar[tuple[str, ...]] = ()  # parts that encode prompts, and that the pipeline can do without
     defaults: ClassVar[Mapping[str, Any]] = {
         "latent_shape": None, "dtype": "float32", "subfolder": "transformer", "negative_prompt": "",
-        "gradient_checkpointing": False, "variant": "",
+        "gradient_checkpointing": False, "variant": "", "null_prompt": True,
     }  # fmt: skip
 
     def __init__(self, path: str | None = None, options: Mapping[str, Any] | None = None) -> None:
@@ -71,10 +75,13 @@ class PretrainedFamily(SampledByDiffusers, Family):
         if self.options["dtype"] not in DTYPES:
             dtype = self.options["dtype"]
             raise UserError(f"teacher.options.dtype: no '{dtype}'{nearest(dtype, DTYPES)}")
+        self._lora: str | None = None
         self._snapshot: TeacherFolder | None = None
         self._vae: Any = None
         self._pipeline: Any = None  # text encoder and tokenizer alone
         self._null: dict[str, np.ndarray] = {}
+        if not self.options.get("null_prompt", True):
+            self.condition_columns = [name for name in self.condition_columns if not name.startswith(NEGATIVE)]
 
     # What a family's file may say otherwise.
 
@@ -102,11 +109,19 @@ class PretrainedFamily(SampledByDiffusers, Family):
         """Return ``prompt_embeds`` [B, L, D], float32, and what belongs to it."""
         raise NotImplementedError
 
+    def _encode_null(self, pipeline: Any) -> dict[str, np.ndarray]:
+        """Return the same of the null prompt, for one row."""
+        return self._encode(pipeline, [self.options["negative_prompt"]])
+
     def _read_grid(self, config: Mapping[str, Any]) -> Grid:
         """Read the law of its own sampler's times from its scheduler_config.json."""
-        return sampler_grid(config, sigmas_given=self.gives_sigmas)
+        return sampler_grid(config, sigmas_given=self.gives_sigmas, mu_given=self.gives_mu)
 
     # The network.
+
+    def use_lora(self, path: str) -> None:
+        """Have a LoRA fused into the network when it is loaded."""
+        self._lora = path
 
     def load_teacher(self) -> Denoiser:
         """Load the frozen network with diffusers' ``from_pretrained``.
@@ -116,7 +131,10 @@ class PretrainedFamily(SampledByDiffusers, Family):
         """
         self.check_teacher()
         variant, dtype = self.options["variant"] or None, DTYPES[self.options["dtype"]]
-        denoiser = self._wrap(load_model(self.network_class, self.teacher_folder().network, variant, dtype))
+        network = load_model(self.network_class, self.teacher_folder().network, variant, dtype)
+        if self._lora is not None:
+            fuse_teacher_lora(network, read_lora(self._lora, self.pipeline_class, self.denoiser.component, network))
+        denoiser = self._wrap(network)
         denoiser.requires_grad_(False).eval()
         if self.options["gradient_checkpointing"]:
             denoiser.checkpoint_activations(checkpoint)
@@ -140,6 +158,8 @@ class PretrainedFamily(SampledByDiffusers, Family):
         folder.fetch_weights(self.options["variant"])
         files = weight_files(folder.network, self.options["variant"])
         check_weights(folder.network, files, network)
+        if self._lora is not None:
+            read_lora(self._lora, self.pipeline_class, self.denoiser.component, network)
 
     def _meta_network(self) -> Any:
         import diffusers
@@ -177,10 +197,11 @@ class PretrainedFamily(SampledByDiffusers, Family):
         return found
 
     def teacher_files(self) -> dict[str, Path]:
-        """Return the network's config and weights, and what of the pipeline training depends on."""
+        """Return the network's config and weights, a LoRA's, and what of the pipeline training depends on."""
         folder = self.teacher_folder()
         folder.fetch_weights(self.options["variant"])
-        return folder.files(weight_files(folder.network, self.options["variant"]))
+        lora = {} if self._lora is None else lora_files(self._lora)
+        return {**folder.files(weight_files(folder.network, self.options["variant"])), **lora}
 
     def teacher_revision(self) -> str | None:
         """Return the hub's commit, of a teacher from there."""
@@ -209,7 +230,8 @@ class PretrainedFamily(SampledByDiffusers, Family):
         Columns with a mask are padded with zeros, and masked, to one length.
         """
         conditions = {name: self._embeddings(rows, name) for name in self.condition_columns if name in rows}
-        require_column(rows, "prompt_embeds")
+        for name in self.widths:
+            require_column(rows, name)
         masked = [name for name in conditions if f"{name}_mask" in self.condition_columns]
         length = max((conditions[name].shape[1] for name in masked), default=0)
         for name in masked:
@@ -234,6 +256,9 @@ class PretrainedFamily(SampledByDiffusers, Family):
         Raises:
             UserError: the prompts came without it.
         """
+        if not self.options.get("null_prompt", True):
+            raise UserError("teacher.options.null_prompt: guidance (teacher.guidance_scale other than 1) needs the "
+                            "null prompt; set it to true")  # fmt: skip
         nulls = [name for name in self.condition_columns if name.startswith(NEGATIVE)]
         if missing := [name for name in nulls if name not in conditions]:
             raise UserError(f"prompts: guidance needs the null prompt in column '{missing[0]}'")
@@ -281,11 +306,11 @@ class PretrainedFamily(SampledByDiffusers, Family):
                 raise UserError(f"teacher.path: '{self.path}' has no text_encoder/config.json to encode prompts with")
             self._fetch(*ENCODER)
             dtype, variant = DTYPES[self.options["dtype"]], self.options["variant"]
-            self._pipeline = load_text_pipeline(self.pipeline_class, self._root(), variant, dtype)
+            absent = [part for part in self.optional_encoders if not self._has_part(part)]
+            self._pipeline = load_text_pipeline(self.pipeline_class, self._root(), variant, dtype, absent)
         pipeline = self._pipeline.to(device)
-        if not self._null:
-            null = self._encode(pipeline, [self.options["negative_prompt"]])
-            self._null = {f"{NEGATIVE}{name}": rows for name, rows in null.items()}
+        if not self._null and self.options.get("null_prompt", True):
+            self._null = {f"{NEGATIVE}{name}": rows for name, rows in self._encode_null(pipeline).items()}
         null = {name: np.repeat(rows, len(prompts), axis=0) for name, rows in self._null.items()}
         return {**self._encode(pipeline, list(prompts)), **null}
 

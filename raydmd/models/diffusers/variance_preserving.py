@@ -8,13 +8,19 @@ from torch import Tensor
 
 from raydmd.diffusion.schedule import Prediction, VariancePreserving
 from raydmd.errors import UserError, nearest
-from raydmd.models.diffusers.discrete_grid import DiscreteGrid, discrete_grid
+from raydmd.models.diffusers.discrete_grid import SPACINGS, DiscreteGrid, discrete_grid
 from raydmd.models.diffusers.pretrained import PretrainedFamily
 from raydmd.models.diffusers.sampler_grid import SCHEDULER_FILE
 from raydmd.models.diffusers.student_sampler import Sampler
 
 PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 """Of a scheduler's config, what says the process and the prediction."""
+OTHERS = (
+    "DEISMultistepScheduler", "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler", "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler", "LMSDiscreteScheduler",
+    "TCDScheduler", "UniPCMultistepScheduler",
+)  # fmt: skip
+"""Schedulers of the same process whose times are not followed."""
 PREDICTIONS: Mapping[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
@@ -33,8 +39,15 @@ class VariancePreservingFamily(PretrainedFamily):
         """The process of the scheduler's betas.
 
         Raises:
-            UserError: the betas are of a law that is not known here, or of no process.
+            UserError: the scheduler is of another process, or its betas are of a law that is not known here.
         """
+        kind = self._process.get("_class_name")
+        flow = any(self._process.get(key) for key in ("use_flow_sigmas", "use_dynamic_shifting"))
+        continuous = self._process.get("timestep_type", "discrete") != "discrete"
+        if kind not in (*SPACINGS, *OTHERS) or flow or continuous:
+            of = "of flow sigmas" if flow else "of timestep_type continuous" if continuous else f"a {kind}"
+            raise UserError(f"teacher.path: {SCHEDULER_FILE} is {of}; family '{self.name}' takes one of a discrete "
+                            f"variance-preserving process ({', '.join(SPACINGS)})")  # fmt: skip
         try:
             return VariancePreserving.from_diffusers(self._process)
         except (UserError, TypeError, ValueError) as error:
@@ -45,11 +58,14 @@ class VariancePreservingFamily(PretrainedFamily):
         """What the network predicts, by ``prediction_type``.
 
         Raises:
-            UserError: something that is not known here.
+            UserError: something that is not known here, or eps of a process that ends in noise alone.
         """
         kind = self._process.get("prediction_type", "epsilon")
         if kind not in PREDICTIONS:
             raise UserError(f"teacher.path: {SCHEDULER_FILE}: no prediction_type '{kind}'{nearest(kind, PREDICTIONS)}")
+        if kind == "epsilon" and not float(self.schedule.alpha(self.schedule.t_max)):
+            raise UserError(f"teacher.path: {SCHEDULER_FILE}: prediction_type epsilon does not go with "
+                            f"rescale_betas_zero_snr: where only noise is left, eps does not tell x_0")  # fmt: skip
         return PREDICTIONS[kind]
 
     def _read_grid(self, config: Mapping[str, Any]) -> DiscreteGrid:

@@ -75,12 +75,12 @@ class WanFamily(PretrainedFamily):
         **PretrainedFamily.defaults, "latent_shape": [16, 21, 60, 104], "image_channels": 0,
     }  # fmt: skip
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+    condition_columns = ["prompt_embeds", "negative_prompt_embeds"]
 
     def __init__(self, path: str | None = None, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(path, options)
-        self.condition_columns = ["prompt_embeds", "negative_prompt_embeds"]
         if self.options["image_channels"]:
-            self.condition_columns.append("image_latents")
+            self.condition_columns = [*self.condition_columns, "image_latents"]
 
     @property
     def pipelines(self) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "raydmd_staleness": ("generator versions between a rollout and its use", ()),
     "raydmd_loss": ("a trained role's loss: fake, discriminator, latent ...", ("loss",)),
     "raydmd_gradient_norm": ("norm of a trained role's gradient before clipping", ("role",)),
+    "raydmd_learning_rate": ("learning rate of a trained role's last update", ("role",)),
     "raydmd_queue_depth": ("calls sent and not finished", ()),
     "raydmd_checkpoint_bytes": ("bytes of the newest checkpoint", ()),
     "raydmd_checkpoint_seconds": ("seconds that the newest checkpoint took to write", ()),
@@ -90,6 +91,8 @@ class Metrics:
                 self._set("raydmd_loss", value, loss=key.removeprefix("loss_"))
             elif key.endswith("_grad_norm"):
                 self._set("raydmd_gradient_norm", value, role=key.removesuffix("_grad_norm"))
+            elif key.endswith("_learning_rate"):
+                self._set("raydmd_learning_rate", value, role=key.removesuffix("_learning_rate"))
 
     def queue(self, depth: int) -> None:
         """Report how many calls are sent and not finished."""

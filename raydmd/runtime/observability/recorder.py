@@ -20,6 +20,7 @@ from raydmd.methods.program import trace_method
 from raydmd.progress import time_left
 from raydmd.runtime.checkpoint.lock import Claim
 from raydmd.runtime.observability.metrics import Metrics, run_label
+from raydmd.runtime.observability.weights_and_biases import WandbRun, is_wanted
 from raydmd.runtime.recovery.state import RunState
 from raydmd.runtime.workers.base import CallStats
 from raydmd.training.zeroed import in_words
@@ -44,6 +45,7 @@ class Recorder:
 
     Raises:
         StorageError: the disk is full or gone.
+        UserError: the run cannot be begun in Weights & Biases.
     """
 
     def __init__(
@@ -57,10 +59,13 @@ class Recorder:
         self._events = LineWriter(folder / "events.jsonl")
         self._metrics: LineWriter | None = None
         self._board: SummaryWriter | None = None
+        self._wandb = WandbRun(recipe, folder, self.say) if is_wanted(recipe) else None
         self.exported = Metrics(run_label(folder))
         roles = self.trace.method.roles
         self.shown = [  # what is drawn of a line
-            key for role in self.trace.method.trained() for key in (*roles[role].part.figures, f"{role}_grad_norm")
+            key
+            for role in self.trace.method.trained()
+            for key in (*roles[role].part.figures, f"{role}_grad_norm", f"{role}_learning_rate")
         ]
         self._zeroed_event = self._zeroed_warning = -ZEROED_EVERY  # the iterations of the last ones
         self._since = time.perf_counter()
@@ -145,6 +150,7 @@ class Recorder:
             updates = [s.figures for s in call_stats if s.role == role and s.figures is not None]
             micro = [row for figures in updates for row in figures.micro]
             line |= {f"{role}_version": version, f"{role}_grad_norm": _mean(figures.norm for figures in updates)}
+            line[f"{role}_learning_rate"] = max(((s.version, s.lr) for s in updates), default=(0, None))[1]
             for name in self.trace.method.roles[role].part.figures:
                 line[name] = _mean(value for _, value in sorted((start, row[name]) for start, row in micro))
             for figures in updates:
@@ -179,8 +185,11 @@ class Recorder:
         image = grid(pictures)
         with replacing(path) as part:
             image.save(part, format="PNG")
+        kind, _, number = name.partition("-")
         if self._board is not None:
-            self._board.add_image(name.split("-")[0], np.asarray(image.convert("RGB")), dataformats="HWC")
+            self._board.add_image(kind, np.asarray(image.convert("RGB")), dataformats="HWC")
+        if self._wandb is not None:
+            self._wandb.picture(kind, np.asarray(image.convert("RGB")), int(number) - 1 if number else 0)
 
     def close(self) -> None:
         """Finish all records; what TensorBoard still holds is lost where the disk is full or gone."""
@@ -188,6 +197,8 @@ class Recorder:
         if self._metrics is not None:
             self._metrics.close()
         self._events.close()
+        if self._wandb is not None:
+            self._wandb.close()
         if self._board is not None:
             try:
                 self._board.close()
@@ -233,17 +244,14 @@ class Recorder:
             self.say(
                 f"phase {line['phase']}  {done}/{self.total}  {figures}  {line['seconds']:.2f} s an iteration, {left}"
             )
+        drawn = {key: line[key] for key in (*self.shown, "seconds") if line[key] is not None}
+        drawn |= {f"utilisation/{role}": share for role, share in used.items()}
         if self._board is not None:
             with writing(self.folder / "tensorboard"):
-                self._draw(line, used)
-
-    def _draw(self, line: dict[str, Any], used: dict[str, float]) -> None:
-        if self._board is not None:
-            for key in (*self.shown, "seconds"):
-                if line[key] is not None:
-                    self._board.add_scalar(key, line[key], line["iteration"])
-            for role, share in used.items():
-                self._board.add_scalar(f"utilisation/{role}", share, line["iteration"])
+                for key, value in drawn.items():
+                    self._board.add_scalar(key, value, line["iteration"])
+        if self._wandb is not None:
+            self._wandb.figures(line["iteration"], drawn)
 
 
 def _mean(values: Iterable[float]) -> float | None:

@@ -20,6 +20,7 @@ from raydmd.data.trajectories import Pairs
 from raydmd.errors import RunError, UserError
 from raydmd.methods.base import Frozen, Method
 from raydmd.methods.pairs import folder_pairs
+from raydmd.methods.program import plan_updates
 from raydmd.methods.registry import build_method, plan_phases
 from raydmd.runs.run import recipe_family
 from raydmd.runtime.checkpoint.shards import LabelledTensors
@@ -246,8 +247,12 @@ class TrainerWorker(Worker):
         if self._phase != index:
             with self.turn("start_phase"):
                 self._phase = -1  # it stands nowhere until all of the phase's part is made
-                self.part.start_phase(index, updates)
+                self._start_phase(index, updates)
                 self._phase = index
+
+    def _start_phase(self, index: int, updates: int) -> None:
+        self.part.start_phase(index, updates)
+        plan_updates(self.part, self.recipe, self.role, index)
 
     def produce(
         self, name: str, micros: list[MicroBatch], at: int, ahead: int, arguments: tuple[Any, ...], *inputs: Any
@@ -290,7 +295,7 @@ class TrainerWorker(Worker):
         """Stand in phase ``index`` after ``updates`` steps, where ``state`` was given; None: at the phase's begin."""
         with self.turn("take_over"):
             self._phase = -1  # it stands nowhere until it has all of the state
-            self.part.start_phase(index, 0)
+            self._start_phase(index, 0)
             if state is not None:
                 self.part.flat.load_state(from_wire(state))
             self._phase, self.part.updates = index, updates
