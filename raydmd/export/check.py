@@ -22,6 +22,7 @@ from raydmd.export.pipeline_folder import INDEX, link_part, write_pipeline
 from raydmd.export.plan import HALF_DIFFERENCE, LARGEST_DIFFERENCE, Plan, make_plan
 from raydmd.models.base import Conditions
 from raydmd.models.diffusers.pretrained import NEGATIVE
+from raydmd.models.diffusers.weight_files import read_json
 from raydmd.runs.run import Run
 from raydmd.sampling.noise import initial_noise
 from raydmd.sampling.student import sample_student
@@ -203,7 +204,12 @@ def _base(plan: Plan, folder: Path) -> str:
     """Return the teacher's pipeline for adapters: its own folder, or one around it where that has no model_index."""
     teacher = plan.family.teacher_folder()
     teacher.fetch_weights(plan.family.options["variant"])
-    if plan.format == "diffusers" or (teacher.root / INDEX).is_file():
+    if plan.format == "diffusers":
+        return ""  # the folder has all of it
+    if (teacher.root / INDEX).is_file():
+        networks = (plan.component, plan.family.second_network)
+        parts = [name for name, kind in read_json(teacher.root / INDEX).items() if isinstance(kind, list)]
+        teacher.fetch([f"{part}/*" for part in parts if part not in networks])
         return str(teacher.root.resolve())
     write_pipeline(plan, folder, {plan.component: plan.family.network_class}, {})
     link_part(teacher.network, folder / plan.component, plan.family.options["variant"])

@@ -318,3 +318,13 @@ def test_an_export_that_samples_otherwise_is_not_written(exports: Exports, tmp_p
     with pytest.raises(RunError, match="samples the export otherwise than the run: latents by 2e-05"):
         export_run(exports.runs["wan", "lora"], "lora", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_difference_of_a_folder(exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = ("wan", "lora", "peft")
+    asked: list[Plan] = []
+    monkeypatch.setattr(checking, "compare", lambda plan, folder: (asked.append(plan), exports.found[key])[1])
+    assert checking.difference(exports.runs[key[:2]].folder, exports.folders[key]) == exports.found[key].latents
+    assert (asked[0].format, asked[0].dtype) == ("peft", "float32")
+    with pytest.raises(UserError, match="is no export: export.json"):
+        checking.difference(exports.runs[key[:2]].folder, tmp_path)
