@@ -166,3 +166,12 @@ class FluxFamily(PretrainedFamily):
         if "embedded_guidance" in self.given and not config.guidance_embeds:
             raise UserError(f"teacher.options.embedded_guidance: the transformer in '{self.path}' takes no guidance "
                             f"(guidance_embeds is false, as schnell's); leave it out")  # fmt: skip
+
+    @property
+    def unguided(self) -> Mapping[str, Any]:  # type: ignore[override]
+        """The pipeline's ``guidance_scale`` is the network's input, not classifier-free guidance."""
+        return {"guidance_scale": float(self.options["embedded_guidance"])}
+
+    def pipeline_latents(self, latents: Tensor) -> Tensor:
+        """Return tokens [B, N, 4 C]."""
+        return pack(latents, PACK)

@@ -137,3 +137,7 @@ class Flux2KleinFamily(PretrainedFamily):
         if takes != self.latent_shape[0]:
             raise UserError(f"teacher.options.latent_shape: the teacher takes {takes} channels, not "
                             f"{self.latent_shape[0]} (those of the VAE's patches)")  # fmt: skip
+
+    def stepped_latents(self, latents: Tensor) -> Tensor:
+        """Return tokens [B, N, C]: the pipeline takes latents as they are, and packs them itself."""
+        return latents.flatten(2).transpose(1, 2)

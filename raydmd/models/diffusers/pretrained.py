@@ -19,6 +19,7 @@ from raydmd.models.diffusers.denoiser import PretrainedDenoiser, checkpoint, wit
 from raydmd.models.diffusers.hub import HUB
 from raydmd.models.diffusers.loading import ENCODER, load_model, load_text_pipeline
 from raydmd.models.diffusers.sampler_grid import sampler_grid
+from raydmd.models.diffusers.student_sampler import SampledByDiffusers
 from raydmd.models.diffusers.teacher_folder import ALONE, CONFIG, TeacherFolder, find_teacher
 from raydmd.models.diffusers.teacher_lora import fuse_teacher_lora, lora_files, read_lora
 from raydmd.models.diffusers.weight_files import (
@@ -42,7 +43,7 @@ class Grid(Protocol):
         ...
 
 
-class PretrainedFamily(Family):
+class PretrainedFamily(SampledByDiffusers, Family):
     """A family whose teacher is a diffusers model: a pipeline's folder, the network's own, or ``hf://owner/name``.
 
     What a network's kind decides, its family's file says: the classes, the process (`schedule`, ``prediction``), the

@@ -72,6 +72,7 @@ class QwenImageFamily(PretrainedFamily):
     text_tokens = TOKENS
     gives_sigmas: ClassVar[bool] = True
     guidance_rescale = "norm"
+    unguided: ClassVar[Mapping[str, Any]] = {"true_cfg_scale": 1.0}
     defaults: ClassVar[Mapping[str, Any]] = {
         **PretrainedFamily.defaults, "latent_shape": [16, 1, 166, 166], "negative_prompt": " ",
     }  # fmt: skip
@@ -129,3 +130,11 @@ class QwenImageFamily(PretrainedFamily):
         if max(patches) > 2 * POSITIONS:
             raise UserError(f"teacher.options.latent_shape: {patches} patches along the sides, but the teacher has "
                             f"{2 * POSITIONS} positions along each")  # fmt: skip
+
+    def pipeline_latents(self, latents: Tensor) -> Tensor:
+        """Return tokens [B, N, 4 C]."""
+        return pack(latents)
+
+    def original_layer(self, layer: str) -> str:
+        """Return the name as it is: diffusers' names are the model's own."""
+        return layer

@@ -1,15 +1,20 @@
 """Families whose network counts the steps of a discrete variance-preserving process (Stable Diffusion, CogVideoX)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from raydmd.diffusion.schedule import Prediction, VariancePreserving
 from raydmd.errors import UserError, nearest
 from raydmd.models.diffusers.discrete_grid import SPACINGS, DiscreteGrid, discrete_grid
 from raydmd.models.diffusers.pretrained import PretrainedFamily
 from raydmd.models.diffusers.sampler_grid import SCHEDULER_FILE
+from raydmd.models.diffusers.student_sampler import Sampler
 
+PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+"""Of a scheduler's config, what says the process and the prediction."""
 OTHERS = (
     "DEISMultistepScheduler", "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler", "HeunDiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler", "LMSDiscreteScheduler",
@@ -66,3 +71,22 @@ class VariancePreservingFamily(PretrainedFamily):
     def _read_grid(self, config: Mapping[str, Any]) -> DiscreteGrid:
         """Read the law of the timesteps."""
         return discrete_grid(config, self.schedule)
+
+    def student_samplers(self, times: Sequence[float]) -> list[Sampler]:
+        """Return Euler's method on the process, by a pipeline that takes ``timesteps``.
+
+        Its steps in x / alpha are the student's. Spacing ``leading`` is what has it begin at normal numbers
+        (``init_noise_sigma``); the timesteps themselves are given.
+        """
+        config = {key: self._process[key] for key in PROCESS if key in self._process}
+        timesteps = [round(float(self.schedule.timestep_of(t)), 6) for t in times[:-1]]
+        call = {"num_inference_steps": len(timesteps), "timesteps": timesteps}
+        return [Sampler("EulerDiscreteScheduler", {**config, "timestep_spacing": "leading", "steps_offset": 1}, call)]
+
+    def noise_levels(self, times: Tensor) -> Tensor:
+        """Return sigma / alpha at times [N]."""
+        return self.schedule.sigma(times) / self.schedule.alpha(times)
+
+    def network_timesteps(self, times: Tensor) -> Tensor:
+        """Return the timesteps of the discrete process."""
+        return self.schedule.timestep_of(times)

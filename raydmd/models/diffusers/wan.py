@@ -1,6 +1,6 @@
 """Wan 2.1 and 2.2 (text or image to video, text to image): diffusers' WanTransformer3DModel behind the protocol."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,6 +12,7 @@ from raydmd.models.base import Conditions, require_column
 from raydmd.models.diffusers.autoencoder import WanAutoencoder
 from raydmd.models.diffusers.denoiser import PretrainedDenoiser
 from raydmd.models.diffusers.pretrained import PretrainedFamily
+from raydmd.models.diffusers.student_sampler import Sampler, wan_samplers
 from raydmd.models.diffusers.teacher_folder import SECOND, read_index
 from raydmd.models.diffusers.two_networks import TwoNetworkDenoiser
 
@@ -19,6 +20,12 @@ TIMESTEPS = 1000.0
 """Wan's network counts time from 0 to 1000."""
 TOKENS = 512
 """Of a prompt, padded with zeros."""
+ORIGINAL = {
+    "attn1.to_q": "self_attn.q", "attn1.to_k": "self_attn.k", "attn1.to_v": "self_attn.v",
+    "attn1.to_out.0": "self_attn.o", "attn2.to_q": "cross_attn.q", "attn2.to_k": "cross_attn.k",
+    "attn2.to_v": "cross_attn.v", "attn2.to_out.0": "cross_attn.o", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2",
+}  # fmt: skip
+"""Names of a block's layers in Wan's own code."""
 
 
 class WanDenoiser(PretrainedDenoiser):
@@ -67,6 +74,7 @@ class WanFamily(PretrainedFamily):
     autoencoder = WanAutoencoder
     widths: ClassVar[Mapping[str, str]] = {"prompt_embeds": "text_dim"}
     text_tokens = TOKENS
+    second_network: ClassVar[str | None] = "transformer_2"
     defaults: ClassVar[Mapping[str, Any]] = {
         **PretrainedFamily.defaults, "latent_shape": [16, 21, 60, 104], "image_channels": 0,
     }  # fmt: skip
@@ -171,3 +179,18 @@ class WanFamily(PretrainedFamily):
         if max(tokens) > config.rope_max_seq_len:
             raise UserError(f"teacher.options.latent_shape: {list(shape[1:])} makes {tokens} patches along the axes, "
                             f"but the teacher has {config.rope_max_seq_len} positions along each")  # fmt: skip
+
+    def student_samplers(self, times: Sequence[float]) -> list[Sampler]:
+        """Return samplers for WanPipeline, which takes no sigmas."""
+        return wan_samplers(times)
+
+    def original_layer(self, layer: str) -> str:
+        """Return the name in Wan's own code.
+
+        Raises:
+            UserError: a layer outside the blocks.
+        """
+        blocks, number, rest = (*layer.split(".", 2), "", "")[:3]
+        if blocks != "blocks" or rest not in ORIGINAL:
+            return super().original_layer(layer)
+        return f"blocks.{number}.{ORIGINAL[rest]}"

@@ -73,6 +73,7 @@ class ZImageFamily(PretrainedFamily):
     widths: ClassVar[Mapping[str, str]] = {"prompt_embeds": "cap_feat_dim"}
     patch: ClassVar[tuple[int, int, int]] = (1, PATCH, PATCH)
     gives_sigmas: ClassVar[bool] = True
+    unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 0.0}
     defaults: ClassVar[Mapping[str, Any]] = {**PretrainedFamily.defaults, "latent_shape": [16, 128, 128]}
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
     condition_columns = [

@@ -1,0 +1,45 @@
+"""The format ``lightning``: single files with the model's own names, as Lightning releases and ComfyUI have them."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from raydmd.atomic import write_bytes
+from raydmd.export.loading_code import loading_code
+from raydmd.export.plan import Plan
+from raydmd.models.diffusers.pretrained import DTYPES
+
+PREFIX = "diffusion_model."  # ComfyUI's, before the layers' names
+TWO = ("high_noise_model.safetensors", "low_noise_model.safetensors")  # as Wan2.2-Lightning names its files
+
+
+def write(plan: Plan, folder: Path) -> None:
+    """Write a file an expert into ``folder``: ``lora_down`` [r, in], ``lora_up`` [out, r] and ``alpha`` of each layer.
+
+    Raises:
+        StorageError: the disk is full or gone.
+    """
+    for file, state in zip(file_names(plan), plan.states, strict=True):
+        dtype, tensors = DTYPES[plan.dtype], {}
+        for layer, (down, up) in plan.layers(state).items():
+            name = f"{PREFIX}{plan.family.original_layer(layer)}"
+            tensors[f"{name}.lora_down.weight"] = down.to(dtype).contiguous()
+            tensors[f"{name}.lora_up.weight"] = up.to(dtype).contiguous()
+            tensors[f"{name}.alpha"] = torch.tensor(float(plan.adapter.alpha))
+        write_bytes(folder / file, save(tensors, {"format": "pt"}))
+
+
+def code(plan: Plan) -> str:
+    """Return the lines that load it with diffusers, which turns the names back."""
+    loads = [
+        f'pipe.load_lora_weights(folder, weight_name="{file}", adapter_name="{name}")'
+        for file, name in zip(file_names(plan), plan.names, strict=True)
+    ]
+    return loading_code(plan, loads)
+
+
+def file_names(plan: Plan) -> tuple[str, ...]:
+    """Return the experts' files in order."""
+    count = len(plan.phases)
+    return ("lora.safetensors",) if count == 1 else TWO if count == 2 else tuple(f"{n}.safetensors" for n in plan.names)
