@@ -23,6 +23,7 @@ SPACINGS: Mapping[str, str] = {  # schedulers that are followed, and their times
 }
 DPM = "DPMSolverMultistepScheduler"
 KNOWN = ("leading", "linspace", "trailing")
+NEVER_CLIP = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")  # whatever their clip_sample says
 CLIPS = ("DDIMScheduler", "DDPMScheduler")  # which clip the predicted x_0 where clip_sample is not there
 
 
@@ -96,7 +97,7 @@ def discrete_grid(config: Mapping[str, Any], schedule: VariancePreserving) -> Di
     for key in (*OTHER_LAWS, "use_flow_sigmas", "thresholding"):
         if config.get(key):
             raise unknown(f"{key} {config[key]}")
-    if config.get("clip_sample", kind in CLIPS):
+    if kind not in NEVER_CLIP and config.get("clip_sample", kind in CLIPS):
         raise unknown("clip_sample true (known: false)")
     if (last := config.get("final_sigmas_type") or "zero") != "zero":
         raise unknown(f"final_sigmas_type {last} (known: zero)")
