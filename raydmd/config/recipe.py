@@ -30,7 +30,7 @@ class Section(BaseModel):
 class Teacher(Section):
     """The many-step diffusion model to distil."""
 
-    family: str = Field("digits", description="kind of network: digits, ring, qwen-image, wan")
+    family: str = Field("digits", description="kind of network: digits, ring, qwen_image, wan, sd3, flux, sdxl ... (docs/models.md)")
     path: str | None = Field(
         None, description="a folder of `raydmd pretrain` or of a diffusers model, or hf://owner/name@revision"
     )
