@@ -30,7 +30,9 @@ class Section(BaseModel):
 class Teacher(Section):
     """The many-step diffusion model to distil."""
 
-    family: str = Field("digits", description="kind of network: digits, ring, qwen_image, wan, sd3, flux, sdxl ... (docs/models.md)")
+    family: str = Field(
+        "digits", description="kind of network: digits, ring, qwen_image, wan, sd3, flux, sdxl ... (docs/models.md)"
+    )
     path: str | None = Field(
         None, description="a folder of `raydmd pretrain` or of a diffusers model, or hf://owner/name@revision"
     )
@@ -40,7 +42,7 @@ class Teacher(Section):
     )  # fmt: skip
     guidance_rescale: Literal["none", "norm"] | None = Field(
         None, description="norm: each token of the guided prediction gets the conditional's norm; null: as the "
-        "model's own pipeline has it (norm for qwen-image, none for all others)",
+        "model's own pipeline has it (norm for qwen_image, none for all others)",
     )  # fmt: skip
     steps: Positive = Field(25, description="steps of its own many-step sampler, for evaluation and ODE pairs")
     timestep_shift: Rate | None = Field(
