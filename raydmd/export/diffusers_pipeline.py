@@ -31,7 +31,7 @@ def write(plan: Plan, folder: Path) -> None:
     if plan.family.second_network is not None:
         config["boundary_ratio"] = plan.boundary_ratio if plan.shares_boundary else None
     parts = [plan.component, *_others(plan)]
-    if _keeps_adapters(plan):
+    if plan.keeps_adapters:
         source = plan.family.teacher_folder()
         source.fetch_weights(plan.family.options["variant"])
         link_part(source.network, folder / plan.component, plan.family.options["variant"])
@@ -47,7 +47,7 @@ def write(plan: Plan, folder: Path) -> None:
 
 def code(plan: Plan) -> str:
     """Return the lines that load it."""
-    if _keeps_adapters(plan):
+    if plan.keeps_adapters:
         loads = [
             f'pipe.load_lora_weights(folder, weight_name="{ADAPTERS}/{name}.safetensors", adapter_name="{name}")'
             for name in plan.names
@@ -62,10 +62,6 @@ def _others(plan: Plan) -> list[str]:
         assert plan.family.second_network is not None
         return [plan.family.second_network]
     return [f"{plan.component}_{number}" for number in range(2, len(plan.phases) + 1)]
-
-
-def _keeps_adapters(plan: Plan) -> bool:
-    return plan.is_lora and len(plan.phases) > 1 and not plan.shares_boundary
 
 
 def _write_network(plan: Plan, index: int, folder: Path) -> None:

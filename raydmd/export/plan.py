@@ -85,6 +85,12 @@ class Plan:
         return self.format == "diffusers" and len(self.phases) == 2 and self.family.second_network is not None
 
     @property
+    def keeps_adapters(self) -> bool:
+        """Whether the experts stay adapters, beside the teacher's own network, instead of being fused into it."""
+        fused = self.format == "diffusers" and (len(self.phases) == 1 or self.shares_boundary)
+        return self.is_lora and not fused
+
+    @property
     def boundary_ratio(self) -> float:
         """A time between the last of the first expert's and the first of the second's, which a pipeline compares with.
 
@@ -153,6 +159,8 @@ def make_plan(run: Run, format: str, dtype: str | None = None) -> Plan:
         raise UserError(f"--dtype {dtype}: no such dtype{nearest(dtype, DTYPES)}")
     options = {**family.given, "dtype": dtype, "gradient_checkpointing": False}
     family = type(family)(family.path, options)
+    if run.recipe.teacher.lora is not None:
+        family.use_lora(run.recipe.teacher.lora)
     family.check_teacher()
     pipeline = family.pipelines[0]
     kind = getattr(diffusers, pipeline, None)
@@ -161,6 +169,9 @@ def make_plan(run: Run, format: str, dtype: str | None = None) -> Plan:
     times = trained_times(run.phases)
     sampler = choose_sampler(family.student_samplers(times), times, family)
     plan = Plan(run, family, format, dtype, pipeline, sampler)
+    if run.recipe.teacher.lora is not None and plan.keeps_adapters:
+        raise UserError(f"--format {format}: the experts are adapters of a teacher that teacher.lora was fused "
+                        f"into; one expert, or two of Wan, are fused into it by --format diffusers")  # fmt: skip
     _check_experts(plan)
     return plan
 

@@ -67,13 +67,17 @@ class Exports:
                 key, run = (family, kind, name), self.runs[family, kind]
                 self.folders[key], self.plans[key] = root / "-".join(key), make_plan(run, name)
                 export_run(run, name, self.folders[key], checked=False)
-        for family, overrides in OTHERS.items():
-            key = (family, "one", "diffusers")
-            teacher = TINY_MODELS[family].save(root / family)
+        tuned = f"teacher.lora={self.folders['qwen_image', 'lora', 'lora'] / 'phase-1.safetensors'}"
+        for family, kind, overrides in [
+            *((family, "one", overrides) for family, overrides in OTHERS.items()),
+            ("qwen_image", "tuned", ("method.timestep_shift=3", tuned)),
+        ]:
+            key = (family, kind, "diffusers")
+            teacher = root / family if kind == "tuned" else TINY_MODELS[family].save(root / family)
             common = ("method.phases=1", "iterations=1", "optimizer.generator.lr=0.1", "ema=0")
             recipe = recipe_of(TINY_MODELS[family], teacher, *common, *overrides, "batch.size=2", "batch.micro=2")
             prompts = PromptTable(str(recipe.prompts.path), recipe_family(recipe).condition_columns)
-            run = self.runs[key[:2]] = make_run(recipe, root / f"{family}-one", prompts)
+            run = self.runs[key[:2]] = make_run(recipe, root / f"{family}-{kind}", prompts)
             self.folders[key], self.plans[key] = root / "-".join(key), make_plan(run, "diffusers")
             export_run(run, "diffusers", self.folders[key], checked=False)
         found = compare_all([(self.plans[key], self.folders[key]) for key in self.folders])
@@ -288,6 +292,8 @@ def test_what_cannot_be_exported_is_refused(
     refused("--format lora: the run's experts are whole networks", full, "--format", "lora")
     refused("--format peft: the run's experts are whole networks", full, "--format", "peft")
     refused("--push x: OWNER/NAME is needed", lora, "--format", "lora", "--push", "x")
+    tuned = exports.runs["qwen_image", "tuned"].folder
+    refused("--format lora: the experts are adapters of a teacher that teacher.lora", tuned, "--format", "lora")
     refused("no run in", tmp_path / "nothing", "--format", "lora")
     assert exported(lora, "--out", lora, "--format", "lora") == 2
     assert "there is something already" in capsys.readouterr().err
