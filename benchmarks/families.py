@@ -1,8 +1,9 @@
 """Every family on a tiny model of diffusers' own classes: does it run as its pipeline does, and what does it take?
 
 For each: two phased iterations with LoRA experts in a process of their own (seconds from the start of loading, the
-process' greatest memory), and the largest difference between its first teacher step and that of diffusers' own
-pipeline, at guidance 1 and 3, in float32; null where diffusers has no pipeline.
+process' greatest memory), the largest difference between its first teacher step and that of diffusers' own pipeline,
+at guidance 1 and 3, and between the student's samples and those of its export by plain diffusers, both in float32; null
+where diffusers has no pipeline, or an export cannot be compared.
 
     python benchmarks/families.py --json families.json
 """
@@ -19,28 +20,36 @@ from typing import Any
 import torch
 from common import arguments, console, finish
 from rich.table import Table
+from safetensors.torch import save_file
 from tiny_models import TINY_MODELS, TinyModel
 
+from raydmd.config.recipe import Recipe, dump_recipe
 from raydmd.data.prompts import PromptTable, write_prompts
 from raydmd.diffusion.solvers import euler_step
+from raydmd.errors import UserError
+from raydmd.export.check import difference
+from raydmd.export.export import export_run
 from raydmd.methods.loading import load_recipe
-from raydmd.methods.local import train
-from raydmd.runs.run import recipe_family
+from raydmd.methods.local import Reference, train
+from raydmd.runs.expert_index import write_index
+from raydmd.runs.folders import expert_file
+from raydmd.runs.run import Run, recipe_family
 from raydmd.training.teacher import Scorer
 
 STEPS = 4
 RECIPE = """
-iterations: 1
+iterations: 2
 teacher: {{family: {family}, path: {folder}, guidance_scale: 3.0, options: {options}}}
 prompts: {{path: {folder}/prompts.parquet}}
 method: {{name: phased, fake_updates: 1, experts: {{kind: lora, rank: 4, alpha: 8}}}}
-optimizer: {{generator: {{lr: 1.0e-3}}, fake: {{lr: 1.0e-4}}}}
+ema: 0
+optimizer: {{generator: {{lr: 1.0e-2}}, fake: {{lr: 1.0e-4}}}}
 batch: {{size: 4, micro: 2}}
 monitor: {{samples_every: 0, tensorboard: false}}
 """
 
 
-def first_step_difference(tiny: TinyModel, folder: Path, recipe: Any) -> float | None:
+def first_step_difference(tiny: TinyModel, folder: Path, recipe: Recipe) -> float | None:
     """Return the largest difference to the pipeline's latents after its first step, at guidance 1 and 3."""
     family, rows, found = recipe_family(recipe), tiny.rows(2), 0.0
     noise = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(1))
@@ -57,6 +66,23 @@ def first_step_difference(tiny: TinyModel, folder: Path, recipe: Any) -> float |
     return found
 
 
+def export_difference(recipe: Recipe, trained: Reference, folder: Path) -> float | None:
+    """Return the largest difference of latents between the student and its export, sampled by plain diffusers."""
+    run, out = folder / "run", folder / "export"
+    for index, state in enumerate(trained.experts):
+        file = expert_file(run, index)
+        file.parent.mkdir(parents=True)
+        save_file(state, file, trained.parts["generator"].experts.metadata(index))
+    (run / "recipe.yaml").write_text(dump_recipe(recipe))
+    write_index(run)
+    try:
+        export_run(Run(run), "diffusers", out, checked=False)
+        return difference(run, out)
+    except UserError as error:
+        console.print(f"not exported: {error}", highlight=False)
+        return None
+
+
 def measure(name: str) -> dict[str, Any]:
     """Measure one family in this process."""
     torch.set_num_threads(1)
@@ -69,11 +95,13 @@ def measure(name: str) -> dict[str, Any]:
         recipe = load_recipe(str(file), [])
         begun = time.perf_counter()
         family = recipe_family(recipe)
-        train(recipe, family, family.load_teacher(), PromptTable(str(recipe.prompts.path), family.condition_columns))
+        prompts = PromptTable(str(recipe.prompts.path), family.condition_columns)
+        trained = train(recipe, family, family.load_teacher(), prompts)
         seconds = time.perf_counter() - begun
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         return {
             "seconds": seconds, "peak_mb": peak, "first_step_diff": first_step_difference(tiny, folder, recipe),
+            "export_diff": export_difference(recipe, trained, folder),
         }  # fmt: skip
 
 
@@ -86,13 +114,13 @@ def main() -> None:
         print(json.dumps(measure(given.one)))
         return
     results: dict[str, Any] = {}
-    table = Table("family", "seconds", "peak MB", "first step's difference")
+    table = Table("family", "seconds", "peak MB", "first step's difference", "export's difference")
     for name in TINY_MODELS:
         run = subprocess.run([sys.executable, __file__, "--one", name], check=True, capture_output=True, text=True)
         results[name] = json.loads(run.stdout.splitlines()[-1])
-        step = results[name]["first_step_diff"]
+        shown = [results[name][key] for key in ("first_step_diff", "export_diff")]
         table.add_row(name, f"{results[name]['seconds']:.1f}", f"{results[name]['peak_mb']:.0f}",
-                      "no pipeline" if step is None else f"{step:.1e}")  # fmt: skip
+                      *("none" if value is None else f"{value:.1e}" for value in shown))  # fmt: skip
     console.print(table)
     finish("families", results, given.json)
 

@@ -146,6 +146,9 @@ def make_plan(run: Run, format: str, dtype: str | None = None) -> Plan:
     if not isinstance(family, PretrainedFamily):
         raise UserError(f"run '{run.folder}': family '{family.name}' is this package's own network, which diffusers "
                         f"does not have; `raydmd serve` and `raydmd generate` take the run")  # fmt: skip
+    if not family.pipelines:
+        raise UserError(f"run '{run.folder}': diffusers has no pipeline of family '{family.name}'; `raydmd serve` and "
+                        f"`raydmd generate` take the run")  # fmt: skip
     _check_finished(run)
     experts = run.recipe.method.experts
     if format != "diffusers" and experts.kind != "lora":

@@ -29,8 +29,8 @@ from raydmd.runtime.launch import distill
 
 QUIET = Console(quiet=True)
 WORKER = "PromptEncoder"  # in the class name of Ray Data's actors
-BATCH, TEXTS = 4, [f"a {'very ' * (k % 29)}small fox, number {k}" for k in range(202)]
-FILES = 51
+BATCH, TEXTS = 4, [f"a {'very ' * (k % 29)}small fox, number {k}" for k in range(102)]
+FILES = 26
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,6 +14,7 @@ from test_teacher_folders import new
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.errors import RunError, UserError
 from raydmd.methods.loading import load_recipe
+from raydmd.models.base import Denoiser
 from raydmd.runs.run import recipe_family
 from raydmd.runtime.cluster import join_or_start
 from raydmd.runtime.launch import distill
@@ -74,7 +75,7 @@ def test_only_the_teacher_needs_the_null_prompt_and_only_with_guidance(wan: Path
                 try_row(part, role, row)
 
 
-class Wrong(torch.nn.Module):
+class Wrong(Denoiser):
     """A network that gives one channel less than it takes."""
 
     def forward(self, x, t, conditions):

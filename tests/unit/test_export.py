@@ -289,6 +289,10 @@ def test_what_cannot_be_exported_is_refused(
     digits.mkdir()
     (digits / "recipe.yaml").write_text(dump_recipe(load_recipe("digits")))
     refused("family 'digits' is this package's own network", digits, "--format", "lora")
+    pixels = tmp_path / "edm"
+    pixels.mkdir()
+    (pixels / "recipe.yaml").write_text(dump_recipe(recipe_of(TINY_MODELS["edm"], pixels)))
+    refused("diffusers has no pipeline of family 'edm'", pixels, "--format", "diffusers")
     refused("--format lora: the run's experts are whole networks", full, "--format", "lora")
     refused("--format peft: the run's experts are whole networks", full, "--format", "peft")
     refused("--push x: OWNER/NAME is needed", lora, "--format", "lora", "--push", "x")

@@ -79,7 +79,8 @@ class RecoveryManager:
     _since: float = 0.0  # when recovery began
     _steps_lost: int = 0
     _how: str = ""
-    _last: str = ""
+    _last: str = ""  # what was lost since the last round
+    _last_worker: str = ""  # the last worker that was lost since a step, and why
     _rewinding: bool = False  # some trainers may be in the last manifest's state, and others not yet
 
     def __post_init__(self) -> None:
@@ -115,7 +116,7 @@ class RecoveryManager:
             pool.remove(worker)
             loss.how = "rescheduled"
             loss.first = self.progress.scored  # what is scored already needs no scorer
-        self._last = f"{worker.name}: {why}"
+        self._last = self._last_worker = f"{worker.name}: {why}"
         self.recorder.say(f"lost {self._last}")
         self.recorder.event(
             "worker-lost", role=worker.role, worker=worker.number, node=worker.identity.node,
@@ -128,7 +129,7 @@ class RecoveryManager:
 
     def step_committed(self, iteration: int, seconds: float) -> None:
         """Write down that the run has recovered: a step was made since."""
-        self.progress.committed, self.failures, self.rounds = iteration + 1, 0, 0
+        self.progress.committed, self.failures, self.rounds, self._last_worker = iteration + 1, 0, 0, ""
         self.progress.iteration_seconds = seconds
         recovered = [loss for loss in self._losses if iteration >= loss.first]
         if recovered or self._how:
@@ -166,6 +167,7 @@ class RecoveryManager:
             assert fault is not None
             raise fault
         if self.rounds >= LOSSES_PER_FAILURE * most:
+            last = self._last_worker or last  # a death may be heard of twice, and its worker is removed once
             raise RunError(f"workers were lost {self.rounds} times without a step between, the last time {last}")
 
     def measure(self, call_stats: list[CallStats]) -> None:
