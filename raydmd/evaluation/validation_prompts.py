@@ -10,7 +10,7 @@ from raydmd.data.prompts import PromptTable
 from raydmd.errors import UserError, nearest
 from raydmd.evaluation.prompts import from_text, own_prompts, read_prompt_file, text_column, words_in_turn
 from raydmd.models.base import Conditions, Family
-from raydmd.models.encoding import encode_rows
+from raydmd.models.encoding import encode_rows, texts_for
 
 KEY = "monitor.prompts"
 
@@ -84,7 +84,7 @@ def _encoded_as_text(recipe: Recipe, family: Family, prompts: list[str | int]) -
     """Whether prompts are texts for the teacher's text encoder: all of them, and not all in the table."""
     if not family.reads_text or not all(isinstance(prompt, str) for prompt in prompts):
         return False
-    known = set(_texts(recipe) or ())
+    known = set(_texts(recipe, family) or ())
     return not known.issuperset(str(prompt) for prompt in prompts)
 
 
@@ -96,8 +96,8 @@ def _rows(recipe: Recipe, family: Family, prompts: list[str | int]) -> np.ndarra
     """
     if recipe.prompts.path is None:
         raise UserError(f"{KEY}: family '{family.name}' looks them up in prompts.path, and there is none")
-    texts, rows = _texts(recipe), []
-    size = len(PromptTable(recipe.prompts.path, []))
+    texts, rows = _texts(recipe, family), []
+    size = len(PromptTable(recipe.prompts.path, [])) if texts is None else len(texts)
     for prompt in prompts:
         if isinstance(prompt, int):
             if prompt >= size:
@@ -114,9 +114,14 @@ def _rows(recipe: Recipe, family: Family, prompts: list[str | int]) -> np.ndarra
     return np.array(rows)
 
 
-def _texts(recipe: Recipe) -> list[str] | None:
-    """Return the table's texts, row by row; None where it has no column of them."""
-    if recipe.prompts.path is None or (column := text_column(recipe.prompts.path)) is None:
+def _texts(recipe: Recipe, family: Family) -> list[str] | None:
+    """Return the texts of the file of prompts, or those beside a table's embeddings; None where it has none."""
+    path = recipe.prompts.path
+    if path is None:
         return None
-    table = PromptTable(recipe.prompts.path, [column])
+    if (read := texts_for(family, path, recipe.prompts.column)) is not None:
+        return read.texts
+    if (column := text_column(path)) is None:
+        return None
+    table = PromptTable(path, [column])
     return [str(text) for text in table.rows(0, len(table))[column]]

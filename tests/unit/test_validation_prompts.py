@@ -70,6 +70,18 @@ def test_a_file_of_texts_is_found_from_anywhere(tmp_path: Path, monkeypatch: pyt
     assert preview_words(recipe, family, 3) == []
 
 
+def test_prompts_that_are_texts_are_looked_up_before_they_are_encoded(tmp_path: Path) -> None:
+    recipe, family = wan(tmp_path, "[two green birds, 2]")
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    prompts = recipe.prompts.model_copy(update={"path": str(tmp_path / "texts.txt")})
+    recipe = recipe.model_copy(update={"prompts": prompts})
+    check_validation_prompts(recipe, family)
+    for wrong, words in ((["two green bird"], "no such text in .*texts.txt'"), ([3], r"has rows 0\.\.2")):
+        monitor = recipe.monitor.model_copy(update={"prompts": wrong})
+        with pytest.raises(UserError, match=words):
+            check_validation_prompts(recipe.model_copy(update={"monitor": monitor}), family)
+
+
 def test_what_is_not_in_the_table_is_encoded_where_that_can_be(tmp_path: Path) -> None:
     class Encoding(WanFamily):
         asked: list[str] = []
