@@ -15,7 +15,7 @@ from diffusers import (
 
 from raydmd.errors import UserError
 from raydmd.models.diffusers.denoiser import checkpoint
-from raydmd.models.diffusers.qwen_image import pack, unpack
+from raydmd.models.diffusers.packing import pack, unpack
 from raydmd.models.experts import Experts
 from raydmd.models.registry import build_family
 

@@ -7,7 +7,7 @@ from raydmd.config.recipe import Recipe
 from raydmd.errors import UserError
 from raydmd.methods.loading import load_recipe
 from raydmd.methods.registry import plan_phases
-from raydmd.models.diffusers.qwen_image import pack, unpack
+from raydmd.models.diffusers.packing import pack, unpack
 from raydmd.objectives.guidance import guided, with_norm_of
 from raydmd.runs.run import recipe_family
 from raydmd.sampling.limits import check_method

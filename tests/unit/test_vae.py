@@ -10,7 +10,7 @@ from test_large_families import large_recipe
 
 from raydmd.errors import UserError
 from raydmd.models.diffusers.autoencoder import WanAutoencoder
-from raydmd.models.diffusers.qwen_image import pack, unpack
+from raydmd.models.diffusers.packing import pack, unpack
 from raydmd.models.registry import build_family
 from raydmd.recipe_check import check
 

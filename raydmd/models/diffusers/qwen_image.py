@@ -12,8 +12,7 @@ from raydmd.errors import UserError
 from raydmd.models.base import Conditions
 from raydmd.models.diffusers.autoencoder import QwenImageAutoencoder
 from raydmd.models.diffusers.denoiser import PretrainedDenoiser
-from raydmd.models.diffusers.packing import pack as pack
-from raydmd.models.diffusers.packing import unpack as unpack
+from raydmd.models.diffusers.packing import pack, unpack
 from raydmd.models.diffusers.pretrained import PretrainedFamily
 
 BUCKET = 64
