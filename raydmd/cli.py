@@ -41,6 +41,11 @@ plugin_option = click.option("--plugin", "plugins", **_PLUGIN)  # for a command 
 run_plugin_option = click.option("--plugin", "plugins", expose_value=False, **_PLUGIN)  # for one that reads a run
 
 
+base_option = click.option(
+    "--base", metavar="PATH", help="Of an export: its base model's folder, or hf://owner/name; default as it says."
+)
+
+
 class Commands(click.Group):
     """A group that a Ctrl-C leaves without the empty line that click writes for it."""
 
@@ -267,8 +272,9 @@ def report(runs: Sequence[Path], out: Path | None) -> None:
 
 
 @app.command(epilog="Example: raydmd generate runs/digits --prompt 7 -n 16 --seed 0 --out pictures")
-@click.argument("run", metavar="RUN", type=FOLDER)
+@click.argument("folder", metavar="RUN|EXPORT", type=FOLDER)
 @run_plugin_option
+@base_option
 @click.option("--prompt", metavar="TEXT", help="What to make; for digits, the digit.")
 @click.option(
     "--prompts", metavar="FILE", type=FOLDER, help="Many: a text a line, or a .csv, .jsonl or .parquet with a column."
@@ -279,17 +285,25 @@ def report(runs: Sequence[Path], out: Path | None) -> None:
 )
 @click.option("--out", type=FOLDER, default=Path("pictures"), show_default=True, help="Folder of the PNGs or MP4s.")
 @click.option("--fps", type=click.IntRange(min=1), default=16, show_default=True, help="Frames a second of videos.")
-def generate(run: Path, prompt: str | None, prompts: Path | None, n: int, seed: int, out: Path, fps: int) -> None:
-    """Make pictures, or videos where the model makes those, with a run's experts."""
+def generate(
+    folder: Path, base: str | None, prompt: str | None, prompts: Path | None, n: int, seed: int, out: Path, fps: int
+) -> None:
+    """Make pictures, or videos where the model makes those, with the experts of a run or of an export.
+
+    An export makes of a seed and a prompt what its run makes.
+    """
     from raydmd.evaluation.pictures import generate as make
     from raydmd.evaluation.prompts import read_prompt_file
+    from raydmd.export.exported import open_student
     from raydmd.progress import counting
-    from raydmd.runs.run import Run
 
     if (prompt is None) == (prompts is None):
         raise UserError("--prompt, --prompts: give one of them")
     asked = read_prompt_file(prompts) if prompts is not None else [prompt or ""]
-    loaded = Run(run)
+    loaded = open_student(folder, base)
+    for remark in loaded.check():
+        errors.print(f"raydmd: {remark}", highlight=False, markup=False, soft_wrap=True)
+    loaded.check_content()
     with counting("making", len(asked) * (n if loaded.family.latent_shape != (2,) else 1)) as made:
 
         def tell(path: Path) -> None:
@@ -338,8 +352,9 @@ def export(run: Path, format: str, out: Path, dtype: str | None, no_check: bool,
 
 
 @app.command(epilog="Example: raydmd serve runs/digits --port 8000 --layout pipelined --teacher")
-@click.argument("run", metavar="RUN", type=FOLDER)
+@click.argument("folder", metavar="RUN|EXPORT", type=FOLDER)
 @run_plugin_option
+@base_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0: on every interface.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Of the API and page.")
 @click.option(
@@ -354,7 +369,7 @@ def export(run: Path, format: str, out: Path, dtype: str | None, no_check: bool,
     type=click.Choice(["haproxy", "serve"]),
     help="In front: HAProxy (the default where Ray has it), or Ray Serve's own.",
 )
-@click.option("--name", metavar="NAME", help="The model's id in the API; default RUN's own name.")
+@click.option("--name", metavar="NAME", help="The model's id in the API; default the folder's own name.")
 @click.option("--no-keys", is_flag=True, help="Let everybody ask, also from elsewhere (--host) and without API keys.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting, e.g. stages.expert.max=4.")
 @click.option(
@@ -366,7 +381,8 @@ def export(run: Path, format: str, out: Path, dtype: str | None, no_check: bool,
 )
 @click.option("--config-out", type=FOLDER, metavar="FILE", help="Write the file for `serve deploy`, and do not serve.")
 def serve(
-    run: Path,
+    folder: Path,
+    base: str | None,
     host: str,
     port: int,
     layout: str | None,
@@ -379,22 +395,22 @@ def serve(
     keys: Sequence[str],
     config_out: Path | None,
 ) -> None:
-    """Serve a run's experts: an images API as OpenAI's, and a page to play with at /.
+    """Serve the experts of a run or of an export: an images API as OpenAI's, and a page to play with at /.
 
     On this machine, or on the Ray cluster of RAY_ADDRESS. Newer weights in RUN (or a link that is pointed at another
-    run) are taken over without a pause.
+    run) are taken over without a pause; an export is served as it was when the server started.
     """
     from raydmd.serving.launch import absolute, config_of, demand_keys, serve_run
     from raydmd.serving.settings import load_serving
 
-    named = [*overrides, f"name={json.dumps(name)}"] if name is not None else overrides
-    serving = absolute(load_serving(str(run), layout, teacher, fast, list(named), keys))
+    named = [f"{key}={json.dumps(value)}" for key, value in (("name", name), ("base", base)) if value is not None]
+    serving = absolute(load_serving(str(folder), layout, teacher, fast, [*overrides, *named], keys))
     if keys:
         words = "raydmd: --api-key shows in `ps` to everybody on this machine; RAYDMD_API_KEY and api_keys_file do not"
         errors.print(words, highlight=False, markup=False, soft_wrap=True)
     if config_out is not None:
         demand_keys(serving, host, no_keys)
-        text = config_of(serving, host, port)
+        text = config_of(serving, host, port, errors)
         write_text(config_out, text)
         console.print(f"serve deploy {config_out}", highlight=False, soft_wrap=True)
         return

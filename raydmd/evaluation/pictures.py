@@ -15,7 +15,7 @@ from raydmd.errors import RunError, UserError
 from raydmd.evaluation.prompts import from_text, own_prompts
 from raydmd.evaluation.videos import FPS, video
 from raydmd.models.base import Family
-from raydmd.runs.run import Run
+from raydmd.runs.student import Student
 from raydmd.sampling.student import sample_student
 
 Pictures = Tensor | np.ndarray
@@ -191,7 +191,7 @@ def save_file(content: bytes, path: Path) -> Path:
 
 
 def generate(
-    run: Run,
+    student: Student,
     prompts: str | Sequence[str],
     n: int,
     seed: int,
@@ -199,13 +199,13 @@ def generate(
     fps: int = FPS,
     made: Callable[[Path], None] = lambda path: None,
 ) -> list[Path]:
-    """Make pictures or videos with a run's experts: ``out/PROMPT-SEED-I.png`` or ``.mp4`` for I below ``n``.
+    """Make pictures or videos with a student's experts: ``out/PROMPT-SEED-I.png`` or ``.mp4`` for I below ``n``.
 
     Each is made by itself, so sample I of a seed has the same bytes whatever ``n`` is. Points in the plane make one
     picture of ``n`` points. Every file is whole or not there.
 
     Args:
-        run: finished.
+        student: a finished run, or an export.
         prompts: one, or several, whose files are then numbered from 0001 on.
         n: samples of each prompt.
         seed: of their noise.
@@ -220,35 +220,32 @@ def generate(
         UserError: a prompt that the family does not know, an expert that is missing, no teacher, or ``out`` is a file.
         RunError: a picture that is not finite.
     """
-    family, all_prompts = run.family, [prompts] if isinstance(prompts, str) else list(prompts)
-    device = "cuda" if run.recipe.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
+    family, all_prompts = student.family, [prompts] if isinstance(prompts, str) else list(prompts)
+    device = "cuda" if student.recipe.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
     for prompt in all_prompts if own_prompts(family) else all_prompts[:1]:  # a wrong one is told before any is made
-        first = from_text(run.recipe, family, prompt, 1, device=device)
-    phases = run.trained_phases()
-    if len(phases) < len(run.phases):
-        done = f"{len(phases)} of {len(run.phases)} phases"
-        raise UserError(f"run '{run.folder}' has experts for {done}: train it to its end")
-    experts = run.experts(run.teacher().to(device)).to(device)
+        first = from_text(student.recipe, family, prompt, 1, device=device)
+    phases = student.check_finished()
+    experts = student.experts_on(device)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: there is a file of that name; a folder is needed")
     one_by_one, paths = not in_plane(family), []
     for number, prompt in enumerate(all_prompts):
-        conditions = from_text(run.recipe, family, prompt, 1, device=device) if number else first
+        conditions = from_text(student.recipe, family, prompt, 1, device=device) if number else first
         conditions = {name: value.to(device) for name, value in conditions.items()}
         name = (f"{number + 1:04d}-" if len(all_prompts) > 1 else "") + _file_name(prompt)
         for start, count in [(i, 1) for i in range(n)] if one_by_one else [(0, n)]:
             rows = {key: value.expand(count, *value.shape[1:]) for key, value in conditions.items()}
             latents = sample_student(
                 family, experts, phases, rows, count,
-                seed=seed, start=start, solver=run.recipe.method.solver, device=device,
+                seed=seed, start=start, solver=student.recipe.method.solver, device=device,
             ).latents.to(device)  # fmt: skip
             file = out / f"{name}-{seed}-{start}"
-            about = {"prompt": prompt, "seed": str(seed), "sample": str(start), "model": run.name}
+            about = {"prompt": prompt, "seed": str(seed), "sample": str(start), "model": student.name}
             moving = family.frames > 1
             decoded = (family.decode_video(latents) if moving else family.decode(latents)).cpu()
             if not (finite := finite_samples(latents.cpu(), decoded)).all():
                 what = f"{'video' if moving else 'picture'} {start + int((~finite).nonzero()[0])} of seed {seed}"
-                raise RunError(f"run '{run.folder}': {what} is not finite: the experts have diverged, or their "
+                raise RunError(f"{student.title}: {what} is not finite: the experts have diverged, or their "
                                f"precision is too small")  # fmt: skip
             out.mkdir(parents=True, exist_ok=True)
             if moving:

@@ -23,13 +23,13 @@ from raydmd.export.plan import HALF_DIFFERENCE, LARGEST_DIFFERENCE, Plan, make_p
 from raydmd.models.base import Conditions
 from raydmd.models.diffusers.pretrained import NEGATIVE
 from raydmd.models.diffusers.weight_files import read_json
+from raydmd.runs.folders import EXPORT
 from raydmd.runs.run import Run
 from raydmd.sampling.noise import initial_noise
 from raydmd.sampling.student import sample_student
 
 SAMPLES, SEED = 2, 0
 TEXT = "a photograph of a red fox in the snow"  # where the run has no table of prompts
-RECORD = "export.json"
 SCRIPT = Path(__file__).with_name("plain_pipeline.py")
 
 
@@ -71,10 +71,10 @@ def difference(run_folder: str | Path, export_folder: str | Path) -> float:
     """
     folder = Path(export_folder)
     try:
-        said = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        said = json.loads((folder / EXPORT).read_text(encoding="utf-8"))
         format, dtype = str(said["format"]), str(said["dtype"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is no export: {RECORD}: {error}") from None
+        raise UserError(f"{folder} is no export: {EXPORT}: {error}") from None
     return compare(make_plan(Run(run_folder), format, dtype), folder).latents
 
 

@@ -56,6 +56,13 @@ def code(plan: Plan) -> str:
     return loading_code(plan, swapped=[] if plan.shares_boundary else _others(plan))
 
 
+def places(plan: Plan) -> list[str]:
+    """Return where each expert lies in the folder, in order."""
+    if plan.keeps_adapters:
+        return [f"{ADAPTERS}/{name}.safetensors" for name in plan.names]
+    return [plan.component, *_others(plan)]
+
+
 def _others(plan: Plan) -> list[str]:
     """Return the parts that hold the experts after the first."""
     if plan.shares_boundary:

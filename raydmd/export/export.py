@@ -1,16 +1,14 @@
 """`raydmd export`: written beside its place, checked there, and renamed; whole or not at all."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from raydmd import __version__
-from raydmd.atomic import write_text
 from raydmd.errors import UserError
 from raydmd.export.card import write_card
-from raydmd.export.check import RECORD, Difference, check
+from raydmd.export.check import Difference, check
+from raydmd.export.description import describe, write_description
 from raydmd.export.formats import FORMATS
 from raydmd.export.plan import Plan, make_plan
 from raydmd.runs.run import Run
@@ -51,11 +49,12 @@ def export_run(
         part.mkdir(parents=True)
         plan = _write(plan, part, dtype is None, say)
         write_card(plan, part, out.name)
-        _write_record(plan, part, None)
+        said = describe(plan, part)
+        write_description(said, part)
         if checked:
             say("checking with plain diffusers")
             found = check(plan, part)
-            _write_record(plan, part, found)
+            write_description(said.model_copy(update={"check": found.record()}), part)
         if out.is_dir():
             out.rmdir()
         part.replace(out)
@@ -86,12 +85,3 @@ def _write(plan: Plan, part: Path, free: bool, say: Callable[[str], None]) -> Pl
 def _check_place(out: Path) -> None:
     if not out.name or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise UserError(f"--out {out}: there is something already; name a folder that is not there yet")
-
-
-def _write_record(plan: Plan, folder: Path, found: Difference | None) -> None:
-    """Write export.json: what this is, for raydmd itself and for whoever compares it with the run."""
-    said = {
-        "raydmd": __version__, "run": plan.run.name, "family": plan.family.name, "format": plan.format,
-        "dtype": plan.dtype, "times": plan.times, "experts": plan.names, "check": found and found.record(),
-    }  # fmt: skip
-    write_text(folder / RECORD, json.dumps(said, indent=1) + "\n")

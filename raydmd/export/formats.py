@@ -1,4 +1,4 @@
-"""The formats by name: a module each, with ``write(plan, folder)`` and ``code(plan)``."""
+"""The formats by name: a module each, with ``write(plan, folder)``, ``code(plan)`` and ``places(plan)``."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +17,10 @@ class Format(Protocol):
 
     def code(self, plan: Plan) -> str:
         """Return the lines of Python that load them with plain diffusers."""
+        ...
+
+    def places(self, plan: Plan) -> list[str]:
+        """Return where each expert lies in the folder: a file, or a folder of one network or adapter."""
         ...
 
 

@@ -39,6 +39,11 @@ def code(plan: Plan) -> str:
     return loading_code(plan, loads)
 
 
+def places(plan: Plan) -> list[str]:
+    """Return where each expert lies in the folder, in order."""
+    return list(file_names(plan))
+
+
 def file_names(plan: Plan) -> tuple[str, ...]:
     """Return the experts' files in order."""
     count = len(plan.phases)

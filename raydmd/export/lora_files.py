@@ -35,6 +35,11 @@ def code(plan: Plan) -> str:
     return loading_code(plan, loads)
 
 
+def places(plan: Plan) -> list[str]:
+    """Return where each expert lies in the folder, in order."""
+    return file_names(plan)
+
+
 def file_names(plan: Plan) -> list[str]:
     """Return the experts' files in order."""
     return [SINGLE] if len(plan.phases) == 1 else [f"{name}.safetensors" for name in plan.names]

@@ -47,3 +47,8 @@ def code(plan: Plan) -> str:
         *(f'network.load_adapter(folder, subfolder="{name}", adapter_name="{name}")' for name in others),
     ]
     return loading_code(plan, loads, imports=["from peft import PeftModel"])
+
+
+def places(plan: Plan) -> list[str]:
+    """Return where each expert lies in the folder, in order."""
+    return plan.names

@@ -69,6 +69,14 @@ class Experts(nn.Module):
         if getattr(self.backbone, "checkpointing", False):
             self.backbone.checkpoint_activations(_SwitchedCheckpoint(self._switch))
 
+    @classmethod
+    def of_networks(cls, networks: Sequence[Denoiser]) -> "Experts":
+        """Return full experts that are these networks, in order."""
+        experts = cls(networks[0], len(networks))
+        for index, network in enumerate(networks):
+            experts.networks[str(index)] = network
+        return experts
+
     def expert(self, index: int) -> Expert:
         """Return expert ``index``, to be called as a Denoiser; a full expert is its network.
 

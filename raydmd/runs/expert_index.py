@@ -77,14 +77,29 @@ def check_expert(folder: Path, index: Index, number: int, content: bool) -> None
     entry = index.get(str(file.relative_to(folder)))
     if entry is None:
         raise UserError(f"{index_file(folder)} does not have {file.relative_to(folder)}: it is not whole yet")
+    check_entry(file, entry, "its index", content)
+
+
+def check_entry(file: Path, entry: Entry, by: str, content: bool) -> None:
+    """Refuse a file that is not as it was written.
+
+    Args:
+        file: the file.
+        entry: what it was.
+        by: what says so, in words.
+        content: compare the hash, too.
+
+    Raises:
+        UserError: it is missing, shorter, longer or another.
+    """
     try:
         size = file.stat().st_size
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
     if size != entry.bytes:
-        raise UserError(f"{file} has {size} bytes, and {entry.bytes} by its index: it is not whole")
+        raise UserError(f"{file} has {size} bytes, and {entry.bytes} by {by}: it is not whole")
     if content and sha256_of(file) != entry.sha256:
-        raise UserError(f"{file} is not the file of its index (other SHA-256): it is not whole, or of another run")
+        raise UserError(f"{file} is not the file of {by} (other SHA-256): it is not whole, or of another run")
 
 
 def sha256_of(file: Path) -> str:

@@ -13,44 +13,41 @@ from torch import Tensor
 
 from raydmd.atomic import write_text
 from raydmd.config.recipe import Recipe
-from raydmd.errors import UserError, nearest
+from raydmd.errors import UserError
 from raydmd.jsonl import read_lines
 from raydmd.methods.loading import load_strangers_recipe
 from raydmd.methods.registry import plan_phases
 from raydmd.models.adapter_files import check_adapter
 from raydmd.models.base import Denoiser, Family
 from raydmd.models.diffusers.hub import HUB, parse_hub_name
-from raydmd.models.experts import Experts
 from raydmd.models.fingerprint import commit_of, fingerprint_teacher
 from raydmd.models.registry import build_family
 from raydmd.runs.expert_index import check_expert, read_index
-from raydmd.runs.folders import expert_file, own_teacher
+from raydmd.runs.folders import RECIPE, expert_file, is_run, other_than, own_teacher
+from raydmd.runs.student import Student
 from raydmd.sampling.phase import Phase
 
 TABLE_FILE = "prompts/encoded.json"
 
 
-class Run:
+class Run(Student):
     """A run's folder, read.
 
     Raises:
         UserError: the folder or its recipe is missing.
     """
 
+    kind = "run"
+    reloads = True
+
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if not (self.folder / "recipe.yaml").is_file():
-            siblings = [path.parent.name for path in self.folder.parent.glob("*/recipe.yaml")]
-            raise UserError(f"no run in '{folder}': it has no recipe.yaml{nearest(self.folder.name, siblings)}")
-        recipe = with_teacher(load_strangers_recipe(self.folder / "recipe.yaml"), self.folder)
+        if not is_run(self.folder):
+            raise UserError(f"no run in '{folder}': {other_than(self.folder, [RECIPE])}")
+        recipe = with_teacher(load_strangers_recipe(self.folder / RECIPE), self.folder)
         self.recipe: Recipe = with_table(with_commit(recipe, self._written_fingerprint()), self.folder)
         self.family: Family = recipe_family(self.recipe)
         self.phases: list[Phase] = plan_phases(self.recipe, self.family.schedule.t_max)
-
-    @property
-    def name(self) -> str:
-        """The folder's name, which reports show."""
-        return self.folder.resolve().name
 
     def expert_file(self, index: int) -> Path:
         """Return where expert ``index`` (0 for the first) is kept."""
@@ -83,17 +80,23 @@ class Run:
             raise UserError(f"run '{self.folder}' has no trained expert yet (looked for {self.expert_file(0)})")
         return done
 
-    def experts(self, teacher: Denoiser, finite: bool = True) -> Experts:
-        """Load every trained expert onto copies (or adapters) of ``teacher``; ``finite`` as in ``expert_state``."""
-        kind = self.recipe.method.experts
-        experts = Experts(
-            teacher, len(self.phases), kind.kind, kind.rank, kind.alpha, self.family.lora_targets, self.recipe.seed,
-            [phase.interval for phase in self.phases],
-        )  # fmt: skip
-        for phase in self.trained_phases():
-            experts.start(phase.index)
-            experts.load_state(phase.index, self.expert_state(phase.index, finite))
-        return experts.requires_grad_(False)
+    def files(self, index: int) -> list[Path]:
+        """Return the file of expert ``index``."""
+        return [self.expert_file(index)]
+
+    def check(self) -> list[str]:
+        """Return nothing: what a run cannot be sampled without is refused where it is loaded."""
+        return []
+
+    def check_content(self) -> None:
+        """Hold the experts' files against the index, where the run has one.
+
+        Raises:
+            UserError: one is not the file of the index.
+        """
+        if (index := read_index(self.folder)) is not None:
+            for phase in self.trained_phases():
+                check_expert(self.folder, index, phase.index, content=True)
 
     def expert_state(self, index: int, finite: bool = True) -> dict[str, Tensor]:
         """Return expert ``index``'s weights by name.
@@ -129,7 +132,7 @@ class Run:
         if (index := read_index(self.folder)) is not None:
             for phase in self.phases:
                 check_expert(self.folder, index, phase.index, content=False)
-            content = (self.folder / "recipe.yaml").read_bytes() + repr(sorted(index.items())).encode()
+            content = (self.folder / RECIPE).read_bytes() + repr(sorted(index.items())).encode()
             return blake2b(content, digest_size=6).hexdigest()
         marks = [(phase.index, (stat := self.expert_file(phase.index).stat()).st_size, stat.st_mtime_ns)
                  for phase in self.trained_phases()]  # fmt: skip

@@ -13,10 +13,10 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from raydmd.config.recipe import Role
 from raydmd.errors import PortableError, UserError, portable
-from raydmd.runs.run import Run
 from raydmd.runtime.ray_compat import keep_replica_at_home
-from raydmd.serving.card import Offer, experts_of, read_offer
+from raydmd.serving.card import Offer, experts_of, open_served, read_offer
 from raydmd.serving.contract import Unavailable
 from raydmd.serving.log import write_log
 from raydmd.serving.pipeline import TEACHER_PARTS, Link, Lost, Pipeline, stages_of
@@ -220,8 +220,11 @@ def application(serving: Serving) -> serve.Application:
         UserError: a run that cannot be served.
     """
     read_keys(serving)
-    offer = read_offer(serving)
-    card = offer.card
+    student = open_served(serving)
+    offer = read_offer(serving, student)
+    if not student.reloads:
+        serving = serving.model_copy(update={"reload_seconds": 0.0})
+    card, workers = offer.card, student.recipe.runtime.generator
     if card.kind == "video" and serving.api_replicas > 1:
         name = "expert" if serving.api == "inline" else "api"
         raise UserError(f"stages.{name}.max: {serving.api_replicas} API replicas, but a video's job is known to one "
@@ -230,20 +233,20 @@ def application(serving: Serving) -> serve.Application:
     inline = names if serving.api == "inline" else {}
     if serving.teacher:
         names = names | {"teacher": TEACHER_PARTS}
-    stages = {name: _stage(serving, name, parts) for name, parts in names.items() if name not in inline}
+    stages = {name: _stage(serving, name, parts, workers) for name, parts in names.items() if name not in inline}
     place, target = (serving.stages.expert, 2 * serving.max_batch) if inline else (serving.stages.api, 64)
     api = _deployment(Api).options(
-        name="api", max_ongoing_requests=CONNECTIONS, **_scale(place, serving, target=target)
+        name="api", max_ongoing_requests=CONNECTIONS, **_scale(place, workers, target=target)
     )
     return api.bind(serving, stages, inline, offer)
 
 
-def _stage(serving: Serving, name: str, parts: tuple[str, ...]) -> serve.Application:
+def _stage(serving: Serving, name: str, parts: tuple[str, ...], workers: Role) -> serve.Application:
     kind: Replicas = getattr(serving.stages, "expert" if name.startswith("expert") else name)
     deployment = _deployment(StageReplica).options(
         name=name,
         max_ongoing_requests=max(serving.queue_samples, serving.max_batch),
-        **_scale(kind, serving, target=2 * serving.max_batch),
+        **_scale(kind, workers, target=2 * serving.max_batch),
     )
     return deployment.bind(serving, parts, kind.threads)
 
@@ -253,18 +256,17 @@ def _deployment(kind: type) -> serve.Deployment:
     return made
 
 
-def _scale(kind: Replicas, serving: Serving, target: int) -> dict[str, Any]:
+def _scale(kind: Replicas, workers: Role, target: int) -> dict[str, Any]:
     """Return a deployment's options: what a replica needs, and how many there are.
 
     Args:
         kind: the stage's settings.
-        serving: names the run, whose generator's workers say what is not said here.
+        workers: of the run's generator; they say what is not said here.
         target: requests of a replica, waiting or worked on, above which Serve adds one.
     """
-    generator = Run(serving.run).recipe.runtime.generator
     actor: dict[str, Any] = {
-        "num_cpus": generator.cpus if kind.cpus is None else kind.cpus,
-        "num_gpus": generator.gpus if kind.gpus is None else kind.gpus,
+        "num_cpus": workers.cpus if kind.cpus is None else kind.cpus,
+        "num_gpus": workers.gpus if kind.gpus is None else kind.gpus,
         "resources": kind.resources,
     }
     if kind.labels:

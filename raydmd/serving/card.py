@@ -1,4 +1,4 @@
-"""What a run's folder offers to be served."""
+"""What the folder of a run or an export offers to be served."""
 
 import os
 from dataclasses import dataclass
@@ -6,7 +6,8 @@ from pathlib import Path
 
 from raydmd.errors import UserError
 from raydmd.evaluation.prompts import own_prompts
-from raydmd.runs.run import Run
+from raydmd.export.exported import open_student
+from raydmd.runs.student import Student
 from raydmd.serving.contract import Card, StepPlan
 from raydmd.serving.settings import Serving
 
@@ -31,36 +32,47 @@ class Offer:
         return self.card.kind, self.card.family, self.card.sizes, self.shapes, self.texts
 
 
-def read_offer(serving: Serving, run: Run | None = None) -> Offer:
-    """Return what a run's folder has to offer.
+def open_served(serving: Serving, resolve: bool = False) -> Student:
+    """Open the folder that is to be served.
 
     Args:
         serving: the settings.
-        run: the run, already open.
+        resolve: open where a link points now, so that all of it is read there though the link is pointed elsewhere.
+
+    Raises:
+        UserError: neither a run nor an export.
+    """
+    return open_student(os.path.realpath(serving.run) if resolve else serving.run, serving.base, serving.teacher)
+
+
+def read_offer(serving: Serving, student: Student | None = None) -> Offer:
+    """Return what a folder has to offer.
+
+    Args:
+        serving: the settings.
+        student: what is in the folder, already open.
 
     Raises:
         UserError: no run, one that is not trained to its end, or one that makes no pictures.
     """
-    run = run or Run(serving.run)
-    card = read_card(serving, run)
-    shapes = tuple(tuple(run.family.shape_for(*size)) for size in card.sizes)
-    return Offer(card, shapes, card.prompts or run.family.reads_text or run.recipe.prompts.path)
+    student = student or open_served(serving)
+    card, family = read_card(serving, student), student.family
+    shapes = tuple(tuple(family.shape_for(*size)) for size in card.sizes)
+    return Offer(card, shapes, card.prompts or family.reads_text or student.recipe.prompts.path)
 
 
-def read_card(serving: Serving, run: Run | None = None) -> Card:
-    """Return what is told of a run's folder; see `read_offer`.
+def read_card(serving: Serving, student: Student | None = None) -> Card:
+    """Return what is told of a folder; see `read_offer`.
 
     Raises:
         UserError: no run, one that is not trained to its end, or one that makes no pictures.
     """
-    run = run or Run(serving.run)
-    phases = run.trained_phases()
-    if len(phases) < len(run.phases):
-        raise UserError(f"run '{run.folder}' has experts for {len(phases)} of {len(run.phases)} phases: "
-                        f"train it to its end")  # fmt: skip
-    family = run.family
+    student = student or open_served(serving)
+    phases, family, teacher = student.check_finished(), student.family, student.recipe.teacher
+    if serving.teacher:
+        _ = student.teacher_family  # refused now, if there is none
     if len(family.latent_shape) < 3:
-        raise UserError(f"run '{run.folder}' makes points in the plane, not pictures: there is nothing to serve")
+        raise UserError(f"{student.title} makes points in the plane, not pictures: there is nothing to serve")
     sizes = (family.picture_size, *(size for size in serving.sizes if size != family.picture_size))
     for size in sizes:
         family.shape_for(*size)
@@ -76,16 +88,17 @@ def read_card(serving: Serving, run: Run | None = None) -> Card:
             for phase in phases
             for i in range(phase.steps)
         ),
-        teacher_steps=(serving.teacher_steps or run.recipe.teacher.steps) if serving.teacher else None,
-        guidance_scale=run.recipe.teacher.guidance_scale,
+        teacher_steps=(serving.teacher_steps or teacher.steps) if serving.teacher else None,
+        guidance_scale=teacher.guidance_scale,
         frames=family.frames,
         fps=serving.fps,
         layout=serving.layout,
-        revision=run.revision(),
-        created=int(run.expert_file(0).stat().st_mtime),
+        revision=student.revision(),
+        created=int(student.files(0)[0].stat().st_mtime),
         aliases=tuple(serving.aliases),
         negative_prompts=serving.teacher and family.reads_text and null_prompt,
         null_prompt=null_prompt,
+        export=student.format,
     )
 
 

@@ -139,6 +139,7 @@ class Card:
         aliases: further names of the model.
         negative_prompts: the teacher can be given a negative prompt.
         null_prompt: there is a null prompt, without which the teacher cannot be guided.
+        export: the format of an export that is served; None: it is a run.
     """
 
     name: str
@@ -157,6 +158,7 @@ class Card:
     aliases: tuple[str, ...] = ()
     negative_prompts: bool = False
     null_prompt: bool = True
+    export: str | None = None
 
     def names(self, maker: Maker = "student") -> tuple[str, ...]:
         """Return the ids by which a maker can be asked for, its own first."""

@@ -1,4 +1,4 @@
-"""`raydmd serve`: a run behind an endpoint, on this machine or on the Ray cluster that one is in."""
+"""`raydmd serve`: a run or an export behind an endpoint, on this machine or on the Ray cluster that one is in."""
 
 import logging
 import os
@@ -18,9 +18,10 @@ from rich.console import Console
 from raydmd.config.plugins import nodes_environment
 from raydmd.errors import RunError, UserError
 from raydmd.interrupts import graceful
-from raydmd.runs.run import Run
+from raydmd.models.diffusers.hub import HUB
+from raydmd.runs.student import Student
 from raydmd.runtime import cluster_address  # before Ray: what it starts here then listens on loopback only
-from raydmd.serving.card import experts_of, read_card
+from raydmd.serving.card import open_served, read_card
 from raydmd.serving.haproxy import HeldPorts, trusted, use_haproxy
 from raydmd.serving.haproxy_log import proxy_log
 from raydmd.serving.http.headers import IMPORT_PATH
@@ -35,6 +36,8 @@ Proxy = Literal["haproxy", "serve"]
 def absolute(serving: Serving) -> Serving:
     """Return the settings with local paths made absolute: replicas have working folders of their own."""
     changes: dict[str, Any] = {"run": os.path.abspath(serving.run)}  # not resolved: a link may be pointed elsewhere
+    if serving.base is not None and not serving.base.startswith(HUB):
+        changes["base"] = os.path.abspath(serving.base)
     if serving.api_keys_file is not None:
         changes["api_keys_file"] = str(Path(serving.api_keys_file).resolve())
     if serving.log_file is not None:
@@ -42,13 +45,26 @@ def absolute(serving: Serving) -> Serving:
     return serving.model_copy(update=changes)
 
 
-def config_of(serving: Serving, host: str, port: int) -> str:
+def checked(serving: Serving, console: Console) -> Student:
+    """Open what is to be served, and refuse what cannot be, in seconds; say what its user should know.
+
+    Raises:
+        UserError: it cannot be served.
+    """
+    student = open_served(serving)
+    read_card(serving, student)
+    for remark in student.check():
+        console.print(remark, highlight=False, markup=False, soft_wrap=True)
+    return student
+
+
+def config_of(serving: Serving, host: str, port: int, console: Console) -> str:
     """Return the file that `serve run` and `serve deploy` take, as YAML.
 
     Raises:
-        UserError: the run cannot be served.
+        UserError: it cannot be served.
     """
-    read_card(serving)
+    checked(serving, console)
     application: dict[str, Any] = {
         "name": APP,
         "route_prefix": "/",
@@ -84,7 +100,7 @@ def serve_run(
         UserError: a run that cannot be served, or a port that is taken.
         RunError: the replicas do not start.
     """
-    experts = experts_of(read_card(serving))
+    student = checked(serving, console)
     demand_keys(serving, host, no_keys)
     joins = cluster_address() is not None
     if proxy == "haproxy" and joins:
@@ -105,7 +121,7 @@ def serve_run(
         with repeated(log, sys.stderr), proxy_log(folder) if folder is not None else nullcontext():
             write_log(str(log))
             logged = serving.model_copy(update={"log_file": str(log)})
-            _serve(logged, experts, host, port, folder is not None, console)
+            _serve(logged, student, host, port, folder is not None, console)
     finally:
         ports.close()
         if folder is not None:
@@ -133,12 +149,12 @@ def is_loopback(host: str) -> bool:
     return all(ip_address(str(address).partition("%")[0]).is_loopback for address in found)
 
 
-def _serve(serving: Serving, experts: int, host: str, port: int, behind: bool, console: Console) -> None:
+def _serve(serving: Serving, student: Student, host: str, port: int, behind: bool, console: Console) -> None:
     """Start Ray, Serve and the replicas, and serve.
 
     Args:
         serving: the settings.
-        experts: how many the run has.
+        student: what is served.
         host: that clients reach.
         port: that clients reach.
         behind: HAProxy listens there, and all else on loopback.
@@ -152,8 +168,9 @@ def _serve(serving: Serving, experts: int, host: str, port: int, behind: bool, c
     from raydmd.serving.app import application
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    log = Path(serving.run if os.access(serving.run, os.W_OK) else tempfile.gettempdir()) / "run.log"
-    with joined(claimed(serving, experts), 512, log) as ray_health:
+    keeps_log = student.reloads and os.access(serving.run, os.W_OK)  # an export is others' to load: it stays as it is
+    log = Path(serving.run if keeps_log else tempfile.gettempdir()) / "run.log"
+    with joined(claimed(serving, student), 512, log) as ray_health:
         try:
             quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
             options = HTTPOptions(host="127.0.0.1" if behind else host, port=port)
@@ -195,14 +212,14 @@ def _wait_for_signal() -> None:
         stopped.wait()
 
 
-def claimed(serving: Serving, experts: int) -> float:
-    """Return the CPUs that all replicas of a run with so many experts may claim together."""
-    names = list(stages_of(serving, experts))
+def claimed(serving: Serving, student: Student) -> float:
+    """Return the CPUs that all replicas of a student may claim together."""
+    names = list(stages_of(serving, len(student.phases)))
     if serving.api == "own":
         names.append("api")
     if serving.teacher:
         names.append("teacher")
-    default = Run(serving.run).recipe.runtime.generator.cpus
+    default = student.recipe.runtime.generator.cpus
     total = 0.0
     for name in names:
         kind = getattr(serving.stages, "expert" if name.startswith("expert") else name)

@@ -17,8 +17,8 @@ from raydmd.evaluation.pictures import finite_samples, from_pixels, png_text
 from raydmd.evaluation.prompts import from_text, own_prompts
 from raydmd.evaluation.videos import video
 from raydmd.models.base import Conditions, Family
-from raydmd.models.experts import Expert, fuse_lora
-from raydmd.runs.run import Run
+from raydmd.models.experts import Expert
+from raydmd.runs.student import Student
 from raydmd.sampling.noise import renoise_key, sample_key, starting_latents
 from raydmd.sampling.phase import Phase
 from raydmd.sampling.student import Move, walk
@@ -187,11 +187,13 @@ def denoised(family: Family, move: Move) -> Tensor:
     return family.schedule.denoised_pair(move.prediction, move.before, move.t, family.prediction)[0]
 
 
-def expert_networks(run: Run, indices: list[int], weights: Weights | None, device: torch.device) -> dict[int, Expert]:
+def expert_networks(
+    student: Student, indices: list[int], weights: Weights | None, device: torch.device
+) -> dict[int, Expert]:
     """Load experts: each its own network (LoRA merged into it), or adapters switched on one backbone.
 
     Args:
-        run: the experts'.
+        student: the experts'.
         indices: which of them.
         weights: None: ``switched`` where the frozen weights are of half precision, which would round the adapters'
             effect away, else ``fused``.
@@ -200,24 +202,12 @@ def expert_networks(run: Run, indices: list[int], weights: Weights | None, devic
     Raises:
         UserError: an expert or the teacher is missing or does not fit, or cannot be merged.
     """
-    kind = run.recipe.method.experts
     if weights is None:
-        weights = "fused" if run.family.options.get("dtype", "float32") == "float32" else "switched"
-    if kind.kind == "lora" and weights == "switched":
-        experts = run.experts(run.teacher().to(device)).to(device)
+        weights = "fused" if student.family.options.get("dtype", "float32") == "float32" else "switched"
+    if student.recipe.method.experts.kind == "lora" and weights == "switched":
+        experts = student.experts_on(device)
         return {index: experts.expert(index) for index in indices}
-    networks: dict[int, Expert] = {}
-    for index in indices:
-        network, state = run.teacher().for_interval(*run.phases[index].interval), run.expert_state(index)
-        if kind.kind == "lora":
-            fuse_lora(network, state, kind.rank, kind.alpha)
-        else:
-            try:
-                network.load_state_dict(state)
-            except RuntimeError as error:
-                raise UserError(f"{run.expert_file(index)} does not fit the teacher's network: {error}") from None
-        networks[index] = network.to(device).requires_grad_(False).eval()
-    return networks
+    return {index: student.expert_network(index).to(device) for index in indices}
 
 
 class Decoder:
@@ -290,11 +280,11 @@ def picture(
     return buffer.getvalue()
 
 
-def teacher_steps(run: Run, steps: int | None, device: torch.device) -> TeacherSteps:
+def teacher_steps(student: Student, steps: int | None, device: torch.device) -> TeacherSteps:
     """Load the teacher.
 
     Raises:
         UserError: it is missing.
     """
-    scorer = Scorer(run.recipe, run.family, run.teacher(), device=device)
-    return TeacherSteps(scorer, steps or run.recipe.teacher.steps)
+    scorer = Scorer(student.recipe, student.teacher_family, student.teacher(), device=device)
+    return TeacherSteps(scorer, steps or student.recipe.teacher.steps)

@@ -73,7 +73,10 @@ class Limits(Section):
 class Serving(Section):
     """All that a deployment needs to know."""
 
-    run: str = Field(description="the run's folder, readable on every node")
+    run: str = Field(description="the folder of a run, or of an export of one, readable on every node")
+    base: str | None = Field(
+        None, description="of an export: its base model's folder, or hf://owner/name; null: where export.json says"
+    )
     name: str | None = Field(None, description="the model's id; null: the folder's name")
     aliases: list[Alias] = Field(default_factory=list, description="further ids by which the model can be asked for")
     layout: Literal["colocated", "pipelined"] = Field(
@@ -103,7 +106,8 @@ class Serving(Section):
     reload_seconds: float = Field(
         5.0,
         ge=0,
-        description="between looks at the run's folder; newer weights are taken over without a pause. 0: never",
+        description="between looks at the run's folder; newer weights are taken over without a pause. 0: never; "
+        "an export's never are",
     )
     api_keys_file: str | None = Field(
         None, description="a file with one API key a line, read again when it changes; null: no file"

@@ -1,7 +1,6 @@
 """A stage: some parts of the way in one place, and the batches that they work on."""
 
 import asyncio
-import os
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
@@ -14,9 +13,7 @@ from torch import Tensor
 
 from raydmd.errors import PortableError, UserError
 from raydmd.models.base import Family
-from raydmd.runs.expert_index import check_expert, read_index
-from raydmd.runs.run import Run
-from raydmd.serving.card import Offer, experts_of, read_offer
+from raydmd.serving.card import Offer, experts_of, open_served, read_offer
 from raydmd.serving.contract import Format, NotFinite, Size, Step, partial_steps
 from raydmd.serving.parts import (
     Decoder,
@@ -102,7 +99,7 @@ class Engine:
     """One revision's weights, of the parts that a stage has.
 
     Args:
-        serving: names the run.
+        serving: names the folder.
         parts: the stage's.
         before: another revision of the same parts, whose text encoder, prompts encoded and VAE are used on where they
             are the same: in use, they must not be made again beside it.
@@ -112,14 +109,15 @@ class Engine:
     """
 
     def __init__(self, serving: Serving, parts: tuple[str, ...], before: "Engine | None" = None) -> None:
-        self.run = Run(os.path.realpath(serving.run))  # all of it is read there, though a link is pointed elsewhere
-        self.offer = read_offer(serving, self.run)
+        self.student = open_served(serving, resolve=True)
+        self.offer = read_offer(serving, self.student)
         self.revision = self.offer.card.revision
         self.device = torch.device("cuda" if serving.device != "cpu" and torch.cuda.is_available() else "cpu")
-        recipe, phases = self.run.recipe, self.run.trained_phases()
-        self.family: Family = self.run.family
+        recipe, phases = self.student.recipe, self.student.trained_phases()
+        self.family: Family = self.student.family
         self.encoder: Encoder | None = None
-        if before and (before.run.recipe.teacher, before.run.recipe.prompts) == (recipe.teacher, recipe.prompts):
+        same = before and (before.student.recipe.teacher, before.student.recipe.prompts)
+        if before and same == (recipe.teacher, recipe.prompts):
             self.family, self.encoder = before.family, before.encoder  # with the text encoder and the VAE in them
         elif "encode" in parts:
             self.encoder = Encoder(recipe, self.family, self.device)
@@ -129,14 +127,12 @@ class Engine:
         here = experts_of(before.offer.card) if before else max(indices, default=-1) + 1
         whole = before is not None or len(indices) > 1  # else it may have one expert of several
         if indices and (len(phases) != here if whole else len(phases) < here):
-            raise UserError(f"run '{serving.run}' has {len(phases)} experts; {here} are served here: "
+            raise UserError(f"{self.student.kind} '{serving.run}' has {len(phases)} experts; {here} are served here: "
                             f"start the server anew")  # fmt: skip
         marks = self._marks()
-        entries = read_index(self.run.folder)
-        if entries is not None and indices:
-            for phase in phases:
-                check_expert(self.run.folder, entries, phase.index, content=True)
-        networks = expert_networks(self.run, indices, serving.weights, self.device) if indices else {}
+        if indices:
+            self.student.check_content()
+        networks = expert_networks(self.student, indices, serving.weights, self.device) if indices else {}
         self.walks: dict[str, Steps | TeacherSteps] = {}
         for index, network in networks.items():
             first = 1 + sum(phase.steps for phase in phases[:index])
@@ -144,14 +140,15 @@ class Engine:
                 family, phases[index], first, network, recipe.method.solver, self.device
             )
         if "teacher" in parts:
-            teacher = teacher_steps(self.run, serving.teacher_steps, self.device)
+            teacher = teacher_steps(self.student, serving.teacher_steps, self.device)
             self.walks["teacher"], self.steps = teacher, teacher.steps
-        if self.run.revision() != self.revision or self._marks() != marks:
-            raise UserError(f"run '{serving.run}' changed while it was loaded")
+        if self.student.revision() != self.revision or self._marks() != marks:
+            raise UserError(f"{self.student.kind} '{serving.run}' changed while it was loaded")
 
     def _marks(self) -> list[tuple[int, int, int]]:
         """Return what tells whether the experts' files are written or replaced."""
-        stats = [self.run.expert_file(phase.index).stat() for phase in self.run.phases]
+        files = [file for phase in self.student.phases for file in self.student.files(phase.index)]
+        stats = [file.stat() for file in files]
         return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
@@ -225,7 +222,7 @@ class Stage:
         Raises:
             UserError: it cannot be loaded, is not whole, or changed meanwhile; what is served stays.
         """
-        newest = await asyncio.to_thread(lambda: Run(os.path.realpath(self.serving.run)).revision())
+        newest = await asyncio.to_thread(lambda: open_served(self.serving, resolve=True).revision())
         engine = self._engines.pop(newest, None)
         if engine is None:
             kept = self._served if self._served in self._engines else self.revisions[-1]

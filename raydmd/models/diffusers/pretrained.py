@@ -159,6 +159,32 @@ class PretrainedFamily(SampledByDiffusers, Family):
             denoiser.checkpoint_activations(checkpoint)
         return denoiser
 
+    def check_part(self, part: str) -> None:
+        """Refuse a part of the pipeline's folder that `load_part` would not load, by its config and headers.
+
+        Raises:
+            UserError: ``teacher...: ...``: it is not there, not whole, or does not fit.
+        """
+        folder = self._root() / part
+        network = self._meta_network(folder)
+        self._check_config(network.config)
+        check_weights(folder, weight_files(folder, self.options["variant"]), network)
+
+    def load_part(self, part: str) -> Denoiser:
+        """Load one network of the pipeline's folder alone, frozen, whichever of an export's experts it is.
+
+        Args:
+            part: its folder, as ``transformer_2``.
+
+        Raises:
+            UserError: what `check_part` refuses.
+        """
+        self.check_part(part)
+        variant, dtype = self.options["variant"] or None, DTYPES[self.options["dtype"]]
+        return (
+            self._wrap(load_model(self.network_class, self._root() / part, variant, dtype)).requires_grad_(False).eval()
+        )
+
     def outline(self) -> Denoiser:
         """Return the network of the config on the meta device."""
         return self._assemble([self._meta_network(folder) for folder in self.teacher_folder().networks])

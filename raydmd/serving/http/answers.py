@@ -105,6 +105,7 @@ class ModelCard(BaseModel):
     fps: int
     layout: str
     revision: str
+    export: str | None = Field(description="the format of an export of a run; null: it is a run")
     limits: ModelLimits
 
 
@@ -131,6 +132,7 @@ class HealthAnswer(BaseModel):
     status: Literal["ok"]
     model: str
     revision: str
+    export: str | None = Field(description="the format of an export of a run; null: it is a run")
     queued: int
 
 

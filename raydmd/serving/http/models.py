@@ -45,8 +45,8 @@ class Models:
         except ApiError:
             raise Unavailable("the replicas do not answer") from None
         card = self.backend.card()
-        state = {"model": card.name, "revision": card.revision, "queued": self.backend.queued()}
-        return JSONResponse({"status": "ok", **state})
+        state = {"model": card.name, "revision": card.revision, "export": card.export}
+        return JSONResponse({"status": "ok", **state, "queued": self.backend.queued()})
 
     def _model(self, name: str, maker: Maker) -> dict[str, Any]:
         card, limits = self.backend.card(), self.limits
@@ -64,6 +64,7 @@ class Models:
                 "alias_of": None if name == own else own,
                 "guidance_scale": card.guidance_scale, "negative_prompts": card.negative_prompts,
                 "frames": card.frames, "fps": card.fps, "layout": card.layout, "revision": card.revision,
+                "export": card.export,
                 "limits": {
                     "n": limits.n, "prompt_characters": limits.prompt_characters,
                     "num_inference_steps": limits.teacher_steps,
