@@ -71,6 +71,17 @@ class Description(Section):
         """Whether the networks are elsewhere: the experts are adapters of the base model."""
         return self.format != "diffusers"
 
+    def text(self) -> str:
+        """Return what export.json has."""
+        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+
+    def without_path(self) -> "Description":
+        """Return the same without a base model's path on this machine, for other machines."""
+        path = self.teacher.path
+        if path is None or path.startswith(HUB):
+            return self
+        return self.model_copy(update={"teacher": self.teacher.model_copy(update={"path": None})})
+
     @model_validator(mode="after")
     def _holds_together(self) -> Self:
         for expert, other in pairwise(self.experts):
@@ -142,7 +153,7 @@ def write_description(said: Description, folder: Path) -> None:
     Raises:
         StorageError: the disk is full or gone.
     """
-    write_text(folder / EXPORT, json.dumps(said.model_dump(mode="json"), indent=1) + "\n")
+    write_text(folder / EXPORT, said.text())
 
 
 def read_description(folder: Path) -> Description:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_uploads import upload_server
 from local_serving import pixels, serving
 from run_folders import make_run
 from safetensors.torch import load_file, save_file
@@ -23,6 +24,7 @@ from raydmd.evaluation.prompts import in_turn
 from raydmd.export.export import export_run
 from raydmd.export.exported import Export, open_student
 from raydmd.export.formats import FORMATS
+from raydmd.export.push import push
 from raydmd.models.base import save_teacher
 from raydmd.models.diffusers.teacher_folder import CONFIG
 from raydmd.models.registry import build_family
@@ -276,3 +278,22 @@ def test_export_json_holds_what_the_folder_needs(made: Made) -> None:
         assert str(made.root) not in json.dumps(said)
         assert set(said["files"]) <= {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
         assert not [file for file in folder.rglob("*") if file.suffix in (".bin", ".pt", ".pkl", ".ckpt")]
+
+
+def test_a_push_leaves_this_machines_path_out(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    folder = made.exports["qwen_image", "peft"]
+    with upload_server() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        push(folder, "Someone/student")
+    for name, content in hub.files.items():
+        assert str(made.root).encode() not in content, name
+        file = tmp_path / "fetched" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    assert set(hub.files) == {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    words = ("generate", str(tmp_path / "fetched"), "--prompt", TEXT, "--out", str(tmp_path / "out"))
+    refused(["is of adapters for 'qwen_image': name its folder", "by --base"], capsys, *words)
+    assert cli.run([*words, "--base", str(made.root / "qwen_image")]) == 0
