@@ -301,9 +301,9 @@ def generate(
         raise UserError("--prompt, --prompts: give one of them")
     asked = read_prompt_file(prompts) if prompts is not None else [prompt or ""]
     loaded = open_student(folder, base)
+    loaded.check_content()
     for remark in loaded.check():
         errors.print(f"raydmd: {remark}", highlight=False, markup=False, soft_wrap=True)
-    loaded.check_content()
     with counting("making", len(asked) * (n if loaded.family.latent_shape != (2,) else 1)) as made:
 
         def tell(path: Path) -> None:

@@ -137,6 +137,8 @@ class Export(Student):
         else:
             with _blamed(self._base):
                 self.family.check_teacher()
+            for phase in self.phases:
+                self.expert_state(phase.index)
         if self.family.condition_columns and not self.family.reads_text:
             where = "--base names a folder that has one" if self.said.needs_base else "it has no text_encoder folder"
             raise UserError(f"{self.title}: there is no text encoder for its prompts ({where}); the run takes rows of "
