@@ -10,12 +10,12 @@ import yaml
 
 from raydmd.atomic import write_text, writing
 from raydmd.export.formats import FORMATS
-from raydmd.export.loading_code import call_code
+from raydmd.export.loading_code import call_code, pipeline_arguments
 from raydmd.export.pipeline_folder import absent_parts
 from raydmd.export.plan import Plan
+from raydmd.models.base import IMAGE_COLUMN
 from raydmd.models.diffusers.hub import HUB
-from raydmd.models.diffusers.pretrained import NEGATIVE
-from raydmd.models.diffusers.student_sampler import FLOW_MAP
+from raydmd.models.diffusers.student_sampler import FLOW_MAP, NEGATIVE
 
 CARD = "README.md"
 PICTURES = 2  # at most
@@ -46,7 +46,8 @@ def _lines(plan: Plan, name: str, pictures: Sequence[str]) -> Iterator[str]:
     yield f"license: {LICENSE}"
     yield f"base_model: {json.dumps(plan.base)}"
     yield f"library_name: {'peft' if plan.format == 'peft' else 'diffusers'}"
-    yield f"pipeline_tag: {'text-to-video' if plan.family.frames > 1 else 'text-to-image'}"
+    begins = "image" if _takes_picture(plan) else "text"
+    yield f"pipeline_tag: {begins}-to-{'video' if plan.family.frames > 1 else 'image'}"
     yield "tags: [few-step, distillation, raydmd" + (", lora]" if plan.format != "diffusers" else "]")
     yield "---"
     yield ""
@@ -75,6 +76,8 @@ def _lines(plan: Plan, name: str, pictures: Sequence[str]) -> Iterator[str]:
     code = FORMATS[plan.format].code(plan)
     imports, _, rest = code.partition("\n\n")
     yield imports
+    if _takes_picture(plan):
+        yield "from diffusers.utils import load_image"
     yield ""
     yield f"folder = {json.dumps(name)}  # or OWNER/NAME on the hub"
     if plan.format != "diffusers":
@@ -120,10 +123,17 @@ def _recipe(plan: Plan) -> dict[str, Any]:
 
 def _prompt(plan: Plan) -> list[str]:
     """Return the pipeline's arguments that a prompt is: a text, or embeddings where there is no text encoder."""
+    picture = ['image=load_image("first_frame.png")'] if _takes_picture(plan) else []
     if "text_encoder" not in absent_parts(plan):
-        return ['"a red fox in the snow"']
-    columns = [name for name in plan.family.condition_columns if not name.startswith(NEGATIVE)]
-    return [", ".join(f"{name}={name}" for name in columns)]
+        return [*picture, f'{"prompt=" if picture else ""}"a red fox in the snow"']
+    taken = pipeline_arguments(plan)
+    columns = [name for name in plan.family.condition_columns if name in taken and not name.startswith(NEGATIVE)]
+    return [*picture, ", ".join(f"{name}={name}" for name in columns)]
+
+
+def _takes_picture(plan: Plan) -> bool:
+    """Whether a sample begins with a picture."""
+    return IMAGE_COLUMN in plan.family.condition_columns
 
 
 def _remarks(plan: Plan) -> Iterator[str]:
@@ -134,8 +144,8 @@ def _remarks(plan: Plan) -> Iterator[str]:
     if plan.format == "diffusers" and plan.sampler.shipped is not None:
         yield (f"- The folder's own {plan.sampler.shipped.scheduler} has the trained noise levels, but cuts timesteps "
                f"to whole numbers; the two lines on `pipe.scheduler` make the trained steps exactly.")  # fmt: skip
-    if plan.shares_boundary:
-        yield f"- `boundary_ratio` {plan.boundary_ratio:.4g} lies between the times of the two experts."
+    if plan.boundary_ratio is not None:
+        yield f"- `boundary_ratio` {plan.boundary_ratio:.4g} lies between the times of the two networks."
 
 
 def _figures(plan: Plan) -> list[tuple[str, float]]:

@@ -1,11 +1,10 @@
 """Checks an export: plain diffusers, in a process of its own, must make what the run itself makes of the same noise."""
 
-import inspect
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from torch import Tensor
 from raydmd.errors import RunError, UserError
 from raydmd.evaluation.prompts import from_text, in_turn
 from raydmd.export.formats import FORMATS
-from raydmd.export.loading_code import call_arguments
+from raydmd.export.loading_code import call_arguments, pipeline_arguments
 from raydmd.export.pipeline_folder import INDEX, link_part, write_pipeline
 from raydmd.export.plan import HALF_DIFFERENCE, LARGEST_DIFFERENCE, Plan, make_plan
 from raydmd.models.base import Conditions
-from raydmd.models.diffusers.pretrained import NEGATIVE
+from raydmd.models.diffusers.student_sampler import Inputs
 from raydmd.models.diffusers.weight_files import read_json
 from raydmd.runs.folders import EXPORT
 from raydmd.runs.run import Run
@@ -43,6 +42,7 @@ class Difference:
         relative: norm of the difference by the norm of the latents.
         levels: largest difference of decoded pixels in levels of 255; None: there is no VAE to decode with.
         calls: the pipeline's part that made each call of a network, in order, the text encoder and VAE left out.
+        steps: the number of the step, from 0, in which each of them was.
         timesteps: those that the pipeline's scheduler visited.
     """
 
@@ -51,7 +51,13 @@ class Difference:
     relative: float
     levels: int | None
     calls: list[str]
+    steps: list[int]
     timesteps: list[float]
+
+    @property
+    def scaled(self) -> float:
+        """``latents``, by the largest where that is above 1."""
+        return self.latents / max(1.0, self.largest)
 
     def record(self) -> dict[str, Any]:
         """Return what export.json keeps of it."""
@@ -60,6 +66,8 @@ class Difference:
 
 def difference(run_folder: str | Path, export_folder: str | Path) -> float:
     """Return the largest difference of latents between a run's own samples and those of an export by plain diffusers.
+
+    Where latents are above 1, it is divided by the largest.
 
     Args:
         run_folder: the run's.
@@ -75,7 +83,7 @@ def difference(run_folder: str | Path, export_folder: str | Path) -> float:
         format, dtype = str(said["format"]), str(said["dtype"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no export: {EXPORT}: {error}") from None
-    return compare(make_plan(Run(run_folder), format, dtype), folder).latents
+    return compare(make_plan(Run(run_folder), format, dtype), folder).scaled
 
 
 def check(plan: Plan, folder: Path) -> Difference:
@@ -118,14 +126,14 @@ def compare_all(exports: Sequence[tuple[Plan, Path]]) -> list[Difference]:
     """
     with tempfile.TemporaryDirectory(prefix="raydmd-export-") as root:
         scratch = [Path(root) / str(number) for number in range(len(exports))]
-        conditions = [_conditions(plan) for plan, _ in exports]
-        for (plan, folder), place, given in zip(exports, scratch, conditions, strict=True):
+        inputs = [_inputs(plan) for plan, _ in exports]
+        for (plan, folder), place, (_, given) in zip(exports, scratch, inputs, strict=True):
             place.mkdir()
             _write_job(plan, folder.resolve(), place, given)
         _sample_plainly(scratch)
         return [
-            _difference(plan, _own(plan, given), place)
-            for (plan, _), place, given in zip(exports, scratch, conditions, strict=True)
+            _difference(plan, _own(plan, conditions), place)
+            for (plan, _), place, (conditions, _) in zip(exports, scratch, inputs, strict=True)
         ]
 
 
@@ -138,9 +146,11 @@ def _difference(plan: Plan, latents: Tensor, scratch: Path) -> Difference:
         pixels = made["pixels"] if made["pixels"].ndim == 5 else made["pixels"][:, None]
         frames = plan.family.decode_video(latents).float().permute(0, 1, 3, 4, 2)
         levels = int((torch.round(255 * pixels) - torch.round(255 * frames)).abs().max())
-    calls = [name for name in said["calls"] if name.startswith(plan.component)]
-    relative = float(apart.norm() / ours.double().norm())
-    return Difference(float(apart.abs().max()), float(ours.abs().max()), relative, levels, calls, said["timesteps"])
+    calls = [(name, step) for name, step in said["calls"] if name.startswith(plan.component)]
+    return Difference(
+        float(apart.abs().max()), float(ours.abs().max()), float(apart.norm() / ours.double().norm()), levels,
+        [name for name, _ in calls], [step for _, step in calls], said["timesteps"],
+    )  # fmt: skip
 
 
 def _own(plan: Plan, conditions: Conditions) -> Tensor:
@@ -149,39 +159,41 @@ def _own(plan: Plan, conditions: Conditions) -> Tensor:
     return sample_student(plan.family, experts, plan.phases, conditions, SAMPLES, seed=SEED).latents
 
 
-def _conditions(plan: Plan) -> Conditions:
-    """Return the first prompts of the run's table, else those of a text.
+def _inputs(plan: Plan) -> tuple[Conditions, Inputs]:
+    """Return conditions of the first prompts of the run's table, else those of a text, and the pipeline's arguments.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or the pipeline does not take them as arguments.
     """
     try:
-        return in_turn(plan.run.recipe, plan.family, SAMPLES)
+        conditions = in_turn(plan.run.recipe, plan.family, SAMPLES)
     except UserError as error:
         if not plan.family.reads_text:
             raise UserError(f"{error}; the check samples some prompts (--no-check leaves it out)") from None
-        return from_text(plan.run.recipe, plan.family, TEXT, SAMPLES)
-
-
-def _write_job(plan: Plan, folder: Path, scratch: Path, conditions: Conditions) -> None:
-    """Write what `plain_pipeline.py` reads.
-
-    Raises:
-        UserError: the network needs what the pipeline does not take as an argument.
-    """
-    import diffusers
-
-    taken = inspect.signature(getattr(diffusers, plan.pipeline).__call__).parameters
-    noise = plan.family.pipeline_latents(initial_noise(plan.family, SEED, 0, SAMPLES))
-    given: Mapping[str, Tensor] = {
-        "latents": noise, **{k: v for k, v in conditions.items() if k in taken and not k.startswith(NEGATIVE)}
-    }  # fmt: skip
-    if left := [name for name in conditions if name not in given and not name.startswith(NEGATIVE)]:
-        raise UserError(f"prompts: column '{left[0]}': {plan.pipeline} takes no such argument, so that the export "
+        conditions = from_text(plan.run.recipe, plan.family, TEXT, SAMPLES)
+    try:
+        conditions, given = plan.family.pipeline_inputs(conditions)
+    except UserError as error:
+        raise UserError(f"{error}; the check needs it (--no-check leaves it out)") from None
+    if unknown := [name for name in given if name not in pipeline_arguments(plan)]:
+        raise UserError(f"prompts: column '{unknown[0]}': {plan.pipeline} takes no such argument, so that the export "
                         f"cannot be checked (--no-check leaves it out)")  # fmt: skip
-    save_file({name: value.contiguous() for name, value in given.items()}, scratch / "given.safetensors")
+    return conditions, given
+
+
+def _write_job(plan: Plan, folder: Path, scratch: Path, inputs: Inputs) -> None:
+    """Write what `plain_pipeline.py` reads."""
+    noise = plan.family.pipeline_latents(initial_noise(plan.family, SEED, 0, SAMPLES))
+    tensors, lists = {"latents": noise}, dict[str, int]()
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        else:
+            lists[name] = len(value)
+            tensors |= {f"{name}.{number}": each for number, each in enumerate(value)}
+    save_file({name: value.contiguous() for name, value in tensors.items()}, scratch / "given.safetensors")
     job = {
-        "code": FORMATS[plan.format].code(plan), "call": call_arguments(plan), "dtype": plan.dtype,
+        "code": FORMATS[plan.format].code(plan), "call": call_arguments(plan), "dtype": plan.dtype, "lists": lists,
         "folder": str(folder), "base": _base(plan, scratch / "base"),
     }  # fmt: skip
     (scratch / "job.json").write_text(json.dumps(job), encoding="utf-8")
@@ -211,6 +223,6 @@ def _base(plan: Plan, folder: Path) -> str:
         parts = [name for name, kind in read_json(teacher.root / INDEX).items() if isinstance(kind, list)]
         teacher.fetch([f"{part}/*" for part in parts if part not in networks])
         return str(teacher.root.resolve())
-    write_pipeline(plan, folder, {plan.component: plan.family.network_class}, {})
+    write_pipeline(plan, folder, {plan.component: plan.family.network_class}, {})  # of one network: two have an index
     link_part(teacher.network, folder / plan.component, plan.family.options["variant"])
     return str(folder)

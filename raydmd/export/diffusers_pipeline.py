@@ -6,10 +6,11 @@ from typing import Any
 
 from raydmd.atomic import writing
 from raydmd.errors import UserError
-from raydmd.export.loading_code import loading_code
+from raydmd.export.loading_code import loading_code, lora_loads
 from raydmd.export.lora_files import write_lora
 from raydmd.export.pipeline_folder import link_part, write_pipeline
 from raydmd.export.plan import Plan
+from raydmd.export.segment import Segment
 from raydmd.models.diffusers.teacher_folder import CONFIG
 from raydmd.models.experts import fuse_lora
 
@@ -19,9 +20,9 @@ ADAPTERS = "adapters"
 def write(plan: Plan, folder: Path) -> None:
     """Write the pipeline into ``folder``.
 
-    One expert is the pipeline's network. Two are the two networks of a pipeline that has them (Wan's, with its
-    ``boundary_ratio``). Otherwise adapters lie beside the teacher's network, and whole networks beside the first;
-    the loading code has a callback that changes them.
+    One network is the pipeline's. Two (of one expert each, or those of one expert) are the two networks of a pipeline
+    that has them (Wan's, with its ``boundary_ratio``). Otherwise adapters lie beside the teacher's networks, and whole
+    networks beside the first; the loading code has a callback that changes them.
 
     Raises:
         UserError: an expert does not fit the teacher, or would be lost by rounding.
@@ -29,30 +30,27 @@ def write(plan: Plan, folder: Path) -> None:
     """
     config: dict[str, Any] = {}
     if plan.family.second_network is not None:
-        config["boundary_ratio"] = plan.boundary_ratio if plan.shares_boundary else None
-    parts = [plan.component, *_others(plan)]
+        config["boundary_ratio"] = plan.boundary_ratio
     if plan.keeps_adapters:
-        source = plan.family.teacher_folder()
-        source.fetch_weights(plan.family.options["variant"])
-        link_part(source.network, folder / plan.component, plan.family.options["variant"])
-        for name, state in zip(plan.names, plan.states, strict=True):
-            write_lora(plan, state, folder / ADAPTERS / f"{name}.safetensors")
+        plan.family.teacher_folder().fetch_weights(plan.family.options["variant"])
+        for part in plan.components:
+            link_part(plan.networks[part], folder / part, plan.family.options["variant"])
+        for segment in plan.segments:
+            write_lora(plan, segment, folder / ADAPTERS / f"{segment.name}.safetensors")
+        shared = plan.components
     else:
-        for index, part in enumerate(parts):
-            _write_network(plan, index, folder / part)
+        parts = [plan.component, *_others(plan)]
+        for segment, part in zip(plan.segments, parts, strict=True):
+            _write_network(plan, segment, folder / part)
             gc.collect()  # one of them in memory is enough
-    shared = parts if plan.shares_boundary else parts[:1]
+        shared = parts if plan.shares_boundary else parts[:1]
     write_pipeline(plan, folder, {part: plan.family.network_class for part in shared}, config)
 
 
 def code(plan: Plan) -> str:
     """Return the lines that load it."""
     if plan.keeps_adapters:
-        loads = [
-            f'pipe.load_lora_weights(folder, weight_name="{ADAPTERS}/{name}.safetensors", adapter_name="{name}")'
-            for name in plan.names
-        ]
-        return loading_code(plan, loads)
+        return loading_code(plan, lora_loads(plan, [f"{ADAPTERS}/{each.name}.safetensors" for each in plan.segments]))
     return loading_code(plan, swapped=[] if plan.shares_boundary else _others(plan))
 
 
@@ -64,21 +62,22 @@ def places(plan: Plan) -> list[str]:
 
 
 def _others(plan: Plan) -> list[str]:
-    """Return the parts that hold the experts after the first."""
+    """Return the parts that hold the segments after the first."""
     if plan.shares_boundary:
         assert plan.family.second_network is not None
         return [plan.family.second_network]
-    return [f"{plan.component}_{number}" for number in range(2, len(plan.phases) + 1)]
+    return [f"{plan.component}_{number}" for number in range(2, len(plan.segments) + 1)]
 
 
-def _write_network(plan: Plan, index: int, folder: Path) -> None:
-    """Write an expert as a network of diffusers.
+def _write_network(plan: Plan, segment: Segment, folder: Path) -> None:
+    """Write a segment's network as one of diffusers.
 
     Raises:
         UserError: it does not fit the teacher, or rounding to half precision takes too much of an adapter's effect.
     """
-    adapter, state = plan.adapter, plan.states[index]
-    network: Any = plan.family.load_teacher()
+    adapter, state = plan.adapter, plan.state_of(segment)
+    parts: Any = plan.family.load_teacher().parts
+    network = next(part for part in parts if part.component == segment.component)
     if not plan.is_lora:
         network.load_state_dict(state)
     else:

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save
 
 from raydmd.atomic import write_bytes
-from raydmd.export.loading_code import loading_code
+from raydmd.export.loading_code import loading_code, lora_loads
 from raydmd.export.plan import Plan
 from raydmd.models.diffusers.pretrained import DTYPES
 
@@ -15,14 +15,14 @@ TWO = ("high_noise_model.safetensors", "low_noise_model.safetensors")  # as Wan2
 
 
 def write(plan: Plan, folder: Path) -> None:
-    """Write a file an expert into ``folder``: ``lora_down`` [r, in], ``lora_up`` [out, r] and ``alpha`` of each layer.
+    """Write a file a segment into ``folder``: ``lora_down`` [r, in], ``lora_up`` [out, r] and ``alpha`` of each layer.
 
     Raises:
         StorageError: the disk is full or gone.
     """
-    for file, state in zip(file_names(plan), plan.states, strict=True):
+    for file, segment in zip(file_names(plan), plan.segments, strict=True):
         dtype, tensors = DTYPES[plan.dtype], {}
-        for layer, (down, up) in plan.layers(state).items():
+        for layer, (down, up) in plan.layers(segment).items():
             name = f"{PREFIX}{plan.family.original_layer(layer)}"
             tensors[f"{name}.lora_down.weight"] = down.to(dtype).contiguous()
             tensors[f"{name}.lora_up.weight"] = up.to(dtype).contiguous()
@@ -32,11 +32,7 @@ def write(plan: Plan, folder: Path) -> None:
 
 def code(plan: Plan) -> str:
     """Return the lines that load it with diffusers, which turns the names back."""
-    loads = [
-        f'pipe.load_lora_weights(folder, weight_name="{file}", adapter_name="{name}")'
-        for file, name in zip(file_names(plan), plan.names, strict=True)
-    ]
-    return loading_code(plan, loads)
+    return loading_code(plan, lora_loads(plan, file_names(plan)))
 
 
 def places(plan: Plan) -> list[str]:
@@ -45,6 +41,7 @@ def places(plan: Plan) -> list[str]:
 
 
 def file_names(plan: Plan) -> tuple[str, ...]:
-    """Return the experts' files in order."""
-    count = len(plan.phases)
-    return ("lora.safetensors",) if count == 1 else TWO if count == 2 else tuple(f"{n}.safetensors" for n in plan.names)
+    """Return the segments' files in order."""
+    count = len(plan.segments)
+    named = tuple(f"{segment.name}.safetensors" for segment in plan.segments)
+    return ("lora.safetensors",) if count == 1 else TWO if count == 2 else named

@@ -6,7 +6,7 @@ from typing import Any
 from safetensors.torch import save
 
 from raydmd.atomic import write_bytes, writing
-from raydmd.export.loading_code import loading_code
+from raydmd.export.loading_code import loading_code, peft_variable
 from raydmd.export.plan import Plan
 from raydmd.models.diffusers.pretrained import DTYPES
 
@@ -15,7 +15,7 @@ PREFIX = "base_model.model."  # of the names in PEFT's files
 
 
 def write(plan: Plan, folder: Path) -> None:
-    """Write a folder an expert into ``folder``.
+    """Write a folder a segment into ``folder``.
 
     Raises:
         StorageError: the disk is full or gone.
@@ -23,8 +23,8 @@ def write(plan: Plan, folder: Path) -> None:
     from peft import LoraConfig
 
     alpha: Any = plan.adapter.alpha  # PEFT takes any number, though it says int
-    for name, state in zip(plan.names, plan.states, strict=True):
-        layers, dtype, tensors = plan.layers(state), DTYPES[plan.dtype], {}
+    for segment in plan.segments:
+        name, layers, dtype, tensors = segment.name, plan.layers(segment), DTYPES[plan.dtype], {}
         for layer, (down, up) in layers.items():
             tensors[f"{PREFIX}{layer}.lora_A.weight"] = down.to(dtype).contiguous()
             tensors[f"{PREFIX}{layer}.lora_B.weight"] = up.to(dtype).contiguous()
@@ -39,13 +39,16 @@ def write(plan: Plan, folder: Path) -> None:
 
 
 def code(plan: Plan) -> str:
-    """Return the lines that load it: PEFT puts its layers into the pipeline's own network."""
-    first, *others = plan.names
-    loads = [
-        f'network = PeftModel.from_pretrained(pipe.{plan.component}, folder, subfolder="{first}", '
-        f'adapter_name="{first}")',
-        *(f'network.load_adapter(folder, subfolder="{name}", adapter_name="{name}")' for name in others),
-    ]
+    """Return the lines that load it: PEFT puts its layers into the pipeline's own networks."""
+    loads, seen = [], set()
+    for segment in plan.segments:
+        network, name = peft_variable(plan, segment), segment.name
+        where = f'folder, subfolder="{name}", adapter_name="{name}"'
+        if segment.component in seen:
+            loads.append(f"{network}.load_adapter({where})")
+        else:
+            loads.append(f"{network} = PeftModel.from_pretrained(pipe.{segment.component}, {where})")
+        seen.add(segment.component)
     return loading_code(plan, loads, imports=["from peft import PeftModel"])
 
 

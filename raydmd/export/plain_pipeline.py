@@ -23,18 +23,22 @@ def sample(folder: Path) -> None:
     pipe = card["pipe"]
     pipe.set_progress_bar_config(disable=True)
     networks = {id(module): name for name, module in pipe.components.items() if isinstance(module, nn.Module)}
-    calls: list[str] = []
+    calls: list[tuple[str, int]] = []
+    made = 0  # steps
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
-            module.register_forward_pre_hook(lambda module, _: calls.append(networks[id(module)]))
+            module.register_forward_pre_hook(lambda module, _: calls.append((networks[id(module)], made)))
     last: list[Tensor] = []
 
     def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        last[:] = [tensors["latents"]]
+        nonlocal made
+        made, last[:] = step + 1, [tensors["latents"]]
         return card["switch"](pipe, step, timestep, tensors) if "switch" in card else tensors
 
-    given = load_file(folder / "given.safetensors")
+    given: dict[str, Any] = load_file(folder / "given.safetensors")
     given = {name: value.to(dtype) if value.is_floating_point() else value for name, value in given.items()}
+    for name, count in job["lists"].items():
+        given[name] = [given.pop(f"{name}.{number}") for number in range(count)]
     decodes = getattr(pipe, "vae", None) is not None
     output = pipe(
         **given, **job["call"], callback_on_step_end=after_step, return_dict=False,

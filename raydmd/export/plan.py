@@ -1,19 +1,22 @@
 """What is exported of a run, and how plain diffusers samples it: all that can be wrong is found here first."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from raydmd.diffusion.times import step_grid
 from raydmd.errors import UserError, nearest
+from raydmd.export.schedulers import visits
+from raydmd.export.segment import Segment
 from raydmd.models.diffusers.hub import HUB, parse_hub_name
 from raydmd.models.diffusers.pretrained import DTYPES, PretrainedFamily
-from raydmd.models.diffusers.student_sampler import SAME, Sampler
+from raydmd.models.diffusers.student_sampler import Sampler
+from raydmd.models.diffusers.teacher_folder import has_second
 from raydmd.runs.expert_index import check_expert, read_index
 from raydmd.runs.run import Run
 from raydmd.sampling.phase import Phase
@@ -60,14 +63,59 @@ class Plan:
         """The experts' names in order: ``phase-1`` ..."""
         return [f"phase-{phase.index + 1}" for phase in self.phases]
 
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """The steps, cut where another expert or another network of the teacher makes them.
+
+        A network of an expert that makes none of the steps is in none of them.
+        """
+        teacher = self.family.outline() if self.takes_both else None
+        found = []
+        for phase, expert in zip(self.phases, self.names, strict=True):
+            own = None if teacher is None else teacher.for_interval(*phase.interval)
+
+            def part(t: float, own: Any = own) -> str:
+                if own is None:
+                    return self.component
+                number = own.part_of(torch.tensor([t], dtype=torch.float64))
+                return str((own if number is None else own.parts[int(number)]).component)
+
+            runs = [(component, tuple(times)) for component, times in groupby(phase.times[:-1], key=part)]
+            for component, times in runs:
+                name = expert if len(runs) == 1 else f"{expert}-{component}"
+                found.append(Segment(name, phase.index, component, times))
+        return found
+
     @property
     def begins(self) -> dict[int, str]:
-        """By the number of steps made, the name of the expert that is next; the first one's again after the last."""
+        """By the number of steps made, the name of the segment that is next; the first one's again after the last."""
         made, found = 0, {}
-        for phase, name in zip(self.phases, [*self.names[1:], self.names[0]], strict=True):
-            made += phase.steps
-            found[made] = name
+        for segment, after in zip(self.segments, [*self.segments[1:], self.segments[0]], strict=True):
+            made += len(segment.times)
+            found[made] = after.name
         return found
+
+    @property
+    def components(self) -> list[str]:
+        """The networks of the teacher's pipeline that make the steps, in order."""
+        return list(dict.fromkeys(segment.component for segment in self.segments))
+
+    @property
+    def networks(self) -> dict[str, Path]:
+        """The folder of each of the teacher's networks, by its part of the pipeline."""
+        names = (self.component, str(self.family.second_network))
+        return dict(zip(names, self.family.teacher_folder().networks, strict=False))
+
+    @property
+    def takes_both(self) -> bool:
+        """Whether the teacher is both networks of a pipeline that has two."""
+        return self.family.teacher_folder().both
+
+    @property
+    def leaves_one(self) -> bool:
+        """Whether the teacher is one network of a pipeline that has two."""
+        folder = self.family.teacher_folder()
+        return self.family.second_network is not None and not folder.both and has_second(folder.root)
 
     @property
     def component(self) -> str:
@@ -82,23 +130,29 @@ class Plan:
     @property
     def shares_boundary(self) -> bool:
         """Whether the pipeline itself changes networks at a boundary: it takes two of them, and there are two."""
-        return self.format == "diffusers" and len(self.phases) == 2 and self.family.second_network is not None
+        return self.format == "diffusers" and len(self.segments) == 2 and self.family.second_network is not None
 
     @property
     def keeps_adapters(self) -> bool:
         """Whether the experts stay adapters, beside the teacher's own network, instead of being fused into it."""
-        fused = self.format == "diffusers" and (len(self.phases) == 1 or self.shares_boundary)
+        fused = self.format == "diffusers" and (len(self.segments) == 1 or self.shares_boundary)
         return self.is_lora and not fused
 
     @property
-    def boundary_ratio(self) -> float:
-        """A time between the last of the first expert's and the first of the second's, which a pipeline compares with.
+    def boundary_ratio(self) -> float | None:
+        """A time between the last that the pipeline's first network sees and the first that its second does.
 
         A pipeline takes the first network at this time and above: so it is below the last time that the first visits,
-        and above the first that the second does.
+        and above the first that the second does. None: the pipeline takes one network.
         """
-        last, first = self.phases[0].times[-2], self.phases[1].times[0]
-        return (last + first) / 2
+        parts = [segment.component for segment in self.segments]
+        if self.shares_boundary:
+            second = 1
+        elif self.keeps_adapters and len(self.components) == 2:
+            second = parts.index(self.components[1])
+        else:
+            return None
+        return (self.segments[second - 1].times[-1] + self.segments[second].times[0]) / 2
 
     @property
     def base(self) -> str:
@@ -116,13 +170,18 @@ class Plan:
         """Each expert's weights by name, as `Experts.state` has them."""
         return [self.run.expert_state(phase.index) for phase in self.phases]
 
-    def layers(self, state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    def state_of(self, segment: Segment) -> dict[str, Tensor]:
+        """Return the weights of a segment's network alone, by the names that `states` has."""
+        state = self.states[segment.phase]
+        return {name: value for name, value in state.items() if name.startswith(f"{segment.component}.")}
+
+    def layers(self, segment: Segment) -> dict[str, tuple[Tensor, Tensor]]:
         """Return lora_A [r, in] and lora_B [out, r] by the layer's name in the network, without the part's."""
-        found = {}
+        found, state = {}, self.state_of(segment)
         for name, down in state.items():
             layer, part, _ = name.partition(".lora_A.")
             if part:
-                found[layer.removeprefix(f"{self.component}.")] = (down, state[f"{layer}.lora_B.weight"])
+                found[layer.removeprefix(f"{segment.component}.")] = (down, state[f"{layer}.lora_B.weight"])
         return found
 
 
@@ -193,34 +252,12 @@ def choose_sampler(samplers: Sequence[Sampler], times: Sequence[float], family: 
         UserError: none does.
     """
     for sampler in samplers:
-        if _visits(sampler, times, family):
+        if visits(sampler, times, family):
             return sampler
     shown = ", ".join(f"{t:.4g}" for t in times[:-1])
-    raise UserError(f"method.times: no scheduler that {family.pipelines[0]} takes visits the trained times {shown}")
-
-
-def _visits(sampler: Sampler, times: Sequence[float], family: PretrainedFamily) -> bool:
-    """Whether a scheduler's noise levels and timesteps are those of the trained times."""
-    import diffusers
-
-    kind, count = getattr(diffusers, sampler.scheduler, None), len(times) - 1
-    if kind is None:
-        return False  # of a newer diffusers
-    scheduler, call = kind(**sampler.config), sampler.call
-    if sampler.sigmas:
-        scheduler.set_timesteps(count, sigmas=list(sampler.sigmas))
-    elif given := {key: call[key] for key in ("sigmas", "timesteps") if key in call}:
-        scheduler.set_timesteps(**given)
-    elif family.gives_sigmas:
-        scheduler.set_timesteps(sigmas=step_grid(count)[:-1])
-    else:
-        scheduler.set_timesteps(count)
-    t = torch.tensor(times, dtype=torch.float64)
-    wanted, found = family.noise_levels(t), scheduler.sigmas.to(torch.float64)
-    if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=1e-5, atol=2 * SAME):
-        return False
-    apart = scheduler.timesteps.to(torch.float64) - family.network_timesteps(t[:-1])
-    return bool(apart.abs().max() <= 1000 * SAME)
+    hint = family.sampler_hint
+    raise UserError(f"method.times: no scheduler that {family.pipelines[0]} takes visits the trained times {shown}"
+                    f"{hint and f': {hint}'}")  # fmt: skip
 
 
 def _check_finished(run: Run) -> None:
@@ -235,15 +272,18 @@ def _check_finished(run: Run) -> None:
 
 def _check_experts(plan: Plan) -> None:
     for phase, state in zip(plan.phases, plan.states, strict=True):
-        file = plan.run.expert_file(phase.index)
-        if other := next((name for name in state if not name.startswith(f"{plan.component}.")), None):
-            raise UserError(f"{file}: '{other}' is not of the pipeline's {plan.component}: experts of another part, or "
-                            f"of two, are not exported")  # fmt: skip
+        file, own = plan.run.expert_file(phase.index), tuple(f"{part}." for part in plan.networks)
+        if other := next((name for name in state if not name.startswith(own)), None):
+            raise UserError(f"{file}: '{other}' is not of the pipeline's {' or '.join(plan.networks)}: it is of "
+                            f"another teacher")  # fmt: skip
+        segments = [segment for segment in plan.segments if segment.phase == phase.index]
+        if lacking := next((each.component for each in segments if not plan.state_of(each)), None):
+            raise UserError(f"{file}: it has no weights of the pipeline's {lacking}: it is of another teacher")
         if not plan.is_lora:
             continue
-        layers = plan.layers(state)
-        if not any(bool(up.any()) for _, up in layers.values()):
+        layers = [plan.layers(segment) for segment in segments]
+        if not any(bool(up.any()) for each in layers for _, up in each.values()):
             raise UserError(f"{file}: the adapters are empty (every lora_B is 0): the expert is the teacher itself")
         if plan.format == "lightning":
-            for layer in layers:
+            for layer in layers[0]:
                 plan.family.original_layer(layer)

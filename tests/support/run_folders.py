@@ -5,6 +5,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from raydmd.config.recipe import Recipe, dump_recipe
@@ -12,6 +13,7 @@ from raydmd.data.prompts import PromptTable
 from raydmd.evaluation import classifier
 from raydmd.methods.local import Figures, train
 from raydmd.methods.registry import plan_phases
+from raydmd.models.experts import Experts
 from raydmd.runs.expert_index import write_index
 from raydmd.runs.folders import expert_file
 from raydmd.runs.run import Run, recipe_family
@@ -33,6 +35,28 @@ def put_classifier(run: Run) -> Run:
     folder.mkdir()
     (folder / classifier.CACHE_FILE).write_bytes(classifier_file())
     return run
+
+
+def draw_run(recipe: Recipe, folder: Path) -> Run:
+    """Write recipe and experts, each the teacher with weights of its own drawn onto it, as far as training might go."""
+    family, kind = recipe_family(recipe), recipe.method.experts
+    phases = plan_phases(recipe, family.schedule.t_max)
+    experts = Experts(
+        family.load_teacher(), len(phases), kind.kind, kind.rank, kind.alpha, family.lora_targets, recipe.seed,
+        [phase.interval for phase in phases],
+    )  # fmt: skip
+    for index in range(len(phases)):
+        experts.start(index)
+        draw, size = torch.Generator().manual_seed(index), 0.05 if kind.kind == "lora" else 0.01
+        with torch.no_grad():
+            for parameter in experts.trainable_parameters().values():
+                parameter.add_(size * torch.randn(parameter.shape, generator=draw))
+        file = expert_file(folder, index)
+        file.parent.mkdir(parents=True)
+        save_file(experts.state(index), file, experts.metadata(index))
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    write_index(folder)
+    return Run(folder)
 
 
 def make_run(recipe: Recipe, folder: Path, prompts: PromptTable) -> Run:

@@ -4,18 +4,20 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-from run_folders import make_run
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
+from run_folders import draw_run
 from safetensors.torch import load_file, save_file
 from test_every_family import recipe_of
 from tiny_models import TINY_MODELS
+from tiny_models.cogvideox import TinyCogVideoX15
+from tiny_models.wan import TinyWan22, TinyWanImageToVideo
 
 from raydmd import cli
 from raydmd.config.recipe import dump_recipe
-from raydmd.data.prompts import PromptTable
 from raydmd.diffusion.solvers import euler_step
 from raydmd.diffusion.times import step_grid
 from raydmd.errors import RunError, UserError
@@ -23,30 +25,63 @@ from raydmd.export import check as checking
 from raydmd.export.check import Difference, compare_all
 from raydmd.export.export import export_run
 from raydmd.export.formats import FORMATS
+from raydmd.export.loading_code import call_arguments
 from raydmd.export.plan import Plan, choose_sampler, make_plan
 from raydmd.methods.loading import load_recipe
 from raydmd.models.diffusers.sampler_grid import EULER, UNIPC
 from raydmd.models.diffusers.student_sampler import FLOW_MAP, Sampler, euler_shift, even_shift, unipc_config
 from raydmd.models.diffusers.variance_preserving import VariancePreservingFamily
+from raydmd.models.experts import Experts
 from raydmd.models.registry import FAMILIES as FAMILIES_BY_NAME
 from raydmd.runs.expert_index import write_index
-from raydmd.runs.run import Run, recipe_family
+from raydmd.runs.run import Run
+from raydmd.sampling.student import sample_student
 
 torch.set_num_threads(1)
 
-FAMILIES = ("qwen_image", "wan")
-GRID = step_grid(4, 3.0)
-KINDS = {  # overrides of the recipe; two experts of two steps each, but for the last
-    "lora": ("method.timestep_shift=3",),
-    "full": ("method.timestep_shift=3", "method.experts.kind=full"),
-    "one": ("method.phases=1", "iterations=1", "method.times=[1.0, 0.8, 0.3]"),
-}
-EXPORTED = [("lora", name) for name in FORMATS] + [("full", "diffusers"), ("one", "diffusers")]
-OTHERS = {  # families of other pipelines, one expert fused: overrides of the recipe
-    "flux": ("method.timestep_shift=3",), "flux2_klein": ("method.timestep_shift=3",),
-    "sd3": ("method.timestep_shift=3",), "stable_diffusion": (), "sdxl": (),
+
+def own_times(shift: float) -> list[float]:
+    """Return the times that Wan's Euler scheduler visits in 4 steps when it is told no other."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(4)
+    return [float(f"{t:.7f}") for t in scheduler.sigmas[:-1]]
+
+
+GRID, BOUNDARY = step_grid(4, 3.0), 0.875
+ON_THE_BOUNDARY = (f"method.times=[1, {BOUNDARY}]", "method.steps=2", f"method.boundaries=[{BOUNDARY}]")
+KINDS = {  # overrides of the recipe; two LoRA experts of two steps each, but for what they say
+    "lora": (), "full": ("method.experts.kind=full",), "one": ("method.phases=1",),
+    "one-full": ("method.phases=1", "method.experts.kind=full"),
+    "uneven": ("method.phases=1", "method.times=[1.0, 0.8, 0.3]"),
+    "own": (f"method.times={own_times(5.0)}", "method.experts.kind=full"),
+    "boundary": ON_THE_BOUNDARY, "boundary-full": (*ON_THE_BOUNDARY, "method.experts.kind=full"),
+    "first": ("teacher.options.subfolder=transformer",), "second": ("teacher.options.subfolder=transformer_2",),
+}  # fmt: skip
+SHIFTED = ("qwen_image", "wan", "wan_i2v", "flux", "flux2_klein", "sd3", "z_image")  # by 3, where no times are given
+ALL, PLAIN = tuple(FORMATS), ("diffusers", "lora", "peft")
+USUAL = {"lora": ("diffusers", "peft"), "full": ("diffusers",), "one": ("diffusers", "lora")}
+EXPORTED: dict[str, dict[str, tuple[str, ...]]] = {  # formats by tiny model and kind
+    "qwen_image": {"lora": ALL, "full": ("diffusers",), "uneven": ("diffusers",)},
+    "wan": {"lora": ALL, "own": ("diffusers",), "uneven": ("diffusers", "lora")},
+    "wan22": {
+        "boundary": ALL, "boundary-full": ("diffusers",), "lora": ALL, "full": ("diffusers",),
+        "one": ("diffusers", "lora"), "one-full": ("diffusers",), "first": ("lora",), "second": ("peft",),
+    },
+    "wan_i2v": {"lora": ("diffusers", "lora"), "full": ("diffusers",), "one": ("diffusers",)},
+    "wan22_i2v": {"one": ("diffusers", "peft")},
+    **{name: USUAL for name in ("cogvideox", "sd3", "flux", "flux2_klein", "z_image", "sdxl", "stable_diffusion")},
+    "cogvideox_15": {"one": ("diffusers",)},
 }  # fmt: skip
 Key = tuple[str, str, str]
+
+
+class TinyWan22ImageToVideo(TinyWan22, TinyWanImageToVideo):
+    """Wan 2.2's image to video, A14B: two transformers."""
+
+    name = "wan22_i2v"
+
+
+MODELS = {**TINY_MODELS, "cogvideox_15": TinyCogVideoX15(), "wan22_i2v": TinyWan22ImageToVideo()}
 
 
 class Exports:
@@ -56,32 +91,26 @@ class Exports:
         self.runs: dict[tuple[str, str], Run] = {}
         self.folders: dict[Key, Path] = {}
         self.plans: dict[Key, Plan] = {}
-        for family in FAMILIES:
-            teacher = TINY_MODELS[family].save(root / family)
-            for kind, overrides in KINDS.items():
-                common = ("optimizer.generator.lr=0.1", "ema=0", "batch.size=2", "batch.micro=2")
-                recipe = recipe_of(TINY_MODELS[family], teacher, *common, *overrides)
-                prompts = PromptTable(str(recipe.prompts.path), recipe_family(recipe).condition_columns)
-                self.runs[family, kind] = make_run(recipe, root / f"{family}-{kind}", prompts)
-            for kind, name in EXPORTED:
-                key, run = (family, kind, name), self.runs[family, kind]
-                self.folders[key], self.plans[key] = root / "-".join(key), make_plan(run, name)
-                export_run(run, name, self.folders[key], checked=False)
+        self.root = root
+        for name, kinds in EXPORTED.items():
+            MODELS[name].save(root / name)
+            for kind, formats in kinds.items():
+                self.add(name, kind, formats, *KINDS[kind])
         tuned = f"teacher.lora={self.folders['qwen_image', 'lora', 'lora'] / 'phase-1.safetensors'}"
-        for family, kind, overrides in [
-            *((family, "one", overrides) for family, overrides in OTHERS.items()),
-            ("qwen_image", "tuned", ("method.timestep_shift=3", tuned)),
-        ]:
-            key = (family, kind, "diffusers")
-            teacher = root / family if kind == "tuned" else TINY_MODELS[family].save(root / family)
-            common = ("method.phases=1", "iterations=1", "optimizer.generator.lr=0.1", "ema=0")
-            recipe = recipe_of(TINY_MODELS[family], teacher, *common, *overrides, "batch.size=2", "batch.micro=2")
-            prompts = PromptTable(str(recipe.prompts.path), recipe_family(recipe).condition_columns)
-            run = self.runs[key[:2]] = make_run(recipe, root / f"{family}-{kind}", prompts)
-            self.folders[key], self.plans[key] = root / "-".join(key), make_plan(run, "diffusers")
-            export_run(run, "diffusers", self.folders[key], checked=False)
+        self.add("qwen_image", "tuned", ("diffusers",), *KINDS["one"], tuned)
         found = compare_all([(self.plans[key], self.folders[key]) for key in self.folders])
         self.found: dict[Key, Difference] = dict(zip(self.folders, found, strict=True))
+
+    def add(self, name: str, kind: str, formats: tuple[str, ...], *overrides: str) -> None:
+        """Make a run, and export it."""
+        times = any(words.startswith("method.times") for words in overrides)
+        shift = ("method.timestep_shift=3",) if name in SHIFTED and not times else ()
+        recipe = recipe_of(MODELS[name], self.root / name, *shift, *overrides)
+        run = self.runs[name, kind] = draw_run(recipe, self.root / f"{name}-{kind}")
+        for format in formats:
+            key = name, kind, format
+            self.folders[key], self.plans[key] = self.root / "-".join(key), make_plan(run, format)
+            export_run(run, format, self.folders[key], checked=False)
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +121,10 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
 
 
 def test_plain_diffusers_makes_what_the_run_makes(exports: Exports) -> None:
+    assert {key[0] for key in exports.found} >= set(TINY_MODELS) - {"edm"}
     for key, found in exports.found.items():
         plan = exports.plans[key]
-        assert found.latents <= 1e-5 * max(1.0, found.largest), (key, found)
+        assert found.scaled <= 1e-5, (key, found)
         assert found.levels is not None and found.levels <= 1, (key, found)
         assert found.timesteps == pytest.approx(
             plan.family.network_timesteps(torch.tensor(plan.times[:-1])).tolist(), abs=1e-2
@@ -103,55 +133,120 @@ def test_plain_diffusers_makes_what_the_run_makes(exports: Exports) -> None:
 
 def test_the_experts_differ_from_the_teacher_and_each_other(exports: Exports) -> None:
     """Else any mistake of the export would be within the limit."""
-    for family in FAMILIES:
-        plan = exports.plans[family, "lora", "lora"]
-        conditions = checking._conditions(plan)
-        right = checking._own(plan, conditions)
-        first, second = plan.phases
-        network = plan.run.experts(plan.family.load_teacher())
-        only = checking.sample_student(
-            plan.family, network, [replace(first), replace(second, index=0)], conditions, 2, seed=checking.SEED
-        ).latents  # fmt: skip
-        assert (only - right).abs().max() > 1e-3
-        teacher = plan.family.load_teacher()
-        x, t = torch.randn(2, *plan.family.latent_shape), torch.full((2,), 0.5, dtype=torch.float64)
-        assert (network.expert(0)(x, t, conditions) - teacher(x, t, conditions)).abs().max() > 1e-3
+    first_of = {name: kind for name, kind in reversed(exports.runs)}
+    for name, kind in first_of.items():
+        run = exports.runs[name, kind]
+        plan = next(plan for key, plan in exports.plans.items() if key[:2] == (name, kind))
+        conditions, _ = checking._inputs(plan)
+        right, teacher = checking._own(plan, conditions), plan.family.load_teacher()
+        alone = Experts(teacher, len(plan.phases), "lora", 1, 1.0, plan.family.lora_targets)
+        for phase in plan.phases:
+            alone.start(phase.index)  # adapters that do nothing
+        limit = 1e-3 * max(1.0, float(right.abs().max()))
+        ways = [(alone, plan.phases)]
+        if len(plan.phases) == 2 and not plan.takes_both:
+            first, second = plan.phases
+            ways.append((run.experts(plan.family.load_teacher()), [replace(first, index=1), replace(second, index=0)]))
+        for experts, phases in ways:
+            made = sample_student(plan.family, experts, phases, conditions, 2, seed=checking.SEED).latents
+            assert (made - right).abs().max() > limit, (name, kind, len(ways))
 
 
-def test_a_pipeline_of_two_networks_changes_them_at_the_boundary(exports: Exports) -> None:
-    for kind in ("lora", "full"):
-        assert exports.found["wan", kind, "diffusers"].calls == ["transformer"] * 2 + ["transformer_2"] * 2
-        index = json.loads((exports.folders["wan", kind, "diffusers"] / "model_index.json").read_text())
-        assert GRID[2] < index["boundary_ratio"] < GRID[1]
-    assert exports.found["wan", "one", "diffusers"].calls == ["transformer"] * 3
-    index = json.loads((exports.folders["wan", "one", "diffusers"] / "model_index.json").read_text())
-    assert index["boundary_ratio"] is None
+HIGH, LOW = "transformer", "transformer_2"
+
+
+@pytest.mark.parametrize(
+    ("key", "ran", "between"),
+    [
+        (("wan", "lora", "diffusers"), (HIGH, HIGH, LOW, LOW), (GRID[2], GRID[1])),
+        (("wan", "own", "diffusers"), (HIGH, HIGH, LOW, LOW), None),
+        (("wan", "uneven", "diffusers"), (HIGH,) * 3, None),
+        *((("wan22", kind, "diffusers"), (HIGH, LOW), (BOUNDARY, 1.0)) for kind in ("boundary", "boundary-full")),
+        *((("wan22", kind, "diffusers"), (HIGH, LOW, LOW, LOW), (0.75, 1.0)) for kind in ("one", "one-full", "lora")),
+        (("wan22_i2v", "one", "diffusers"), (HIGH, LOW, LOW, LOW), (0.75, 1.0)),
+        *((("wan22", kind, name), (HIGH, LOW, LOW, LOW), None) for kind in ("lora",) for name in ALL[1:]),
+        (("wan22", "first", "lora"), (HIGH,) * 4, None), (("wan22", "second", "peft"), (HIGH,) * 4, None),
+    ],
+)  # fmt: skip
+def test_which_network_ran_at_which_step(
+    key: Key, ran: tuple[str, ...], between: tuple[float, float] | None, exports: Exports
+) -> None:
+    found, plan = exports.found[key], exports.plans[key]
+    assert list(zip(found.steps, found.calls, strict=True)) == list(enumerate(ran))
+    times, changes = plan.times, len(set(ran)) == 2
+    if between is None and changes:
+        place = ran.index(LOW)
+        between = times[place], times[place - 1]
+    if key[2] == "diffusers":
+        index = json.loads((exports.folders[key] / "model_index.json").read_text())
+        assert (between[0] < index["boundary_ratio"] < between[1]) if between else index["boundary_ratio"] is None
+    elif between is not None:
+        assert plan.boundary_ratio is not None and between[0] < plan.boundary_ratio < between[1]
+        assert f"boundary_ratio={plan.boundary_ratio!r}" in FORMATS[key[2]].code(plan)
+
+
+def plain_wan(exports: Exports, key: Key, **changed: Any) -> tuple[torch.Tensor, list[str]]:
+    """Return the latents by WanPipeline as the folder itself has it, and the network that ran at each step."""
+    plan, ran = exports.plans[key], list[str]()
+    pipe = WanPipeline.from_pretrained(exports.folders[key], text_encoder=None, tokenizer=None, **changed)
+    pipe.set_progress_bar_config(disable=True)
+    for name in (HIGH, LOW):
+        if (network := getattr(pipe, name)) is not None:
+            network.register_forward_pre_hook(lambda module, given, name=name: ran.append(name))
+    conditions, given = checking._inputs(plan)
+    noise = checking.initial_noise(plan.family, checking.SEED, 0, checking.SAMPLES)
+    made = pipe(**given, **call_arguments(plan), latents=noise, output_type="latent").frames
+    return (made - checking._own(plan, conditions)).abs().max(), ran
+
+
+def test_a_boundary_on_the_other_side_of_a_step_runs_another_network(exports: Exports) -> None:
+    for key, moved, right, wrong in (
+        (("wan", "lora", "diffusers"), (GRID[2] + GRID[3]) / 2, [HIGH, HIGH, LOW, LOW], [HIGH, HIGH, HIGH, LOW]),
+        (("wan22", "boundary", "diffusers"), BOUNDARY, [HIGH, LOW], [HIGH, HIGH]),  # the teacher's own
+    ):
+        apart, ran = plain_wan(exports, key)
+        assert apart <= 1e-5 and ran == right, key
+        apart, ran = plain_wan(exports, key, boundary_ratio=moved)
+        assert apart > 1e-3 and ran == wrong, key
+
+
+def test_the_scheduler_in_wans_folder(exports: Exports) -> None:
+    """Its own samples are the run's where the times are its own, and come near them elsewhere."""
+    for kind, scheduler in (("own", EULER), ("uneven", UNIPC)):
+        key = "wan", kind, "diffusers"
+        config = json.loads((exports.folders[key] / "scheduler/scheduler_config.json").read_text())
+        assert config["_class_name"] == scheduler
+        apart, _ = plain_wan(exports, key)
+        assert apart <= (1e-5 if kind == "own" else 1e-3), (kind, apart)
+        assert (apart > 1e-5) == (kind == "uneven")  # else the card's lines on the scheduler were for nothing
 
 
 def test_the_modular_pipeline_takes_the_trained_times(exports: Exports) -> None:
-    """Wan's, with sigmas; the scheduler that the plain pipeline is shipped with comes near to it."""
+    """Wan's, with sigmas."""
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from diffusers.modular_pipelines import Wan22Blocks, WanBlocks
 
-    for kind, blocks in (("lora", Wan22Blocks()), ("one", WanBlocks())):
-        plan, folder = exports.plans["wan", kind, "diffusers"], exports.folders["wan", kind, "diffusers"]
+    for name, kind, blocks in (
+        ("wan", "lora", Wan22Blocks()), ("wan", "uneven", WanBlocks()), ("wan22", "one-full", Wan22Blocks()),
+    ):  # fmt: skip
+        plan, folder = exports.plans[name, kind, "diffusers"], exports.folders[name, kind, "diffusers"]
         blocks.sub_blocks.pop("text_encoder")
         pipe = blocks.init_pipeline()
-        parts = ["transformer"] + ["transformer_2"] * (kind == "lora")
+        parts = [HIGH, LOW] if plan.shares_boundary else [HIGH]
         networks = {part: WanTransformer3DModel.from_pretrained(folder / part) for part in parts}
         guiders = {part.replace("transformer", "guider"): pipe.guider.new(guidance_scale=1.0) for part in parts}
         pipe.update_components(
             vae=AutoencoderKLWan.from_pretrained(folder / "vae"), scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-            **networks, **guiders, **({"boundary_ratio": plan.boundary_ratio} if kind == "lora" else {}),
+            **networks, **guiders, **({"boundary_ratio": plan.boundary_ratio} if LOW in parts else {}),
         )  # fmt: skip
         pipe.set_progress_bar_config(disable=True)
-        conditions = checking._conditions(plan)
+        conditions, _ = checking._inputs(plan)
         made = pipe(
             prompt_embeds=conditions["prompt_embeds"], negative_prompt_embeds=conditions["negative_prompt_embeds"],
             sigmas=plan.times[:-1], num_inference_steps=len(plan.times) - 1,
             latents=checking.initial_noise(plan.family, checking.SEED, 0, checking.SAMPLES), output="latents",
         )  # fmt: skip
-        assert (made - checking._own(plan, conditions)).abs().max() <= 1e-5, kind
+        assert (made - checking._own(plan, conditions)).abs().max() <= 1e-5, (name, kind)
 
 
 @pytest.mark.parametrize("times", [step_grid(4, 5.0), step_grid(8, 3.0), step_grid(1), [1.0, 0.8, 0.3, 0.0]])
@@ -225,7 +320,7 @@ def test_a_discrete_process_is_sampled_by_its_own_euler_steps() -> None:
 
 
 def test_the_files_say_what_their_loaders_need(exports: Exports) -> None:
-    for family in FAMILIES:
+    for family in ("qwen_image", "wan"):
         run = exports.runs[family, "lora"]
         state = run.expert_state(0)
         lora = exports.folders[family, "lora", "lora"] / "phase-1.safetensors"
@@ -240,19 +335,43 @@ def test_the_files_say_what_their_loaders_need(exports: Exports) -> None:
         assert high[f"diffusion_model.{name}.lora_down.weight"].shape[0] == 4
 
 
+def test_an_expert_of_two_networks_has_a_file_of_each(exports: Exports) -> None:
+    names = ["phase-1-transformer", "phase-1-transformer_2", "phase-2"]
+    for format, ending in (("lora", ".safetensors"), ("peft", "/adapter_model.safetensors")):
+        folder = exports.folders["wan22", "lora", format]
+        state = exports.runs["wan22", "lora"].expert_state(0)
+        for name, own in zip(names, (HIGH, LOW), strict=False):
+            tensors = load_file(f"{folder / name}{ending}")
+            wanted = {n.removeprefix(f"{own}."): value for n, value in state.items() if n.startswith(f"{own}.")}
+            begin = f"{HIGH}." if format == "lora" else "base_model.model."
+            assert tensors.keys() == {f"{begin}{layer}" for layer in wanted}
+            assert all(torch.equal(tensors[f"{begin}{layer}"], value) for layer, value in wanted.items())
+        assert (folder / f"{names[2]}{ending}").is_file()
+    files = sorted(file.name for file in exports.folders["wan22", "boundary", "lightning"].glob("*.safetensors"))
+    assert files == ["high_noise_model.safetensors", "low_noise_model.safetensors"]
+
+
 def test_the_card_shows_the_lines_that_were_run(exports: Exports) -> None:
     for key, folder in exports.folders.items():
         card = (folder / "README.md").read_text()
         assert card.startswith("---\nlicense: other #") and "```python" in card
         imports, _, rest = FORMATS[key[2]].code(exports.plans[key]).partition("\n\n")
         assert imports in card and rest in card, key
-    card = (exports.folders["qwen_image", "lora", "lora"] / "README.md").read_text()
+
+    def words(*key: str) -> str:
+        return (exports.folders[key] / "README.md").read_text()  # type: ignore[index]
+
+    card = words("qwen_image", "lora", "lora")
     assert 'next_expert = {2: "phase-2", 4: "phase-1"}' in card and "true_cfg_scale=1.0" in card
+    card = words("wan_i2v", "lora", "lora")
+    assert 'image=load_image("first_frame.png")' in card and "pipeline_tag: image-to-video" in card
+    assert "    prompt_embeds=prompt_embeds,\n" in words("z_image", "one", "lora")
+    assert 'next_experts = {2: ["phase-2"], 4: ["phase-1-transformer_2"]}' in words("wan22", "lora", "peft")
 
 
 def test_half_precision(exports: Exports, tmp_path: Path) -> None:
     """Adapters whose effect rounding would take are refused when asked for in it, and else written in float32."""
-    run = exports.runs["wan", "one"]
+    run = exports.runs["wan", "uneven"]
     teacher = run.recipe.teacher.model_copy(update={"options": {**run.recipe.teacher.options, "dtype": "bfloat16"}})
     weak = shutil.copytree(run.folder, tmp_path / "weak")
     (weak / "recipe.yaml").write_text(dump_recipe(run.recipe.model_copy(update={"teacher": teacher})))
@@ -295,6 +414,31 @@ def test_what_cannot_be_exported_is_refused(
     refused("diffusers has no pipeline of family 'edm'", pixels, "--format", "diffusers")
     refused("--format lora: the run's experts are whole networks", full, "--format", "lora")
     refused("--format peft: the run's experts are whole networks", full, "--format", "peft")
+    refused("--dtype float8: no such dtype", lora, "--format", "lora", "--dtype", "float8")
+    assert exported(lora, "--out", out, "--format", "loras") == 2 and not out.exists()
+    assert "did you mean 'lora'" in capsys.readouterr().err
+    for name in [name for name, kinds in EXPORTED.items() if kinds is USUAL]:
+        words = "--format lightning: the names of this family's layers outside diffusers are not known"
+        refused(words, exports.runs[name, "one"].folder, "--format", "lightning")
+    fresh = shutil.copytree(lora, tmp_path / "fresh")
+    method = exports.runs["wan", "lora"].recipe.method.model_copy(update={"solver": "renoise"})
+    recipe = exports.runs["wan", "lora"].recipe.model_copy(update={"method": method})
+    (fresh / "recipe.yaml").write_text(dump_recipe(recipe))
+    refused("method.solver: renoise: steps with fresh noise are not exported", fresh, "--format", "diffusers")
+    video = exports.runs["cogvideox", "one"]
+    for words, update in (
+        ("trained times 1, 0.9, 0.75, 0.5: they lie evenly", {"timestep_shift": 3.0}),
+        ("trained times 1, 0.6667, 0.3333: they lie evenly", {"steps": 3}),
+    ):
+        other = shutil.copytree(video.folder, tmp_path / f"other-{next(iter(update))}")
+        recipe = video.recipe.model_copy(update={"method": video.recipe.method.model_copy(update=update)})
+        (other / "recipe.yaml").write_text(dump_recipe(recipe))
+        refused(words, other, "--format", "diffusers")
+    strange = shutil.copytree(exports.runs["wan22", "boundary"].folder, tmp_path / "strange")
+    (strange / "experts/phase-2/model.safetensors").unlink()
+    shutil.copy(strange / "experts/phase-1/model.safetensors", strange / "experts/phase-2/model.safetensors")
+    write_index(strange)
+    refused("it has no weights of the pipeline's transformer_2", strange, "--format", "diffusers")
     refused("--push x: OWNER/NAME is needed", lora, "--format", "lora", "--push", "x")
     tuned = exports.runs["qwen_image", "tuned"].folder
     refused("--format lora: the experts are adapters of a teacher that teacher.lora", tuned, "--format", "lora")

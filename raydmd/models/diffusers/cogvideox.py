@@ -1,6 +1,6 @@
 """CogVideoX, text to video: diffusers' CogVideoXTransformer3DModel behind the protocol, and its VAE."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -14,12 +14,17 @@ from raydmd.errors import UserError
 from raydmd.models.base import Conditions
 from raydmd.models.diffusers.autoencoder import Autoencoder, ImageAutoencoder, whole
 from raydmd.models.diffusers.denoiser import PretrainedDenoiser, with_frames
+from raydmd.models.diffusers.student_sampler import Sampler
+from raydmd.models.diffusers.variance_preserving import PROCESS as PROCESS_KEYS
 from raydmd.models.diffusers.variance_preserving import VariancePreservingFamily
 
 PROCESS = {  # what CogVideoX's schedulers take where their config is silent
     "_class_name": "CogVideoXDDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085,
     "beta_end": 0.012, "num_train_timesteps": 1000, "snr_shift_scale": 3.0,
 }  # fmt: skip
+
+SHIFTED = (*PROCESS_KEYS, "rescale_betas_zero_snr", "snr_shift_scale")
+"""Of a scheduler's config, what says the process and the prediction."""
 
 
 class CogVideoXDenoiser(PretrainedDenoiser):
@@ -159,6 +164,9 @@ class CogVideoXFamily(VariancePreservingFamily):
         "timestep_spacing": "trailing",
     }  # fmt: skip
     defaults: ClassVar[Mapping[str, Any]] = {**VariancePreservingFamily.defaults, "latent_shape": [16, 13, 60, 90]}
+    sampler_hint: ClassVar[str] = (
+        "they lie evenly (no method.timestep_shift), and their number divides the process' steps (1, 2, 4, 5, 8 ...)"
+    )
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
     condition_columns = ["prompt_embeds", "negative_prompt_embeds"]
 
@@ -188,6 +196,21 @@ class CogVideoXFamily(VariancePreservingFamily):
         if tokens != places:
             raise UserError(f"prompts: column 'prompt_embeds' has {tokens} tokens a row, but the teacher takes "
                             f"{places}: pad it with the text encoder's own padding")  # fmt: skip
+
+    # The pipeline of a student.
+
+    def student_samplers(self, times: Sequence[float]) -> list[Sampler]:
+        """Return DDIM's steps by the pipeline's own scheduler: T / n timesteps each, from the last of T on.
+
+        The pipeline takes times of others, but its schedulers do not.
+        """
+        config = {key: self._process[key] for key in SHIFTED if key in self._process}
+        call = {"num_inference_steps": len(times) - 1}
+        return [Sampler("CogVideoXDDIMScheduler", {**config, "timestep_spacing": "trailing"}, call)]
+
+    def pipeline_latents(self, latents: Tensor) -> Tensor:
+        """Return latents with their frames before their channels."""
+        return latents.transpose(1, 2)
 
     # Pictures: 1.5's first latent frame is padding.
 

@@ -19,7 +19,7 @@ from raydmd.models.diffusers.denoiser import PretrainedDenoiser, checkpoint, wit
 from raydmd.models.diffusers.hub import HUB
 from raydmd.models.diffusers.loading import ENCODER, load_model, load_text_pipeline
 from raydmd.models.diffusers.sampler_grid import sampler_grid
-from raydmd.models.diffusers.student_sampler import SampledByDiffusers
+from raydmd.models.diffusers.student_sampler import NEGATIVE, SampledByDiffusers
 from raydmd.models.diffusers.teacher_folder import ALONE, CONFIG, TeacherFolder, find_teacher
 from raydmd.models.diffusers.teacher_lora import fuse_teacher_lora, lora_files, read_lora
 from raydmd.models.diffusers.weight_files import (
@@ -32,7 +32,6 @@ from raydmd.models.diffusers.weight_files import (
 )
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-NEGATIVE = "negative_"  # before the name of a column of the null prompt
 
 
 class Grid(Protocol):

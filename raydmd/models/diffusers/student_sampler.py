@@ -10,6 +10,7 @@ from torch import Tensor
 
 from raydmd.diffusion.times import shift_time, step_grid
 from raydmd.errors import UserError
+from raydmd.models.base import Conditions
 from raydmd.models.diffusers.denoiser import PretrainedDenoiser
 from raydmd.models.diffusers.sampler_grid import EULER, TIMESTEPS, UNIPC
 
@@ -17,6 +18,10 @@ FLOW_MAP = (
     "FlowMapEulerDiscreteScheduler"  # Euler's steps at n shifted times, evenly from 1 to 1/n; newer diffusers have it
 )
 SAME = 1e-6  # times that differ by less are one
+NEGATIVE = "negative_"  # before the name of a column of the null prompt
+
+Inputs = Mapping[str, Tensor | list[Tensor]]
+"""Arguments of a pipeline's call that stand for prompts; a list has a tensor a sample."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,14 @@ class SampledByDiffusers:
     Attributes:
         unguided: arguments of the pipeline with which the network's prediction is used as it is.
         second_network: the pipeline's part that takes over below its config's ``boundary_ratio``; None: it has none.
+        sampler_hint: what times the pipeline's schedulers visit, for whoever asked for others.
     """
 
     denoiser: ClassVar[type[PretrainedDenoiser]]
     gives_sigmas: ClassVar[bool]
     unguided: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}
     second_network: ClassVar[str | None] = None
+    sampler_hint: ClassVar[str] = ""
 
     def student_samplers(self, times: Sequence[float]) -> list[Sampler]:
         """Return samplers of a student's falling times [t_max, ..., 0], the best first; which of them do, is tried.
@@ -78,6 +85,16 @@ class SampledByDiffusers:
     def stepped_latents(self, latents: Tensor) -> Tensor:
         """Return latents [B, *latent_shape] as the pipeline has them after a step; by default as it takes them."""
         return self.pipeline_latents(latents)
+
+    def pipeline_inputs(self, conditions: Conditions) -> tuple[Conditions, Inputs]:
+        """Return conditions of some samples, and the arguments with which the pipeline samples the same, unguided.
+
+        By default the conditions as they are, and all of them but the null prompt's.
+
+        Raises:
+            UserError: they cannot be made.
+        """
+        return conditions, {name: value for name, value in conditions.items() if not name.startswith(NEGATIVE)}
 
     def original_layer(self, layer: str) -> str:
         """Return a layer's name as the model's own code has it, which ComfyUI and the Lightning releases use.

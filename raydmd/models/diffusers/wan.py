@@ -6,13 +6,14 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from raydmd.errors import UserError
-from raydmd.models.base import Conditions, require_column
+from raydmd.models.base import IMAGE_COLUMN, Conditions, require_column
 from raydmd.models.diffusers.autoencoder import WanAutoencoder
 from raydmd.models.diffusers.denoiser import PretrainedDenoiser
 from raydmd.models.diffusers.pretrained import PretrainedFamily
-from raydmd.models.diffusers.student_sampler import Sampler, wan_samplers
+from raydmd.models.diffusers.student_sampler import Inputs, Sampler, wan_samplers
 from raydmd.models.diffusers.teacher_folder import SECOND, read_index
 from raydmd.models.diffusers.two_networks import TwoNetworkDenoiser
 
@@ -138,6 +139,18 @@ class WanFamily(PretrainedFamily):
         mask = latents.new_zeros(len(latents), self.vae.temporal, *latents.shape[2:])
         mask[:, :, 0] = 1.0
         return torch.cat([mask, latents], dim=1)
+
+    def pipeline_inputs(self, conditions: Conditions) -> tuple[Conditions, Inputs]:
+        """Return them with one picture as the first frame of all, where it takes one: the pipeline encodes its own."""
+        conditions, inputs = super().pipeline_inputs(conditions)
+        if IMAGE_COLUMN not in inputs:
+            return conditions, inputs
+        (width, height), draw = self.picture_size, torch.Generator().manual_seed(0)
+        picture = F.interpolate(torch.rand(1, 3, 4, 6, generator=draw), (height, width), mode="bilinear")  # in [0, 1]
+        latents = self.encode_first_frames(2.0 * picture - 1.0)
+        latents = latents.expand(len(conditions[IMAGE_COLUMN]), *latents.shape[1:])
+        prompts = {name: value for name, value in inputs.items() if name != IMAGE_COLUMN}
+        return {**conditions, IMAGE_COLUMN: latents}, {**prompts, "image": picture}
 
     @property
     def reads_text(self) -> bool:

@@ -14,6 +14,7 @@ from raydmd.models.base import Conditions
 from raydmd.models.diffusers.autoencoder import ImageAutoencoder
 from raydmd.models.diffusers.denoiser import PretrainedDenoiser
 from raydmd.models.diffusers.pretrained import PretrainedFamily
+from raydmd.models.diffusers.student_sampler import Inputs
 
 PATCH = 2
 """Latents along a token's sides: the network's own default, and the pipeline gives it no other."""
@@ -96,6 +97,11 @@ class ZImageFamily(PretrainedFamily):
         if -(-tokens // MULTIPLE) * MULTIPLE + 2 > positions:
             raise UserError(f"prompts: {tokens} tokens are too many: the teacher has {positions} positions for a "
                             f"prompt's, padded to a multiple of {MULTIPLE}, and a picture")  # fmt: skip
+
+    def pipeline_inputs(self, conditions: Conditions) -> tuple[Conditions, Inputs]:
+        """Return the prompts as the pipeline takes them: a list of embeddings without padding."""
+        prompts = zip(conditions["prompt_embeds"], conditions["prompt_embeds_mask"], strict=True)
+        return conditions, {"prompt_embeds": [embeds[mask.bool()] for embeds, mask in prompts]}
 
     def _encode(self, pipeline: Any, prompts: list[str]) -> dict[str, np.ndarray]:
         """Return the columns, padded to a whole number of `MULTIPLE` tokens: prompts of like length share batches."""
