@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from raydmd.config.recipe import Quantization
 from raydmd.diffusion.schedule import RectifiedFlow, Schedule
 from raydmd.errors import UserError, nearest
 from raydmd.models.base import IMAGE_COLUMN, Conditions, Denoiser, Family, require_column
@@ -18,6 +19,15 @@ from raydmd.models.diffusers.config_files import read_config
 from raydmd.models.diffusers.denoiser import PretrainedDenoiser, checkpoint, with_frames
 from raydmd.models.diffusers.hub import HUB
 from raydmd.models.diffusers.loading import ENCODER, load_model, load_text_pipeline
+from raydmd.models.diffusers.quantization import (
+    check_dtype,
+    check_layers,
+    check_library,
+    diffusers_networks,
+    in_dtype,
+    quantized_copy,
+    savings,
+)
 from raydmd.models.diffusers.sampler_grid import sampler_grid
 from raydmd.models.diffusers.student_sampler import SampledByDiffusers
 from raydmd.models.diffusers.teacher_folder import ALONE, CONFIG, TeacherFolder, find_teacher
@@ -84,6 +94,7 @@ class PretrainedFamily(SampledByDiffusers, Family):
             dtype = self.options["dtype"]
             raise UserError(f"teacher.options.dtype: no '{dtype}'{nearest(dtype, DTYPES)}")
         self._lora: str | None = None
+        self._quantization: Quantization = "none"
         self._snapshot: TeacherFolder | None = None
         self._vae: Any = None
         self._pipeline: Any = None  # text encoder and tokenizer alone
@@ -140,6 +151,35 @@ class PretrainedFamily(SampledByDiffusers, Family):
         """Have a LoRA fused into the network when it is loaded."""
         self._lora = path
 
+    def use_quantization(self, kind: Quantization) -> None:
+        """Have the frozen network's linear layers in 8 bits where it scores and samples."""
+        self._quantization = kind
+
+    @property
+    def quantization(self) -> Quantization:
+        """What `use_quantization` was told."""
+        return self._quantization
+
+    def check_quantization(self) -> None:
+        """Refuse a machine without torchao, and weights of a dtype that its kernels do not take."""
+        if self._quantization != "none":
+            check_library()
+            check_dtype(self._quantization, self.options["dtype"])
+
+    def scoring_network(self, teacher: Denoiser, device: torch.device) -> Denoiser:
+        """Return the teacher, or a quantized copy of it."""
+        if self._quantization == "none":
+            return teacher
+        self.check_quantization()
+        return quantized_copy(teacher, self._quantization, device)
+
+    def quantization_note(self) -> str | None:
+        """Return a line on how many layers are quantized, and the memory before and after, by the configs."""
+        if self._quantization == "none":
+            return None
+        networks = [in_dtype(each, DTYPES[self.options["dtype"]]) for each in diffusers_networks(self.outline())]
+        return savings(networks, self._quantization).describe(self._quantization)
+
     def load_teacher(self) -> Denoiser:
         """Load the frozen network, or both of two, with diffusers' ``from_pretrained``.
 
@@ -185,6 +225,8 @@ class PretrainedFamily(SampledByDiffusers, Family):
         self._check_config(self._config)
         for path, network in zip(folder.networks[1:], networks[1:], strict=True):
             check_same_config(path / CONFIG, network.config, self._config)
+        if self._quantization != "none":
+            check_layers(networks, self._quantization)
         folder.fetch_weights(variant)
         for path, network in zip(folder.networks, networks, strict=True):
             check_weights(path, weight_files(path, variant), network)
