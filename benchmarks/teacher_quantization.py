@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from diffusers import QwenImageTransformer2DModel
 
-from raydmd.models.diffusers.qwen_image import QwenImageDenoiser
 from raydmd.models.diffusers.quantization import diffusers_networks, quantized_copy, weight_bytes
+from raydmd.models.diffusers.qwen_image import QwenImageDenoiser
 
 CHANNELS, TEXT, TOKENS, HEAD = 16, 256, 64, 64
 
