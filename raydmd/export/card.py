@@ -14,7 +14,7 @@ from raydmd.export.loading_code import call_code
 from raydmd.export.pipeline_folder import absent_parts
 from raydmd.export.plan import Plan
 from raydmd.models.diffusers.hub import HUB
-from raydmd.models.diffusers.pretrained import NEGATIVE
+from raydmd.models.diffusers.prompts_by_pipeline import NEGATIVE
 from raydmd.models.diffusers.student_sampler import FLOW_MAP
 
 CARD = "README.md"

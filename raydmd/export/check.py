@@ -21,7 +21,7 @@ from raydmd.export.loading_code import call_arguments
 from raydmd.export.pipeline_folder import INDEX, link_part, write_pipeline
 from raydmd.export.plan import HALF_DIFFERENCE, LARGEST_DIFFERENCE, Plan, make_plan
 from raydmd.models.base import Conditions
-from raydmd.models.diffusers.pretrained import NEGATIVE
+from raydmd.models.diffusers.prompts_by_pipeline import NEGATIVE
 from raydmd.models.diffusers.weight_files import read_json
 from raydmd.runs.run import Run
 from raydmd.sampling.noise import initial_noise

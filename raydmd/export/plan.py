@@ -12,7 +12,8 @@ from torch import Tensor
 from raydmd.diffusion.times import step_grid
 from raydmd.errors import UserError, nearest
 from raydmd.models.diffusers.hub import HUB, parse_hub_name
-from raydmd.models.diffusers.pretrained import DTYPES, PretrainedFamily
+from raydmd.models.diffusers.pipeline_folder import DTYPES
+from raydmd.models.diffusers.pretrained import PretrainedFamily
 from raydmd.models.diffusers.student_sampler import SAME, Sampler
 from raydmd.runs.expert_index import check_expert, read_index
 from raydmd.runs.run import Run
