@@ -18,6 +18,7 @@ from raydmd.methods.base import Method
 from raydmd.methods.pairs import check_run_pairs
 from raydmd.methods.program import check_warmups
 from raydmd.methods.registry import build_method, plan_phases
+from raydmd.methods.teacher_quantization import check_quantization
 from raydmd.models.base import Conditions, EmbeddedFamily, Family
 from raydmd.models.diffusers.hub import HUB, cached_snapshot, parse_hub_name
 from raydmd.models.diffusers.pretrained import PretrainedFamily
@@ -80,6 +81,7 @@ def check(recipe: Recipe, prompts: bool = True, hub: bool = True) -> list[str]:
     family = recipe_family(recipe)
     check_method(recipe, family, plan_phases(recipe, family.schedule.t_max))
     check_warmups(recipe, family.schedule.t_max)
+    check_quantization(recipe, family)
     if recipe.teacher.path is not None:
         family.check_teacher()
         family.teacher_times(recipe.teacher.steps, recipe.teacher.timestep_shift)
@@ -179,6 +181,8 @@ def notes(recipe: Recipe) -> list[str]:
     if isinstance(family, PretrainedFamily) and recipe.teacher.timestep_shift is None and family.sampler_grid is None:
         said += [f"teacher.timestep_shift: '{family.path}' has no {SCHEDULER_FILE}: the teacher's own sampler takes "
                  f"evenly spaced times"]  # fmt: skip
+    if (line := family.quantization_note()) is not None:
+        said.append(line)
     return [*said, *_notes_of_texts(recipe, family)]
 
 
@@ -198,6 +202,7 @@ def _check_without_teacher(recipe: Recipe) -> list[str]:
     unnamed = recipe_family(recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"path": None})}))
     check_method(recipe, unnamed, plan_phases(recipe, unnamed.schedule.t_max))
     check_warmups(recipe, unnamed.schedule.t_max)
+    check_quantization(recipe, unnamed)
     if recipe.prompts.path is None:
         raise UserError(f"prompts.path: family '{family.name}' ships no prompts; give a file of texts, or of "
                         f"embeddings in Parquet")  # fmt: skip

@@ -19,6 +19,7 @@ Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Guidance = Annotated[float, Field(ge=0)]
+Quantization = Literal["none", "int8", "fp8"]
 
 
 class Section(BaseModel):
@@ -52,6 +53,10 @@ class Teacher(Section):
     lora: str | None = Field(
         None, description="LoRA file, or folder with one, that is fused into a diffusers teacher: a fine-tuned one"
     )
+    quantization: Quantization = Field(
+        "none", description="of the linear layers of a diffusers teacher, where it scores and samples: int8 or fp8; "
+        "what is trained starts from its own weights (docs/models.md)",
+    )  # fmt: skip
 
     @property
     def guidance_scales(self) -> tuple[float, ...]:

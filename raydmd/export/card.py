@@ -15,7 +15,8 @@ from raydmd.export.pipeline_folder import absent_parts
 from raydmd.export.plan import Plan
 from raydmd.models.base import IMAGE_COLUMN
 from raydmd.models.diffusers.hub import HUB
-from raydmd.models.diffusers.student_sampler import FLOW_MAP, NEGATIVE
+from raydmd.models.diffusers.prompts_by_pipeline import NEGATIVE
+from raydmd.models.diffusers.student_sampler import FLOW_MAP
 
 CARD = "README.md"
 PICTURES = 2  # at most

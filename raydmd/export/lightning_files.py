@@ -8,7 +8,7 @@ from safetensors.torch import save
 from raydmd.atomic import write_bytes
 from raydmd.export.loading_code import loading_code, lora_loads
 from raydmd.export.plan import Plan
-from raydmd.models.diffusers.pretrained import DTYPES
+from raydmd.models.diffusers.pipeline_folder import DTYPES
 
 PREFIX = "diffusion_model."  # ComfyUI's, before the layers' names
 TWO = ("high_noise_model.safetensors", "low_noise_model.safetensors")  # as Wan2.2-Lightning names its files

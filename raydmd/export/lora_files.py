@@ -10,7 +10,7 @@ from raydmd.export.loading_code import loading_code, lora_loads
 from raydmd.export.plan import Plan
 from raydmd.export.segment import Segment
 from raydmd.models.adapter_files import METADATA_KEY
-from raydmd.models.diffusers.pretrained import DTYPES
+from raydmd.models.diffusers.pipeline_folder import DTYPES
 
 SINGLE = "pytorch_lora_weights.safetensors"  # diffusers' name of the only file
 

@@ -8,7 +8,7 @@ from safetensors.torch import save
 from raydmd.atomic import write_bytes, writing
 from raydmd.export.loading_code import loading_code, peft_variable
 from raydmd.export.plan import Plan
-from raydmd.models.diffusers.pretrained import DTYPES
+from raydmd.models.diffusers.pipeline_folder import DTYPES
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the names in PEFT's files

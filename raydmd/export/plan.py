@@ -14,7 +14,8 @@ from raydmd.errors import UserError, nearest
 from raydmd.export.schedulers import visits
 from raydmd.export.segment import Segment
 from raydmd.models.diffusers.hub import HUB, parse_hub_name
-from raydmd.models.diffusers.pretrained import DTYPES, PretrainedFamily
+from raydmd.models.diffusers.pipeline_folder import DTYPES
+from raydmd.models.diffusers.pretrained import PretrainedFamily
 from raydmd.models.diffusers.student_sampler import Sampler
 from raydmd.models.diffusers.teacher_folder import has_second
 from raydmd.runs.expert_index import check_expert, read_index

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from raydmd.atomic import replacing, write_text
+from raydmd.config.recipe import Quantization
 from raydmd.data.conditions import Conditions as Conditions
 from raydmd.diffusion.schedule import Prediction, Schedule
 from raydmd.diffusion.times import step_grid
@@ -22,6 +23,7 @@ from raydmd.objectives.guidance import GuidanceRescale
 KINDS = {int: "a whole number", str: "text", bool: "true or false"}
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+QUANTIZATION_KEY = "teacher.quantization"
 IMAGE_COLUMN = "image_latents"  # the condition that a picture makes, of families from image to video
 
 
@@ -110,6 +112,50 @@ class Family(ABC):
             UserError: the family takes none.
         """
         raise UserError(f"teacher.lora: family '{self.name}' takes none; only those of diffusers' models do")
+
+    def use_quantization(self, kind: Quantization) -> None:
+        """Have the frozen teacher's layers in 8 bits where it scores and samples (`scoring_network`).
+
+        Args:
+            kind: ``int8`` or ``fp8``.
+
+        Raises:
+            UserError: the family takes none.
+        """
+        raise UserError(f"{QUANTIZATION_KEY}: family '{self.name}' takes none; only diffusers' transformers and its "
+                        f"UNets that read text do")  # fmt: skip
+
+    @property
+    def quantization(self) -> Quantization:
+        """What `use_quantization` was told."""
+        return "none"
+
+    def check_quantization(self) -> None:
+        """Refuse a quantization that cannot be made here, as far as can be told without the teacher.
+
+        Raises:
+            UserError: ``teacher.quantization: ...``.
+        """
+        return None
+
+    def quantization_note(self) -> str | None:
+        """Return a line on how many layers are quantized and the memory before and after; None where none are.
+
+        Nothing is loaded.
+        """
+        return None
+
+    def scoring_network(self, teacher: Denoiser, device: torch.device) -> Denoiser:
+        """Return the frozen network that scores and samples: by default the teacher itself.
+
+        Args:
+            teacher: as `load_teacher` returns it; it stays as it is.
+            device: where it will compute.
+
+        Raises:
+            UserError: ``teacher.quantization: ...``: it cannot be made here.
+        """
+        return teacher
 
     @property
     def two_guidance_scales(self) -> bool:

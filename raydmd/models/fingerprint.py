@@ -13,7 +13,9 @@ REVISION = "@"  # between the hash and the hub's revision
 
 
 def fingerprint_teacher(family: Family) -> str:
-    """Return the fingerprint of a family's teacher: 32 hexadecimal digits; of the hub's, ``@`` and the commit follow.
+    """Return the fingerprint of a family's teacher: 32 hexadecimal digits.
+
+    Of one that is quantized, ``-`` and the kind follow (``-int8``); of the hub's, ``@`` and the commit.
 
     It covers what the denoiser is made of (`Family.teacher_files`): each config whole, of each safetensors file the
     header, the size and 64 KiB of every tensor. Nothing is loaded: a folder of 40 GB takes seconds. Where the folder
@@ -22,8 +24,9 @@ def fingerprint_teacher(family: Family) -> str:
     Raises:
         UserError: ``teacher.path: ...``: no teacher there, or a file that cannot be read.
     """
-    revision = family.teacher_revision()
-    return _fingerprint(family.teacher_files()) + (f"{REVISION}{revision}" if revision else "")
+    revision, kind = family.teacher_revision(), family.quantization
+    weights = _fingerprint(family.teacher_files()) + ("" if kind == "none" else f"-{kind}")
+    return weights + (f"{REVISION}{revision}" if revision else "")
 
 
 def fingerprint_encoder(family: Family) -> str:

@@ -186,9 +186,11 @@ def recipe_family(recipe: Recipe) -> Family:
     """Build the recipe's family.
 
     Raises:
-        UserError: an unknown family or option, or one that takes no LoRA.
+        UserError: an unknown family or option, or one that takes no LoRA or quantization.
     """
     family = build_family(recipe.teacher.family, recipe.teacher.path, dict(recipe.teacher.options))
     if recipe.teacher.lora is not None:
         family.use_lora(recipe.teacher.lora)
+    if recipe.teacher.quantization != "none":
+        family.use_quantization(recipe.teacher.quantization)
     return family

@@ -1,6 +1,7 @@
 """`raydmd distill`: from a recipe and a folder to a finished run, or to one that can be continued."""
 
 import asyncio
+import logging
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -37,6 +38,8 @@ from raydmd.runtime.preparation import (
 )
 from raydmd.runtime.recovery.state import State
 from raydmd.runtime.workers.base import Factory
+
+log = logging.getLogger("raydmd.runtime.launch")
 
 
 def distill(
@@ -130,7 +133,10 @@ def _distill(
         pretrain(recipe, folder / "teacher", console)
     if own:
         archive_teacher(recipe, folder, claim.owner)
-    fingerprint = fingerprint_teacher(recipe_family(recipe))
+    family = recipe_family(recipe)
+    if (line := family.quantization_note()) is not None:
+        log.info("%s", line)
+    fingerprint = fingerprint_teacher(family)
     given, recipe = recipe, encode_recipe(recipe, folder, console)
     if recipe is not given:
         check_encoded(recipe)

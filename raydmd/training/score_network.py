@@ -10,6 +10,9 @@ from raydmd.diffusion.solvers import euler_step
 from raydmd.models.base import Conditions, Family
 from raydmd.training.messages import BatchId, Cotangents, Noised, Score, Stepped
 
+DERIVATIVES = ("vjp", "step_vjp")
+"""Calls that differentiate through the network."""
+
 
 class ScoreNetwork(ABC):
     """A network that predicts at noisy latents. Derivatives are taken by the latents alone: no gradient of a weight is

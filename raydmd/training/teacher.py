@@ -22,9 +22,12 @@ class Scorer(ScoreNetwork):
     Args:
         recipe: the run's recipe.
         family: the kind of network.
-        teacher: its weights.
+        teacher: its weights; where ``teacher.quantization`` says so, this computes by a quantized copy of them.
         phases: the run's; a frozen teacher is the same in all.
         device: where it computes.
+
+    Raises:
+        UserError: ``teacher.quantization: ...``: it cannot be made here.
     """
 
     role = "teacher"
@@ -34,7 +37,8 @@ class Scorer(ScoreNetwork):
         device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
         self.recipe, self.family, self.device = recipe, family, torch.device(device)
-        self.network = teacher.to(self.device).requires_grad_(False).eval()
+        network = family.scoring_network(teacher, self.device)
+        self.network = network.to(self.device).requires_grad_(False).eval()
 
     def predict(
         self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions, guidance_scale: float | None = None

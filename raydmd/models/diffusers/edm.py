@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from raydmd.diffusion.schedule import EDM, at_least_float32, broadcast
 from raydmd.errors import UserError
-from raydmd.models.base import Conditions, require_column
+from raydmd.models.base import Conditions, Family, require_column
 from raydmd.models.diffusers.autoencoder import ImageAutoencoder
 from raydmd.models.diffusers.denoiser import PretrainedDenoiser
 from raydmd.models.diffusers.pretrained import PretrainedFamily
@@ -75,6 +75,8 @@ class EDMFamily(PretrainedFamily):
     }  # fmt: skip
     prediction = "x0"
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0", "time_emb_proj"]
+
+    use_quantization = Family.use_quantization  # its network is of convolutions
 
     def __init__(self, path: str | None = None, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(path, options)

@@ -12,13 +12,13 @@ from raydmd.diffusion.times import shift_time, step_grid
 from raydmd.errors import UserError
 from raydmd.models.base import Conditions
 from raydmd.models.diffusers.denoiser import PretrainedDenoiser
+from raydmd.models.diffusers.prompts_by_pipeline import NEGATIVE
 from raydmd.models.diffusers.sampler_grid import EULER, TIMESTEPS, UNIPC
 
 FLOW_MAP = (
     "FlowMapEulerDiscreteScheduler"  # Euler's steps at n shifted times, evenly from 1 to 1/n; newer diffusers have it
 )
 SAME = 1e-6  # times that differ by less are one
-NEGATIVE = "negative_"  # before the name of a column of the null prompt
 
 Inputs = Mapping[str, Tensor | list[Tensor]]
 """Arguments of a pipeline's call that stand for prompts; a list has a tensor a sample."""

@@ -109,7 +109,8 @@ def meta_network(config_file: Path, kind: Any) -> Any:
     if "quantization_config" in config:
         method = (config["quantization_config"] or {}).get("quant_method", "some kind")
         raise UserError(f"teacher.path: {config_file} has a quantization_config ({method}); a teacher's weights are "
-                        f"float32, bfloat16 or float16: take the model as it was before it was quantized")  # fmt: skip
+                        f"float32, bfloat16 or float16: take the model as it was before it was quantized; "
+                        f"teacher.quantization does that where it scores")  # fmt: skip
     try:
         with init_empty_weights():
             return kind.from_config(config)
