@@ -279,7 +279,19 @@ def report(runs: Sequence[Path], out: Path | None) -> None:
 )
 @click.option("--out", type=FOLDER, default=Path("pictures"), show_default=True, help="Folder of the PNGs or MP4s.")
 @click.option("--fps", type=click.IntRange(min=1), default=16, show_default=True, help="Frames a second of videos.")
-def generate(run: Path, prompt: str | None, prompts: Path | None, n: int, seed: int, out: Path, fps: int) -> None:
+@click.option("--size", metavar="WIDTHxHEIGHT", help="One that the run has a bucket of; default that of its previews.")
+@click.option("--frames", type=click.IntRange(min=1), help="Of videos, likewise.")
+def generate(
+    run: Path,
+    prompt: str | None,
+    prompts: Path | None,
+    n: int,
+    seed: int,
+    out: Path,
+    fps: int,
+    size: str | None,
+    frames: int | None,
+) -> None:
     """Make pictures, or videos where the model makes those, with a run's experts."""
     from raydmd.evaluation.pictures import generate as make
     from raydmd.evaluation.prompts import read_prompt_file
@@ -296,7 +308,7 @@ def generate(run: Path, prompt: str | None, prompts: Path | None, n: int, seed: 
             console.print(str(path), highlight=False, markup=False, soft_wrap=True)
             made()
 
-        make(loaded, asked, n, seed, out, fps, tell)
+        make(loaded, asked, n, seed, out, fps, tell, size, frames)
 
 
 @app.command(epilog="Example: raydmd export runs/wan --format diffusers --out exports/wan-4-steps")

@@ -19,6 +19,7 @@ from raydmd.methods.pairs import check_run_pairs
 from raydmd.methods.program import check_warmups
 from raydmd.methods.registry import build_method, plan_phases
 from raydmd.models.base import Conditions, EmbeddedFamily, Family
+from raydmd.models.buckets import Buckets, check_buckets
 from raydmd.models.diffusers.hub import HUB, cached_snapshot, parse_hub_name
 from raydmd.models.diffusers.pretrained import PretrainedFamily
 from raydmd.models.diffusers.sampler_grid import SCHEDULER_FILE
@@ -89,6 +90,7 @@ def check(recipe: Recipe, prompts: bool = True, hub: bool = True) -> list[str]:
         family.new_network()
     else:
         raise UserError(f"teacher.path: family '{family.name}' needs a folder or a hub's name of its weights")
+    check_buckets(recipe, family, build_method(recipe).pairs)
     if recipe.method.init is not None:
         kind, count = recipe.method.experts, len(plan_phases(recipe, family.schedule.t_max))
         check_initial(
@@ -137,7 +139,8 @@ def recipe_texts(recipe: Recipe, family: Family) -> PromptTexts | None:
 def _check_table(recipe: Recipe, family: Family) -> None:
     conditions = _encode(recipe, family)
     if recipe.teacher.path is not None:
-        family.check_conditions(conditions)
+        for sized in Buckets(recipe, family).families:
+            sized.check_conditions(sized.for_size(conditions))
     if conditions and recipe.teacher.guidance_scale != 1.0 and "teacher" in build_method(recipe).roles:
         family.unconditional(conditions)
 

@@ -188,4 +188,6 @@ def recipe_family(recipe: Recipe) -> Family:
     family = build_family(recipe.teacher.family, recipe.teacher.path, dict(recipe.teacher.options))
     if recipe.teacher.lora is not None:
         family.use_lora(recipe.teacher.lora)
+    if recipe.prompts.buckets is not None:
+        family.use_buckets([bucket.size for bucket in recipe.prompts.buckets])
     return family

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from raydmd.diffusion.schedule import EDM, at_least_float32, broadcast
 from raydmd.errors import UserError
-from raydmd.models.base import Conditions, require_column
+from raydmd.models.base import Conditions, Family, require_column
 from raydmd.models.diffusers.autoencoder import ImageAutoencoder
 from raydmd.models.diffusers.denoiser import PretrainedDenoiser
 from raydmd.models.diffusers.pretrained import PretrainedFamily
@@ -219,6 +219,10 @@ class EDMFamily(PretrainedFamily):
             own = "x".join(str(side) for side in self.picture_size)
             raise UserError(f"sizes: family 'edm' makes pictures of {own} pixels, not {width}x{height}")
         return self.latent_shape
+
+    def sample_shape(self, frames: int | None, height: int, width: int) -> tuple[int, ...]:
+        """Refuse any: the network was trained on pictures of one size."""
+        return Family.sample_shape(self, frames, height, width)
 
     def to_pixels(self, latents: Tensor) -> Tensor:
         """Return the latents as one frame [B, 1, 1 or 3, H, W]."""
