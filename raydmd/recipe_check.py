@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from raydmd.config.buckets import KEY as BUCKETS
 from raydmd.config.recipe import Recipe
 from raydmd.data.embedded import EMBEDDED
 from raydmd.data.pair_shards import KEY
@@ -211,6 +212,8 @@ def _check_without_teacher(recipe: Recipe) -> list[str]:
     said = [f"method.{method.name}: its own blocks and files are not looked at without the teacher"] if own else []
     if recipe.pairs.path is not None:
         said.append(f"{KEY}: it is not held against the teacher")
+    if recipe.prompts.buckets is not None:
+        said.append(f"{BUCKETS}: they are not held against the teacher")
     return [*said, *_of_elsewhere(recipe)]
 
 

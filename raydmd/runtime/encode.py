@@ -156,6 +156,7 @@ def encode_file(
         raise UserError(f"PROMPTS '{prompts}': neither texts (.txt, .csv, .jsonl, .parquet) nor a folder of captioned "
                         f"pictures")  # fmt: skip
     family.check_encoder(f"PROMPTS '{prompts}'")
+    Buckets(recipe, family)  # refuses sizes that no first frame can be of
     for note in texts.notes():
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     table = EncodedTable(place, encoded_facts(family, texts, recipe.runtime.encoder.batch), "--out")

@@ -228,7 +228,7 @@ def test_counts_of_frames_are_the_familys_own(name: str, folders: dict[str, Path
     family = TINY_MODELS[name].build(folders[name])
     width, height = family.picture_size
     assert family.sample_shape(family.frames, height, width) == tuple(family.latent_shape)
-    for frames in (5, 9, 17):
+    for frames in (9, 17):
         assert family.resized(family.sample_shape(frames, height, width)).frames == frames
 
 
@@ -257,7 +257,7 @@ def test_the_sizes_that_can_be_asked_for(folders: dict[str, Path]) -> None:
     assert choose_size(sizes, None, None) is sizes[0]
     assert choose_size(sizes, "64x48", None) is sizes[2] and choose_size(sizes, "64x64", None) is sizes[1]
     assert choose_size(sizes, "64x48", 1) is sizes[3] and choose_size(sizes, None, 1) is sizes[1]
-    for wrong, words in ((("64x32", None), "--size 64x32: .*64x48"), (("large", None), "WIDTHxHEIGHT"),
+    for wrong, words in ((("64x32", None), "--size 64x32: .*'64x64'"), (("large", None), "WIDTHxHEIGHT"),
                          (("48x64", 5), "--frames 5: .*48x64 of 9 frames")):  # fmt: skip
         with pytest.raises(UserError, match=words):
             choose_size(sizes, *wrong)
