@@ -349,9 +349,12 @@ class Family(ABC):
         """
         return
 
-    def for_size(self, conditions: Conditions) -> Conditions:
-        """Return what samples of ``latent_shape`` take of conditions that are of all sizes; by default everything."""
-        return conditions
+    def for_size(self, conditions: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what samples of ``latent_shape`` take of conditions of all sizes, tensors or arrays by name.
+
+        By default everything.
+        """
+        return dict(conditions)
 
     def use_buckets(self, sizes: Sequence[tuple[int, ...]]) -> None:
         """Be told the sizes that samples have, [frames,] height and width in pixels each; by default to no effect."""

@@ -119,7 +119,7 @@ class PromptStream(Helper):
         table, _ = self._open()
         if (start, count) not in self._previewed:
             rows = (np.arange(count) + start) % len(table)
-            self._previewed = {(start, count): dict(self.family.for_size(self._of_rows(rows)))}
+            self._previewed = {(start, count): self.family.for_size(self._of_rows(rows))}
         return self._previewed[start, count]
 
     @tracked

@@ -256,7 +256,7 @@ class Stage:
             if rows is None:
                 rows = await loop.run_in_executor(self._worker, engine.encoder.encode, *texts)
             sized = engine.family.resized(stage_batch.shape)
-            stage_batch = replace(stage_batch, conditions=dict(sized.for_size(rows)), text_tokens=text_tokens(rows))
+            stage_batch = replace(stage_batch, conditions=sized.for_size(rows), text_tokens=text_tokens(rows))
             spent["encode"] = time.perf_counter() - began
             if self.parts == ("encode",):
                 return Piece(stage_batch, seconds=spent, batches={"encode": 1})

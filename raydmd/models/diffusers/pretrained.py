@@ -517,9 +517,9 @@ class PretrainedFamily(SampledByDiffusers, Family):
             raise UserError(f"family '{self.name}' makes pictures, not {frames} frames; leave the frames out")
         if frames not in made:
             below, above = [n for n in made if n < frames], [n for n in made if n > frames]
-            near = " and ".join(str(n) for n in (*below[-1:], *above[:1]))
+            two = " and ".join(str(n) for n in (*below[-1:], *above[:1]))
             raise UserError(f"there is no video of {frames} frames, by the VAE's factor of {self.vae.temporal} in time "
-                            f"(4k + 1 where it is 4); the nearest: {near}")  # fmt: skip
+                            f"(4k + 1 where it is 4); the nearest: {two}")  # fmt: skip
         return (shape[0], made[frames], *shape[-2:])
 
     def _frame_counts(self, most: int) -> dict[int, int]:

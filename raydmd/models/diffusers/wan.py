@@ -93,14 +93,14 @@ class WanFamily(PretrainedFamily):
             self._sizes = {bucket_column(size): size for size in sizes}
             self.condition_columns = [*self.condition_columns, *self._sizes]
 
-    def for_size(self, conditions: Conditions) -> Conditions:
+    def for_size(self, conditions: Mapping[str, Any]) -> dict[str, Any]:
         """Take the first frames at the samples' own size as ``image_latents``, and leave out the others."""
         images = [IMAGE_COLUMN, *self._sizes]
         kept = {name: value for name, value in conditions.items() if name not in images}
         own = [name for name in images if name in conditions and self._fits(conditions[name])]
         return {**kept, IMAGE_COLUMN: conditions[own[0]]} if own else kept
 
-    def _fits(self, image: Tensor) -> bool:
+    def _fits(self, image: Any) -> bool:
         return tuple(image.shape[2:]) == self.latent_shape[1:]
 
     @property
