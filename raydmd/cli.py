@@ -285,8 +285,19 @@ def report(runs: Sequence[Path], out: Path | None) -> None:
 )
 @click.option("--out", type=FOLDER, default=Path("pictures"), show_default=True, help="Folder of the PNGs or MP4s.")
 @click.option("--fps", type=click.IntRange(min=1), default=16, show_default=True, help="Frames a second of videos.")
+@click.option("--size", metavar="WIDTHxHEIGHT", help="One that the run has a bucket of; default that of its previews.")
+@click.option("--frames", type=click.IntRange(min=1), help="Of videos, likewise.")
 def generate(
-    folder: Path, base: str | None, prompt: str | None, prompts: Path | None, n: int, seed: int, out: Path, fps: int
+    folder: Path,
+    base: str | None,
+    prompt: str | None,
+    prompts: Path | None,
+    n: int,
+    seed: int,
+    out: Path,
+    fps: int,
+    size: str | None,
+    frames: int | None,
 ) -> None:
     """Make pictures, or videos where the model makes those, with the experts of a run or of an export.
 
@@ -310,7 +321,7 @@ def generate(
             console.print(str(path), highlight=False, markup=False, soft_wrap=True)
             made()
 
-        make(loaded, asked, n, seed, out, fps, tell)
+        make(loaded, asked, n, seed, out, fps, tell, size, frames)
 
 
 @app.command(epilog="Example: raydmd export runs/wan --format diffusers --out exports/wan-4-steps")

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from raydmd.config.buckets import KEY as BUCKETS
 from raydmd.config.recipe import Recipe
 from raydmd.data.embedded import EMBEDDED
 from raydmd.data.pair_shards import KEY
@@ -20,6 +21,7 @@ from raydmd.methods.program import check_warmups
 from raydmd.methods.registry import build_method, plan_phases
 from raydmd.methods.teacher_quantization import check_quantization
 from raydmd.models.base import Conditions, EmbeddedFamily, Family
+from raydmd.models.buckets import Buckets, check_buckets
 from raydmd.models.diffusers.hub import HUB, cached_snapshot, parse_hub_name
 from raydmd.models.diffusers.pretrained import PretrainedFamily
 from raydmd.models.diffusers.sampler_grid import SCHEDULER_FILE
@@ -91,6 +93,7 @@ def check(recipe: Recipe, prompts: bool = True, hub: bool = True) -> list[str]:
         family.new_network()
     else:
         raise UserError(f"teacher.path: family '{family.name}' needs a folder or a hub's name of its weights")
+    check_buckets(recipe, family, build_method(recipe).pairs)
     if recipe.method.init is not None:
         kind, count = recipe.method.experts, len(plan_phases(recipe, family.schedule.t_max))
         check_initial(
@@ -139,7 +142,8 @@ def recipe_texts(recipe: Recipe, family: Family) -> PromptTexts | None:
 def _check_table(recipe: Recipe, family: Family) -> None:
     conditions = _encode(recipe, family)
     if recipe.teacher.path is not None:
-        family.check_conditions(conditions)
+        for sized in Buckets(recipe, family).families:
+            sized.check_conditions(sized.for_size(conditions))
     if conditions and recipe.teacher.guidance_scale != 1.0 and "teacher" in build_method(recipe).roles:
         family.unconditional(conditions)
 
@@ -213,6 +217,8 @@ def _check_without_teacher(recipe: Recipe) -> list[str]:
     said = [f"method.{method.name}: its own blocks and files are not looked at without the teacher"] if own else []
     if recipe.pairs.path is not None:
         said.append(f"{KEY}: it is not held against the teacher")
+    if recipe.prompts.buckets is not None:
+        said.append(f"{BUCKETS}: they are not held against the teacher")
     return [*said, *_of_elsewhere(recipe)]
 
 

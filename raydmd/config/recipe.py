@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
+from raydmd.config.buckets import read_buckets
 from raydmd.errors import UserError, nearest
 from raydmd.locations import parse_location
 from raydmd.strict_yaml import StrictLoader
@@ -229,6 +230,23 @@ class Batch(Section):
         return self.size // (self.micro or self.size)
 
 
+class Bucket(Section):
+    """A size of samples: each global batch is of one."""
+
+    size: tuple[int, ...] = Field(description="[height, width] or [frames, height, width] in pixels")
+    weight: Rate = Field(1.0, description="how often it is drawn, against the others' weights")
+
+    @property
+    def frames(self) -> int | None:
+        """Frames of a sample; None: as many as ``teacher.options.latent_shape`` has."""
+        return self.size[0] if len(self.size) == 3 else None
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.size[-2], self.size[-1]
+
+
 class Prompts(Section):
     """What is generated: texts, which the teacher's own text encoder encodes, or rows of a Parquet file of embeddings.
 
@@ -246,6 +264,11 @@ class Prompts(Section):
     )
     cache_mb: NonNegative = Field(256, description="encoded prompts are kept when they fit in this many MB of memory")
     encoders: Positive = Field(1, description="actors that encode prompts where they do not fit")
+    buckets: Annotated[tuple[Bucket, ...] | None, BeforeValidator(read_buckets)] = Field(
+        None, description="sizes of the samples, one of which each global batch is of: [height, width] or [frames, "
+        "height, width] each, or {size, weight}; or the name of a list that ships (qwen-image, sdxl, wan-t2v ...); "
+        "null: the size of teacher.options.latent_shape",
+    )  # fmt: skip
 
 
 class PairsFolder(Section):

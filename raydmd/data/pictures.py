@@ -6,6 +6,7 @@ diffusion models (guided-diffusion's `center_crop_arr`: Dhariwal & Nichol 2021; 
 they begin with only save time, and are left out.
 """
 
+import copy
 import os
 import warnings
 from collections import OrderedDict
@@ -59,6 +60,15 @@ class PictureFolder:
             raise UserError(f"{key}: folder '{path}' has no pictures ({', '.join(SUFFIXES)})")
         self.metadata: Metadata | None = read_metadata(self.path, self.names, columns, key) if columns else None
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._sizes = {shape: self}
+
+    def resized(self, shape: tuple[int, int, int]) -> "PictureFolder":
+        """Return the same pictures at another size, of as many channels; each size keeps its decoded pictures."""
+        if shape not in self._sizes:
+            other = copy.copy(self)
+            other.shape, other._cache = shape, OrderedDict()
+            self._sizes[shape] = other
+        return self._sizes[shape]
 
     def __len__(self) -> int:
         """Return how many pictures there are."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from raydmd.atomic import write_bytes
 from raydmd.errors import RunError, UserError
 from raydmd.evaluation.prompts import from_text, own_prompts
+from raydmd.evaluation.sizes import choose_size, trained_sizes
 from raydmd.evaluation.videos import FPS, video
 from raydmd.models.base import Family
 from raydmd.runs.student import Student
@@ -198,6 +199,8 @@ def generate(
     out: Path,
     fps: int = FPS,
     made: Callable[[Path], None] = lambda path: None,
+    size: str | None = None,
+    frames: int | None = None,
 ) -> list[Path]:
     """Make pictures or videos with a student's experts: ``out/PROMPT-SEED-I.png`` or ``.mp4`` for I below ``n``.
 
@@ -212,15 +215,21 @@ def generate(
         out: the folder of the files.
         fps: frames a second of videos.
         made: told of each file.
+        size: ``WIDTHxHEIGHT``, one that the students were trained for; None: that of previews.
+        frames: of videos, likewise.
 
     Returns:
         The files' paths.
 
     Raises:
-        UserError: a prompt that the family does not know, an expert that is missing, no teacher, or ``out`` is a file.
+        UserError: a size that they were not trained for, a prompt that the family does not know, an expert that is
+            missing, no teacher, or ``out`` is a file.
         RunError: a picture that is not finite.
     """
     family, all_prompts = student.family, [prompts] if isinstance(prompts, str) else list(prompts)
+    sized = (
+        family if size is None and frames is None else choose_size(trained_sizes(student.recipe, family), size, frames)
+    )
     device = "cuda" if student.recipe.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
     for prompt in all_prompts if own_prompts(family) else all_prompts[:1]:  # a wrong one is told before any is made
         first = from_text(student.recipe, family, prompt, 1, device=device)
@@ -231,26 +240,26 @@ def generate(
     one_by_one, paths = not in_plane(family), []
     for number, prompt in enumerate(all_prompts):
         conditions = from_text(student.recipe, family, prompt, 1, device=device) if number else first
-        conditions = {name: value.to(device) for name, value in conditions.items()}
+        conditions = {name: value.to(device) for name, value in sized.for_size(conditions).items()}
         name = (f"{number + 1:04d}-" if len(all_prompts) > 1 else "") + _file_name(prompt)
         for start, count in [(i, 1) for i in range(n)] if one_by_one else [(0, n)]:
             rows = {key: value.expand(count, *value.shape[1:]) for key, value in conditions.items()}
             latents = sample_student(
-                family, experts, phases, rows, count,
+                sized, experts, phases, rows, count,
                 seed=seed, start=start, solver=student.recipe.method.solver, device=device,
             ).latents.to(device)  # fmt: skip
             file = out / f"{name}-{seed}-{start}"
             about = {"prompt": prompt, "seed": str(seed), "sample": str(start), "model": student.name}
-            moving = family.frames > 1
-            decoded = (family.decode_video(latents) if moving else family.decode(latents)).cpu()
+            moving = sized.frames > 1
+            decoded = (sized.decode_video(latents) if moving else sized.decode(latents)).cpu()
             if not (finite := finite_samples(latents.cpu(), decoded)).all():
                 what = f"{'video' if moving else 'picture'} {start + int((~finite).nonzero()[0])} of seed {seed}"
                 raise RunError(f"{student.title}: {what} is not finite: the experts have diverged, or their "
                                f"precision is too small")  # fmt: skip
             out.mkdir(parents=True, exist_ok=True)
             if moving:
-                frames = [to_image(frame) for frame in decoded[0].float()]
-                paths.append(save_file(video(frames, fps), file.with_name(f"{file.name}.mp4")))
+                images = [to_image(frame) for frame in decoded[0].float()]
+                paths.append(save_file(video(images, fps), file.with_name(f"{file.name}.mp4")))
             else:
                 image = enlarge(to_image(decoded[0]), 256) if one_by_one else scatter(decoded, size=512)
                 paths.append(save_png(image, file.with_name(f"{file.name}.png"), about))

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from raydmd.atomic import write_text, writing
+from raydmd.evaluation.sizes import size_words, trained_sizes
 from raydmd.export.formats import FORMATS
 from raydmd.export.loading_code import call_code, pipeline_arguments
 from raydmd.export.pipeline_folder import absent_parts
@@ -65,9 +66,8 @@ def _lines(plan: Plan, name: str, pictures: Sequence[str]) -> Iterator[str]:
     yield f"| times | {', '.join(f'{t:.4g}' for t in plan.times[:-1])} |"
     for phase, expert in zip(plan.phases, plan.names, strict=True):
         yield f"| {expert} | from {phase.times[0]:.4g} to {phase.end:.4g}, {phase.steps} of the steps |"
-    width, height = plan.family.picture_size
-    frames = f", {plan.family.frames} frames" if plan.family.frames > 1 else ""
-    yield f"| trained at | {width}x{height} pixels{frames} |"
+    sizes = [size_words(sized) for sized in trained_sizes(recipe, plan.family)]
+    yield f"| trained at | {', '.join(sizes)} in pixels |"
     yield f"| teacher's guidance | {recipe.teacher.guidance_scale:g}; the student takes none |"
     yield f"| weights | {plan.dtype} |"
     yield ""

@@ -7,9 +7,11 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from raydmd.config.recipe import MethodOptions, Positive, Section
+from raydmd.errors import UserError
 from raydmd.methods.base import TEACHER, Program, Trained
 from raydmd.methods.distribution_matching import DistributionMatching
 from raydmd.models.base import Family
+from raydmd.models.buckets import Buckets
 from raydmd.models.pictures import encode_pictures, open_pictures, picture_conditions
 from raydmd.training.discriminator import DiscriminatorOptions, check_blocks
 from raydmd.training.gan import PICTURES, ClassifyingFake, ReferencedGenerator
@@ -81,6 +83,11 @@ class DMD2(DistributionMatching):
         if self.options.dmd2.pictures is None:
             return []
         pictures = open_pictures(family, self.options.dmd2.pictures, PICTURES)
+        for sized in Buckets(self.recipe, family).families:
+            try:
+                pictures.resized(sized.picture_shape)
+            except UserError as error:
+                raise UserError(f"{PICTURES}: {error}") from None
         small = pictures.metadata is None or pictures.metadata.size <= LOOKED_THROUGH
         conditions = picture_conditions(family, pictures, np.arange(len(pictures) if small else 1))
         if family.path is not None:

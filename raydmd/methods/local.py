@@ -20,6 +20,7 @@ from raydmd.methods.pairs import check_run_pairs, folder_pairs
 from raydmd.methods.program import plan_updates
 from raydmd.methods.registry import build_method
 from raydmd.models.base import Denoiser, Family
+from raydmd.models.buckets import Buckets
 from raydmd.models.encoding import encode_rows
 from raydmd.sampling.phase import Phase
 from raydmd.sampling.plan import plan_iterations
@@ -56,6 +57,7 @@ class LocalProgram:
         self.lengths = plan_iterations(recipe, self.phases)
         self.micros: list[MicroBatch] = micro_batches(recipe)
         self.order = PromptOrder(recipe, prompts.groups, method.draws)
+        self.buckets = Buckets(recipe, family)
         self.parts = {
             name: role.part(recipe, family, teacher, self.phases) for name, role in method.roles.items()
         }  # fmt: skip
@@ -63,12 +65,10 @@ class LocalProgram:
 
     def prompts(self, n: int, draw: int) -> list[PromptBatch]:
         """Return the prompts of a draw."""
-        return [
-            PromptBatch(
-                m.start, m.count, encode_rows(self.family, self.table, self.order.draw(n, draw, m.start, m.count))
-            )
-            for m in self.micros
-        ]
+        sized = self.buckets.family_of(n, draw)
+        rows = [self.order.draw(n, draw, m.start, m.count) for m in self.micros]
+        conditions = [sized.for_size(encode_rows(self.family, self.table, each)) for each in rows]
+        return [PromptBatch(m.start, m.count, each) for m, each in zip(self.micros, conditions, strict=True)]
 
     def phase(self, n: int) -> Phase:
         """Return the phase of an iteration."""

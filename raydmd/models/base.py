@@ -1,10 +1,11 @@
 """What the engine knows of a network (`Denoiser`) and of a kind of network (`Family`); teachers on disk."""
 
+import copy
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -25,6 +26,11 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 QUANTIZATION_KEY = "teacher.quantization"
 IMAGE_COLUMN = "image_latents"  # the condition that a picture makes, of families from image to video
+
+
+def bucket_column(size: Sequence[int]) -> str:
+    """Return the column of a picture's condition at the size of a bucket, [frames,] height and width in pixels."""
+    return f"{IMAGE_COLUMN}_{'x'.join(map(str, size))}"
 
 
 class Denoiser(nn.Module, ABC):
@@ -361,6 +367,44 @@ class Family(ABC):
             own = "x".join(str(side) for side in self.picture_size)
             raise UserError(f"sizes: family '{self.name}' makes pictures of {own} pixels, not {width}x{height}")
         return self.latent_shape
+
+    def sample_shape(self, frames: int | None, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape of the latents of a sample of another size, for training on several.
+
+        Args:
+            frames: of the sample; None: as many as ``latent_shape`` has.
+            height: of a frame, in pixels.
+            width: of a frame, in pixels.
+
+        Raises:
+            UserError: the network makes none of that size; the message names the nearest, but not who asked for it.
+        """
+        raise UserError(f"family '{self.name}' makes samples of one size alone, {list(self.latent_shape)}")
+
+    def resized(self, shape: tuple[int, ...]) -> Self:
+        """Return the family with ``latent_shape`` another one, of `sample_shape`; what is loaded is shared."""
+        other = copy.copy(self)
+        other.latent_shape = tuple(shape)
+        return other
+
+    def check_latents(self) -> None:
+        """Hold ``latent_shape``, after `resized`, against the teacher, if it has been looked at by `check_teacher`.
+
+        Raises:
+            UserError: ``teacher.options.latent_shape: ...``.
+        """
+        return
+
+    def for_size(self, conditions: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what samples of ``latent_shape`` take of conditions of all sizes, tensors or arrays by name.
+
+        By default everything.
+        """
+        return dict(conditions)
+
+    def use_buckets(self, sizes: Sequence[tuple[int, ...]]) -> None:
+        """Be told the sizes that samples have, [frames,] height and width in pixels each; by default to no effect."""
+        return
 
     def decode_video(self, latents: Tensor) -> Tensor:
         """Turn latents [B, *latent_shape] into frames [B, F, 1 or 3, H, W] in [0, 1]."""

@@ -193,4 +193,6 @@ def recipe_family(recipe: Recipe) -> Family:
         family.use_lora(recipe.teacher.lora)
     if recipe.teacher.quantization != "none":
         family.use_quantization(recipe.teacher.quantization)
+    if recipe.prompts.buckets is not None:
+        family.use_buckets([bucket.size for bucket in recipe.prompts.buckets])
     return family

@@ -21,6 +21,7 @@ from raydmd.data.pictures import PictureFolder
 from raydmd.data.prompt_files import KEY, PromptTexts
 from raydmd.errors import RunError, UserError
 from raydmd.models.base import IMAGE_COLUMN
+from raydmd.models.buckets import Buckets
 from raydmd.models.encoding import encoded_facts, takes_pictures, texts_for
 from raydmd.models.fingerprint import fingerprint_encoder
 from raydmd.progress import counting
@@ -60,6 +61,7 @@ class PromptEncoder:
             if pictures is not None:
                 width, height = self.family.picture_size
                 self.pictures = PictureFolder(pictures, (3, height, width), [], KEY)
+                self.buckets = Buckets(recipe, self.family)
         except (UserError, RunError) as error:
             self._misfit = error
 
@@ -80,7 +82,7 @@ class PromptEncoder:
         """Return the columns of the table's rows from ``first`` on, and how many texts were cut."""
         columns = dict(self.family.encode_prompts(texts, self.device))
         if self.pictures is not None:
-            columns[IMAGE_COLUMN] = self._first_frames(np.arange(first, first + len(texts)))
+            columns |= self._first_frames(np.arange(first, first + len(texts)))
         for name, values in columns.items():
             finite = np.isfinite(values).reshape(len(texts), -1).all(1) if values.dtype.kind == "f" else [True]
             if not np.all(finite):
@@ -89,12 +91,17 @@ class PromptEncoder:
         return columns, self.family.cut_prompts(texts)
 
     @torch.no_grad()
-    def _first_frames(self, numbers: np.ndarray) -> np.ndarray:
-        """Return the pictures' `IMAGE_COLUMN`, float32 [B, channels, f, h, w]."""
+    def _first_frames(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the pictures' `IMAGE_COLUMN`, and that of each bucket, float32 [B, channels, f, h, w] by name."""
         assert self.pictures is not None
-        pictures = self.pictures.take(numbers).to(self.device)
-        found: np.ndarray = self.family.encode_first_frames(pictures).float().cpu().numpy()
-        return found
+        sizes = self.buckets.by_column() | {IMAGE_COLUMN: self.family}
+        made = dict[tuple[int, ...], np.ndarray]()  # the own size is a bucket's, too
+        for family in sizes.values():
+            if family.latent_shape not in made:
+                width, height = family.picture_size
+                pictures = self.pictures.resized((3, height, width)).take(numbers).to(self.device)
+                made[family.latent_shape] = family.encode_first_frames(pictures).float().cpu().numpy()
+        return {name: made[family.latent_shape] for name, family in sizes.items()}
 
 
 def encode_recipe(recipe: Recipe, folder: Path, console: Console | None = None) -> Recipe:
@@ -149,6 +156,7 @@ def encode_file(
         raise UserError(f"PROMPTS '{prompts}': neither texts (.txt, .csv, .jsonl, .parquet) nor a folder of captioned "
                         f"pictures")  # fmt: skip
     family.check_encoder(f"PROMPTS '{prompts}'")
+    Buckets(recipe, family)  # refuses sizes that no first frame can be of
     for note in texts.notes():
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     table = EncodedTable(place, encoded_facts(family, texts, recipe.runtime.encoder.batch), "--out")

@@ -15,6 +15,7 @@ from raydmd.errors import UserError
 from raydmd.evaluation.validation_prompts import validation_conditions
 from raydmd.methods.registry import build_method
 from raydmd.models.base import Family
+from raydmd.models.buckets import Buckets
 from raydmd.models.encoding import encode, encode_rows
 from raydmd.runs.run import recipe_family
 from raydmd.runtime.workers.helpers import Helper, tracked
@@ -71,6 +72,7 @@ class PromptStream(Helper):
         self.draws = len(self.streams)
         self.micro = recipe.batch.micro or recipe.batch.size
         self.columns = list(self.family.condition_columns)
+        self.buckets = Buckets(recipe, self.family)
         self._opened: tuple[PromptTable, PromptOrder] | None = None
         self._cache: dict[str, np.ndarray] | None = None
         self._chunk = 1
@@ -91,19 +93,25 @@ class PromptStream(Helper):
 
     @tracked
     def take(self, iteration: int) -> list[Any]:
-        """Return the conditions of all the iteration's micro-batches, draw by draw."""
+        """Return the conditions of all the iteration's micro-batches, draw by draw, each for its draw's bucket."""
         if iteration in self._taken:
             return self._taken[iteration]
         _, order = self._open()
         each = self.draws * self.size
         if self._cache is not None:
             first = iteration * each
-            return [self._of_rows(order.samples(first + at, self.micro)) for at in range(0, each, self.micro)]
-        taken = self._stream(iteration)
+            taken = [self._of_rows(order.samples(first + at, self.micro)) for at in range(0, each, self.micro)]
+            return self._for_buckets(iteration, taken)
+        taken = self._for_buckets(iteration, self._stream(iteration))
         if len(self._taken) == KEPT + self.recipe.runtime.max_staleness:
             del self._taken[next(iter(self._taken))]
         self._taken[iteration] = taken
         return taken
+
+    def _for_buckets(self, iteration: int, taken: list[Any]) -> list[Any]:
+        """Leave each micro-batch what samples of its bucket take."""
+        sized = [self.buckets.family_of(iteration, draw) for draw in range(self.draws)]
+        return [sized[number // self.recipe.batch.micros].for_size(each) for number, each in enumerate(taken)]
 
     @tracked
     def rows(self, start: int, count: int) -> dict[str, np.ndarray]:
@@ -111,7 +119,7 @@ class PromptStream(Helper):
         table, _ = self._open()
         if (start, count) not in self._previewed:
             rows = (np.arange(count) + start) % len(table)
-            self._previewed = {(start, count): self._of_rows(rows)}
+            self._previewed = {(start, count): self.family.for_size(self._of_rows(rows))}
         return self._previewed[start, count]
 
     @tracked

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from raydmd.errors import UserError
 from raydmd.evaluation.prompts import own_prompts
+from raydmd.evaluation.sizes import trained_sizes
 from raydmd.export.exported import open_student
 from raydmd.runs.student import Student
 from raydmd.serving.contract import Card, StepPlan
@@ -73,7 +74,8 @@ def read_card(serving: Serving, student: Student | None = None) -> Card:
         _ = student.teacher_family  # refused now, if there is none
     if len(family.latent_shape) < 3:
         raise UserError(f"{student.title} makes points in the plane, not pictures: there is nothing to serve")
-    sizes = (family.picture_size, *(size for size in serving.sizes if size != family.picture_size))
+    trained = [each.picture_size for each in trained_sizes(student.recipe, family) if each.frames == family.frames]
+    sizes = tuple(dict.fromkeys((*trained, *serving.sizes)))
     for size in sizes:
         family.shape_for(*size)
     null_prompt = family.options.get("null_prompt", True)

@@ -252,7 +252,8 @@ class Stage:
             rows = engine.encoder.known(*texts)
             if rows is None:
                 rows = await loop.run_in_executor(self._worker, engine.encoder.encode, *texts)
-            stage_batch = replace(stage_batch, conditions=rows, text_tokens=text_tokens(rows))
+            sized = engine.family.resized(stage_batch.shape)
+            stage_batch = replace(stage_batch, conditions=sized.for_size(rows), text_tokens=text_tokens(rows))
             spent["encode"] = time.perf_counter() - began
             if self.parts == ("encode",):
                 return Piece(stage_batch, seconds=spent, batches={"encode": 1})

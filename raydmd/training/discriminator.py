@@ -8,6 +8,7 @@ from pydantic import Field
 from raydmd.config.recipe import Positive, Recipe, Section
 from raydmd.diffusion.random import Key, integer
 from raydmd.models.base import Conditions, Denoiser, Family
+from raydmd.models.buckets import Buckets
 from raydmd.models.features import chosen_blocks, read_features
 from raydmd.models.heads import Heads
 from raydmd.objectives.adversarial import AdversarialLoss, discriminator_loss, generator_loss
@@ -50,12 +51,15 @@ def check_blocks(recipe: Recipe, family: Family) -> None:
 def new_heads(network: Denoiser, family: Family, recipe: Recipe, phase: int) -> tuple[list[str], Heads]:
     """Return the blocks that are read, and a head for each with new weights, which the phase and the seed give.
 
+    A head takes samples of every bucket: it halves a map's sides as often as the smallest one's can be.
+
     Raises:
         UserError: a block that the network does not have.
     """
     options = discriminator_options(recipe)
     blocks = chosen_blocks(network, options.blocks, BLOCKS)
-    shapes = [network.block_shape(name, tuple(family.latent_shape)) for name in blocks]
+    latents = Buckets(recipe, family).least()
+    shapes = [network.block_shape(name, latents) for name in blocks]
     return blocks, Heads(shapes, options.width, integer(Key(recipe.seed, phase, "heads", 0), 2**62))
 
 

@@ -96,7 +96,7 @@ class Fake(ScoreNetwork):
         phase, count = self.segment(batch_id.draw), x_s.shape[0]
         u = uniform(self._key("fake-t", batch_id.draw), batch_id.start, count)
         t = phase.score_times(self.recipe.method, u)
-        noise = normal(self._key("fake-noise", batch_id.draw), batch_id.start, count, self.family.latent_shape)
+        noise = normal(self._key("fake-noise", batch_id.draw), batch_id.start, count, tuple(x_s.shape[1:]))
         noise = noise.to(self.device)
         return x_s, noise, t, self.family.schedule.diffuse(x_s, noise, t, phase.end)
 

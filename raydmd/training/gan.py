@@ -45,7 +45,7 @@ class ClassifyingFake(Fake):
         output, features = self._read(x_t, t, samples)
         loss = self.matching_loss(samples, output, x_s, noise, t)
         batch_id, x_0 = references.batch_id, references.x_s.to(self.device)
-        fresh = normal(self._key("real-noise", batch_id.draw), batch_id.start, len(x_0), self.family.latent_shape)
+        fresh = normal(self._key("real-noise", batch_id.draw), batch_id.start, len(x_0), tuple(x_0.shape[1:]))
         _, right = self._read(self.family.schedule.diffuse(x_0, fresh.to(self.device), t), t, references)
         logits = self.heads(right), self.heads(features)
         verdict = discriminator_loss(*logits, "softplus")
@@ -101,12 +101,13 @@ class ReferencedGenerator(Generator):
         """
         updates = self.recipe.method.fake_updates
         first = (iteration * updates + update) * self.recipe.batch.size + prompts.start
+        draw = iteration * self.draws + update
         if self._real:
-            numbers = self._picture_order.rows(first, prompts.count)
-            x_0, conditions = encode_pictures(self.family, self._pictures, numbers, self.device)
+            numbers, family = self._picture_order.rows(first, prompts.count), self.buckets.family(draw)
+            pictures = self._pictures.resized(family.picture_shape)
+            x_0, conditions = encode_pictures(family, pictures, numbers, self.device)
         else:
             _, x_0, conditions = self.take_pairs("references", first, prompts.count)
-        draw = iteration * self.draws + update
         return Samples(BatchId(self.phase.index, draw, prompts.start, self.updates), x_0, conditions)
 
     def objective(  # type: ignore[override]

@@ -14,6 +14,7 @@ from raydmd.data.trajectories import PairSource
 from raydmd.diffusion.random import Key, normal, uniform
 from raydmd.diffusion.schedule import broadcast
 from raydmd.models.base import Conditions, Denoiser, Family
+from raydmd.models.buckets import Buckets
 from raydmd.models.experts import Experts
 from raydmd.models.initial_student import initial_state
 from raydmd.objectives.distribution_matching import distribution_matching_gradient, surrogate_loss
@@ -46,6 +47,7 @@ class Generator:
     ) -> None:  # fmt: skip
         self.recipe, self.family, self.device = recipe, family, torch.device(device)
         self.phases = list(phases)
+        self.buckets = Buckets(recipe, family)
         kind = recipe.method.experts
         self.teacher = teacher.to(self.device)
         self.experts = Experts(
@@ -130,7 +132,7 @@ class Generator:
         start, draw, count = samples.batch_id.start, samples.batch_id.draw, samples.x_s.shape[0]
         phase = self.segment(draw)
         t = phase.score_times(self.recipe.method, uniform(self._key(f"{stream}-t", draw), start, count))
-        noise = normal(self._key(f"{stream}-noise", draw), start, count, self.family.latent_shape)
+        noise = normal(self._key(f"{stream}-noise", draw), start, count, tuple(samples.x_s.shape[1:]))
         x_t = self.family.schedule.diffuse(samples.x_s.detach(), noise.to(self.device), t, phase.end)
         return Noised(samples.batch_id, x_t, t, samples.conditions)
 
@@ -215,11 +217,14 @@ class Generator:
     def _roll(
         self, phases: int, draw: int, prompts: PromptBatch, entry: torch.Tensor | None = None, grad: bool = False
     ) -> torch.Tensor:
-        """Roll out through the first ``phases`` phases; the one in training is left at its exit step."""
+        """Roll out through the first ``phases`` phases; the one in training is left at its exit step.
+
+        The samples are of the bucket that the whole draw is of.
+        """
         training = phases == self.phase.index + 1
         way = [*self.phases[: phases - 1], self.segment(draw)] if training else self.phases[:phases]
         return rollout(
-            self.family,
+            self.buckets.family(draw),
             self.experts,
             way,
             self._key("rollout", draw),

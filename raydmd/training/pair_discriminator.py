@@ -66,5 +66,5 @@ class LatentDiscriminator(PairDiscriminator):
         u = uniform(Key(self.recipe.seed, index, f"latent-{use}-t", batch_id.draw), batch_id.start, len(x_0))
         t = self.phase.score_times(self.recipe.method, u)
         key = Key(self.recipe.seed, index, f"latent-{use}-noise", batch_id.draw)
-        noise = normal(key, batch_id.start, len(x_0), self.family.latent_shape).to(self.device)
+        noise = normal(key, batch_id.start, len(x_0), tuple(x_0.shape[1:])).to(self.device)
         return Stepped(batch_id, self.family.schedule.diffuse(x_0, noise, t), t, restored.conditions)

@@ -7,6 +7,7 @@ import torch
 from raydmd.diffusion.random import Key, normal
 from raydmd.errors import RunError, UserError
 from raydmd.models.base import Conditions, one_line
+from raydmd.models.buckets import Buckets
 from raydmd.training.fake_score import Fake
 from raydmd.training.generator import Generator
 from raydmd.training.teacher import Scorer
@@ -15,6 +16,8 @@ from raydmd.training.teacher import Scorer
 @torch.no_grad()
 def try_row(part: Any, role: str, row: Conditions) -> None:
     """Call a role's network once, for the teacher also with the null prompt; nothing that training uses changes.
+
+    Of several buckets the largest is tried.
 
     Args:
         part: a `Generator`, `Fake` or `Scorer`; others are left alone.
@@ -28,14 +31,14 @@ def try_row(part: Any, role: str, row: Conditions) -> None:
     if not isinstance(part, Generator | Fake | Scorer):
         return
     network = part.network if isinstance(part, Scorer) else part.teacher
-    family, device = part.family, part.device
+    family, device = Buckets(part.recipe, part.family).largest(), part.device
     key = Key(part.recipe.seed, 0, "trial", 0)
     try:
         network.to(device)
         x = normal(key, 0, 1, family.latent_shape).to(device)
         t = torch.full((1,), 0.5 * family.schedule.t_max, dtype=torch.float64, device=device)
         networks = network.parts
-        conditions = {name: value.to(device) for name, value in row.items()}
+        conditions = {name: value.to(device) for name, value in family.for_size(row).items()}
         rows = [conditions]
         if isinstance(part, Scorer) and set(part.recipe.teacher.guidance_scales) != {1.0} and conditions:
             rows.append(family.unconditional(conditions))
@@ -43,7 +46,8 @@ def try_row(part: Any, role: str, row: Conditions) -> None:
     except (UserError, RunError):
         raise
     except Exception as error:  # whatever the layers of a network raise
-        raise RunError(f"{role}: its network does not take a row of the prompts: {one_line(error)}") from error
+        size = f" at latents of {list(family.latent_shape)}" if part.recipe.prompts.buckets else ""
+        raise RunError(f"{role}: its network does not take a row of the prompts{size}: {one_line(error)}") from error
     finally:
         if isinstance(part, Fake):  # which keeps it beside the copy that it trains
             network.to("cpu")

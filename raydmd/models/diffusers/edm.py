@@ -222,6 +222,10 @@ class EDMFamily(PretrainedFamily):
             raise UserError(f"sizes: family 'edm' makes pictures of {own} pixels, not {width}x{height}")
         return self.latent_shape
 
+    def sample_shape(self, frames: int | None, height: int, width: int) -> tuple[int, ...]:
+        """Refuse any: the network was trained on pictures of one size."""
+        return Family.sample_shape(self, frames, height, width)
+
     def to_pixels(self, latents: Tensor) -> Tensor:
         """Return the latents as one frame [B, 1, 1 or 3, H, W]."""
         return latents[:, None]

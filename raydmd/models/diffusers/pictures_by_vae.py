@@ -29,7 +29,7 @@ class PicturesByVAE(PipelineFolder):
 
     def __init__(self, path: str | None = None, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(path, options)
-        self._vae: Any = None
+        self._loaded: dict[str, Any] = {}  # the VAE; shared by `resized`
 
     @cached_property
     def vae(self) -> Autoencoder:
@@ -104,13 +104,13 @@ class PicturesByVAE(PipelineFolder):
         return self.vae.decode(network.to(latents.device), latents)
 
     def _load_vae(self) -> Any:
-        if self._vae is None and self.path is not None and self._has_part("vae"):
+        if not self._loaded and self.path is not None and self._has_part("vae"):
             self._fetch("vae/*")
             folder, dtype = self._root() / "vae", decoding_dtype(DTYPES[self.options["dtype"]])
             variant = variant_of(folder, self.options["variant"])
             network = load_model(self.autoencoder.class_name, folder, variant, dtype)
-            self._vae = network.requires_grad_(False).eval()
-        return self._vae
+            self._loaded["vae"] = network.requires_grad_(False).eval()
+        return self._loaded.get("vae")
 
     @cached_property
     def patches(self) -> tuple[int, int, int]:
@@ -136,14 +136,57 @@ class PicturesByVAE(PipelineFolder):
         spatial = self.vae.spatial
         return spatial * self.latent_shape[-1], spatial * self.latent_shape[-2]
 
+    @property
+    def side_units(self) -> tuple[int, int]:
+        """What divides a sample's height and its width in pixels, by the VAE's factor and the network's patches."""
+        spatial, (_, high, wide) = self.vae.spatial, self.patches
+        return spatial * high, spatial * wide
+
     def shape_for(self, width: int, height: int) -> tuple[int, ...]:
         """Return the shape of the latents of a picture of another size.
 
         Raises:
-            UserError: a side that the VAE or the network's patches do not divide.
+            UserError: a side that the VAE or the network's patches or levels do not divide.
         """
-        spatial, (_, high, wide) = self.vae.spatial, self.patches
-        if width % (spatial * wide) or height % (spatial * high):
-            sides = f"{spatial * wide}" if wide == high else f"{spatial * wide} and {spatial * high}"
+        high, wide = self.side_units
+        if width % wide or height % high:
+            sides = f"{wide}" if wide == high else f"{wide} and {high}"
             raise UserError(f"sizes: {width}x{height} is not of sides that {sides} divides")
-        return (*self.latent_shape[:-2], height // spatial, width // spatial)
+        return (*self.latent_shape[:-2], height // self.vae.spatial, width // self.vae.spatial)
+
+    def sample_shape(self, frames: int | None, height: int, width: int) -> tuple[int, ...]:
+        """Return the latents' shape of a size that the VAE, in space and time, and the network's patches divide."""
+        units, sides = self.side_units, (height, width)
+        near = [max(unit, unit * round(side / unit)) for side, unit in zip(sides, units, strict=True)]
+        if near != [height, width]:
+            by = f"{units[0]}" if units[0] == units[1] else f"{units[0]} and {units[1]}"
+            raise UserError(f"the sides {height} and {width} are not multiples of {by}, by the VAE's factor and the "
+                            f"network's patches or levels; the nearest that are: {near}")  # fmt: skip
+        shape = self.shape_for(width, height)
+        if frames is None or frames == self.frames:
+            return shape
+        made = self._frame_counts(frames)
+        if set(made) == {1}:
+            raise UserError(f"family '{self.name}' makes pictures, not {frames} frames; leave the frames out")
+        if frames not in made:
+            below, above = [n for n in made if n < frames], [n for n in made if n > frames]
+            two = " and ".join(str(n) for n in (*below[-1:], *above[:1]))
+            raise UserError(f"there is no video of {frames} frames, by the VAE's factor of {self.vae.temporal} in time "
+                            f"(4k + 1 where it is 4); the nearest: {two}")  # fmt: skip
+        return (shape[0], made[frames], *shape[-2:])
+
+    def _frame_counts(self, most: int) -> dict[int, int]:
+        """Return what counts of frames samples may have, up to one above ``most``, each with the latents'."""
+        if len(self.latent_shape) < 4:
+            return {1: 1}
+        made, step = dict[int, int](), (self.patches or (1,))[0]
+        for latents in range(step, most + 3 * step, step):
+            sized = self.resized((self.latent_shape[0], latents, *self.latent_shape[-2:]))
+            try:
+                sized._check_latent_shape()
+            except UserError:
+                continue
+            made[sized.frames] = latents
+            if sized.frames > most:
+                break
+        return dict(sorted(made.items()))

@@ -251,6 +251,12 @@ class PretrainedFamily(SampledByDiffusers, PromptsByPipeline, PicturesByVAE):
         lora = {} if self._lora is None else lora_files(self._lora)
         return {**folder.files(self.options["variant"]), **lora}
 
+    def check_latents(self) -> None:
+        """Hold the shape against the network's config, where `check_teacher` has read it."""
+        self._check_latent_shape()
+        if hasattr(self, "_config"):
+            self._check_config(self._config)
+
     # The teacher's own sampler.
 
     def teacher_times(

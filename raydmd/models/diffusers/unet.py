@@ -91,16 +91,10 @@ class UNetFamily(VariancePreservingFamily):
         channels = self.network_config.get("block_out_channels")
         return int(2 ** ((len(channels) if channels else self.levels) - 1))
 
-    def shape_for(self, width: int, height: int) -> tuple[int, ...]:
-        """Return the shape of the latents of a picture of another size.
-
-        Raises:
-            UserError: a side that the VAE and the UNet's levels do not divide.
-        """
-        sides = self.vae.spatial * self.multiple
-        if width % sides or height % sides:
-            raise UserError(f"sizes: {width}x{height} is not of sides that {sides} divides")
-        return self.latent_shape[0], height // self.vae.spatial, width // self.vae.spatial
+    @property
+    def side_units(self) -> tuple[int, int]:
+        """What divides a picture's height and its width in pixels, by the VAE's factor and the UNet's levels."""
+        return self.vae.spatial * self.multiple, self.vae.spatial * self.multiple
 
     def _tokens(self, shape: tuple[int, ...]) -> int:
         """Return the latents of a channel: the times do not depend on how many there are."""

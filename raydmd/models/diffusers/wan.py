@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raydmd.errors import UserError
-from raydmd.models.base import IMAGE_COLUMN, Conditions, require_column
+from raydmd.models.base import IMAGE_COLUMN, Conditions, bucket_column, require_column
 from raydmd.models.diffusers.autoencoder import WanAutoencoder
 from raydmd.models.diffusers.denoiser import PretrainedDenoiser
 from raydmd.models.diffusers.pretrained import PretrainedFamily
@@ -84,8 +84,25 @@ class WanFamily(PretrainedFamily):
 
     def __init__(self, path: str | None = None, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(path, options)
+        self._sizes: dict[str, tuple[int, ...]] = {}  # of buckets, by the column of their first frames
         if self.options["image_channels"]:
-            self.condition_columns = [*self.condition_columns, "image_latents"]
+            self.condition_columns = [*self.condition_columns, IMAGE_COLUMN]
+
+    def use_buckets(self, sizes: Sequence[tuple[int, ...]]) -> None:
+        """Have a column of first frames for each bucket, beside that of ``latent_shape``'s own size."""
+        if self.options["image_channels"]:
+            self._sizes = {bucket_column(size): size for size in sizes}
+            self.condition_columns = [*self.condition_columns, *self._sizes]
+
+    def for_size(self, conditions: Mapping[str, Any]) -> dict[str, Any]:
+        """Take the first frames at the samples' own size as ``image_latents``, and leave out the others."""
+        images = [IMAGE_COLUMN, *self._sizes]
+        kept = {name: value for name, value in conditions.items() if name not in images}
+        own = [name for name in images if name in conditions and self._fits(conditions[name])]
+        return {**kept, IMAGE_COLUMN: conditions[own[0]]} if own else kept
+
+    def _fits(self, image: Any) -> bool:
+        return tuple(image.shape[2:]) == self.latent_shape[1:]
 
     @property
     def pipelines(self) -> tuple[str, ...]:
@@ -105,11 +122,15 @@ class WanFamily(PretrainedFamily):
         """Return the columns as tensors; an image's latents are of the sample's frames and sides."""
         conditions = super().conditions(rows)
         if self.options["image_channels"]:
-            require_column(rows, "image_latents")
-            wanted = (self.options["image_channels"], *self.latent_shape[1:])
-            if conditions["image_latents"].shape[1:] != wanted:
-                raise UserError(f"prompts: column 'image_latents' is {list(conditions['image_latents'].shape[1:])} "
-                                f"a row, not {list(wanted)}")  # fmt: skip
+            shapes = {IMAGE_COLUMN: self.latent_shape}
+            shapes |= {name: self.sample_shape(size[0] if len(size) == 3 else None, size[-2], size[-1])
+                       for name, size in self._sizes.items()}  # fmt: skip
+            for name, shape in shapes.items():
+                require_column(rows, name)
+                wanted = (self.options["image_channels"], *shape[1:])
+                if conditions[name].shape[1:] != wanted:
+                    raise UserError(f"prompts: column '{name}' is {list(conditions[name].shape[1:])} a row, not "
+                                    f"{list(wanted)}")  # fmt: skip
         return conditions
 
     def encode_first_frames(self, pictures: Tensor) -> Tensor:
