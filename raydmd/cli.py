@@ -273,13 +273,16 @@ def report(runs: Sequence[Path], out: Path | None) -> None:
 @click.option(
     "--prompts", metavar="FILE", type=FOLDER, help="Many: a text a line, or a .csv, .jsonl or .parquet with a column."
 )
+@click.option("--image", metavar="FILE", type=FOLDER, help="The first frame, of models from image to video.")
 @click.option("-n", type=click.IntRange(min=1), default=1, show_default=True, help="How many of each prompt.")
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The same seed gives the same pictures."
 )
 @click.option("--out", type=FOLDER, default=Path("pictures"), show_default=True, help="Folder of the PNGs or MP4s.")
 @click.option("--fps", type=click.IntRange(min=1), default=16, show_default=True, help="Frames a second of videos.")
-def generate(run: Path, prompt: str | None, prompts: Path | None, n: int, seed: int, out: Path, fps: int) -> None:
+def generate(
+    run: Path, prompt: str | None, prompts: Path | None, image: Path | None, n: int, seed: int, out: Path, fps: int
+) -> None:
     """Make pictures, or videos where the model makes those, with a run's experts."""
     from raydmd.evaluation.pictures import generate as make
     from raydmd.evaluation.prompts import read_prompt_file
@@ -296,7 +299,7 @@ def generate(run: Path, prompt: str | None, prompts: Path | None, n: int, seed: 
             console.print(str(path), highlight=False, markup=False, soft_wrap=True)
             made()
 
-        make(loaded, asked, n, seed, out, fps, tell)
+        make(loaded, asked, n, seed, out, fps, tell, image)
 
 
 @app.command(epilog="Example: raydmd export runs/wan --format diffusers --out exports/wan-4-steps")

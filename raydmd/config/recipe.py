@@ -20,6 +20,9 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Guidance = Annotated[float, Field(ge=0)]
 
+RENAMED = {"prompts.encoders": "prompts.stream_workers"}
+"""Keys of older recipes, section.key, and what they are called now, in the same section."""
+
 
 class Section(BaseModel):
     """A part of the recipe: unknown keys are refused, values are fixed once read."""
@@ -240,7 +243,9 @@ class Prompts(Section):
         None, description="folder or URI of embeddings that were made of texts; null: ~/.cache/raydmd/prompts"
     )
     cache_mb: NonNegative = Field(256, description="encoded prompts are kept when they fit in this many MB of memory")
-    encoders: Positive = Field(1, description="actors that encode prompts where they do not fit")
+    stream_workers: Positive = Field(
+        1, description="actors that turn rows into what the network takes, where all rows do not fit in cache_mb"
+    )
 
 
 class PairsFolder(Section):
@@ -447,9 +452,31 @@ def read_tree(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[dict[st
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys, not a {type(tree).__name__}")
     tree.setdefault("name", path.stem)
+    tree = with_new_names(tree, str(path))
     for override in overrides:
         apply_override(tree, override)
     return tree, str(path)
+
+
+def with_new_names(tree: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return a recipe's plain values with the keys of `RENAMED` by their names of today, as old recipes have them.
+
+    Args:
+        tree: the values, which stay as they are.
+        source: where they are from.
+
+    Raises:
+        UserError: a key is there by both of its names.
+    """
+    for old, new in RENAMED.items():
+        section, name = old.split(".")
+        values, now = tree.get(section), new.split(".")[1]
+        if not isinstance(values, dict) or name not in values:
+            continue
+        if now in values:
+            raise UserError(f"{source}: {old}: it is called {new} now, which is given, too; leave {old} out")
+        tree = {**tree, section: {(now if key == name else key): value for key, value in values.items()}}
+    return tree
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -470,7 +497,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"--set {shown_override(override)}: the value is not readable as YAML") from None
-    *parents, last = key.split(".")
+    *parents, last = RENAMED.get(key, key).split(".")
     node = tree
     for parent in parents:
         node = node.setdefault(parent, {})
@@ -503,7 +530,7 @@ def blamed(error: ValidationError, overrides: Sequence[str]) -> str | None:
     where = [str(part) for part in first["loc"] if part not in UNION]
     for override in reversed(overrides):
         name = override.partition("=")[0]
-        key = name.split(".")
+        key = RENAMED.get(name, name).split(".")
         shared = min(len(key), len(where))
         if key[:shared] == where[:shared] if where else name in first["msg"]:
             return f"--set {shown_override(override)}"

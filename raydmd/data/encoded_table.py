@@ -134,8 +134,8 @@ class EncodedTable:
             StorageError: the disk is full or gone.
         """
         try:
+            names = self._names()  # first: another driver may be writing the index
             found = self._read(INDEX_FILE)
-            names = self._names()
             if found is None and not all(name == "run.log" or name.startswith(".") for name in names):
                 raise UserError(f"{self.key}: '{self.place}' is not empty and holds no embeddings of `raydmd encode`; "
                                 f"choose another folder")  # fmt: skip
@@ -163,14 +163,17 @@ class EncodedTable:
         return {number: cut for number, (whole, cut) in looked.items() if whole}
 
     def commit(self, number: int, content: bytes) -> None:
-        """Write a file of `file_content`, whole or not at all.
+        """Write a file of `file_content`, whole or not at all; one that is there and whole stays.
+
+        Another driver may have made it meanwhile, and may be reading it: its bytes must not change under it.
 
         Raises:
             UserError: the place cannot be written.
             StorageError: the disk is full or gone.
         """
         try:
-            self._write(file_name(number), content)
+            if not self._look(number)[0]:
+                self._write(file_name(number), content)
         except UNREACHABLE as error:
             raise self._unreachable(error) from None
 

@@ -198,6 +198,7 @@ def generate(
     out: Path,
     fps: int = FPS,
     made: Callable[[Path], None] = lambda path: None,
+    image: Path | None = None,
 ) -> list[Path]:
     """Make pictures or videos with a run's experts: ``out/PROMPT-SEED-I.png`` or ``.mp4`` for I below ``n``.
 
@@ -212,6 +213,7 @@ def generate(
         out: the folder of the files.
         fps: frames a second of videos.
         made: told of each file.
+        image: the first frame, of families from image to video.
 
     Returns:
         The files' paths.
@@ -223,7 +225,7 @@ def generate(
     family, all_prompts = run.family, [prompts] if isinstance(prompts, str) else list(prompts)
     device = "cuda" if run.recipe.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
     for prompt in all_prompts if own_prompts(family) else all_prompts[:1]:  # a wrong one is told before any is made
-        first = from_text(run.recipe, family, prompt, 1, device=device)
+        first = from_text(run.recipe, family, prompt, 1, device=device, image=image)
     phases = run.trained_phases()
     if len(phases) < len(run.phases):
         done = f"{len(phases)} of {len(run.phases)} phases"
@@ -233,7 +235,7 @@ def generate(
         raise UserError(f"--out {out}: there is a file of that name; a folder is needed")
     one_by_one, paths = not in_plane(family), []
     for number, prompt in enumerate(all_prompts):
-        conditions = from_text(run.recipe, family, prompt, 1, device=device) if number else first
+        conditions = from_text(run.recipe, family, prompt, 1, device=device, image=image) if number else first
         conditions = {name: value.to(device) for name, value in conditions.items()}
         name = (f"{number + 1:04d}-" if len(all_prompts) > 1 else "") + _file_name(prompt)
         for start, count in [(i, 1) for i in range(n)] if one_by_one else [(0, n)]:

@@ -23,7 +23,7 @@ def fingerprint_teacher(family: Family) -> str:
         UserError: ``teacher.path: ...``: no teacher there, or a file that cannot be read.
     """
     revision = family.teacher_revision()
-    return _fingerprint(family.teacher_files()) + (f"{REVISION}{revision}" if revision else "")
+    return fingerprint_files(family.teacher_files()) + (f"{REVISION}{revision}" if revision else "")
 
 
 def fingerprint_encoder(family: Family) -> str:
@@ -32,10 +32,15 @@ def fingerprint_encoder(family: Family) -> str:
     Raises:
         UserError: ``teacher.path: ...``: there is none, or a file that cannot be read.
     """
-    return _fingerprint(family.encoder_files())
+    return fingerprint_files(family.encoder_files())
 
 
-def _fingerprint(files: Mapping[str, Path]) -> str:
+def fingerprint_files(files: Mapping[str, Path]) -> str:
+    """Return the fingerprint of files by name, as that of a teacher's: 32 hexadecimal digits.
+
+    Raises:
+        UserError: ``teacher.path: ...``: a file that cannot be read.
+    """
     digest = blake2b(digest_size=16)
     for label, file in sorted(files.items()):
         content = _content(file)

@@ -18,6 +18,7 @@ from raydmd.methods.program import MethodTrace, trace_method
 from raydmd.models.base import CONFIG_FILE
 from raydmd.models.embedded.prompts import ensure_embedded_prompts
 from raydmd.models.fingerprint import fingerprint_teacher
+from raydmd.models.initial_student import fingerprint_initial
 from raydmd.recipe_check import absolute, check, check_encoded, notes
 from raydmd.runs.run import note_table, recipe_family, with_teacher
 from raydmd.runtime.checkpoint.lock import Claim, claim_run
@@ -30,6 +31,7 @@ from raydmd.runtime.observability.weights_and_biases import check_wandb
 from raydmd.runtime.preparation import (
     archive_teacher,
     check_fingerprint,
+    check_initial_student,
     fetch_teacher,
     has_experts,
     pin_teacher,
@@ -99,6 +101,8 @@ def _claimed(
     if done and (trained or not own):
         check_fingerprint(recipe, folder, fingerprint_teacher(recipe_family(recipe)))
     trace = trace_method(recipe, recipe_family(recipe).schedule.t_max)
+    if done:
+        check_initial_student(recipe, folder, _initial(recipe, trace))
     if done == trace.ends[-1] and has_experts(recipe, folder, len(trace.phases), say, claim.owner):
         console.print(f"{folder} is finished: nothing to do", highlight=False, soft_wrap=True)
         return True
@@ -143,7 +147,7 @@ def _distill(
         actors = await launch(recipe, folder, prompts, recorder, parts, claim.owner, status, trace)
         loop = asyncio.get_running_loop()
         try:
-            controller = Controller(recipe, trace, actors, recorder, until, since, fingerprint)
+            controller = Controller(recipe, trace, actors, recorder, until, since, fingerprint, _initial(recipe, trace))
             status.controller = controller
 
             def stop() -> None:
@@ -163,6 +167,11 @@ def _distill(
         return asyncio.run(main()).finished
     finally:
         recorder.close()
+
+
+def _initial(recipe: Recipe, trace: MethodTrace) -> str:
+    """Return the fingerprint of the student that experts start from; "" where it is the teacher."""
+    return fingerprint_initial(recipe.method.init, len(trace.phases)) if recipe.method.init is not None else ""
 
 
 def _explained(error: Exception, folder: Path) -> Exception:
