@@ -13,7 +13,8 @@ import yaml
 from raydmd import __version__, interrupts
 from raydmd.atomic import FULL, storage_error, write_text
 from raydmd.bench.command import bench
-from raydmd.config.recipe import Recipe, apply_override, dump_recipe, shipped_recipes
+from raydmd.config.overrides import apply_override
+from raydmd.config.recipe import Recipe, dump_recipe, shipped_recipes
 from raydmd.console import console, errors
 from raydmd.entry import main as main
 from raydmd.errors import RunError, UserError

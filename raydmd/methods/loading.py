@@ -6,17 +6,9 @@ from typing import Any
 
 from pydantic import ValidationError, create_model
 
+from raydmd.config.overrides import blamed, explain, first_error, shown_override, with_new_names
 from raydmd.config.plugins import import_plugins
-from raydmd.config.recipe import (
-    MethodOptions,
-    Recipe,
-    blamed,
-    explain,
-    first_error,
-    read_tree,
-    shown_override,
-    with_new_names,
-)
+from raydmd.config.recipe import MethodOptions, Recipe, read_tree
 from raydmd.errors import UserError, nearest
 from raydmd.methods.base import Method
 from raydmd.methods.registry import METHODS, find_method
