@@ -148,6 +148,14 @@ class EncodedTable:
         except UNREACHABLE as error:
             raise self._unreachable(error) from None
 
+    def said(self) -> dict[str, Any]:
+        """Return what the folder says that it is, `EncodedFacts` by name; nothing where it cannot be read."""
+        try:
+            said = json.loads(self._read(INDEX_FILE) or b"{}")
+        except UNREACHABLE:
+            return {}
+        return said if isinstance(said, dict) else {}
+
     def found(self) -> dict[int, int | None]:
         """Return the numbers of the files that are there and whole, and how many of their texts were cut.
 

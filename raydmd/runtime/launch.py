@@ -24,7 +24,7 @@ from raydmd.runs.run import note_table, recipe_family, with_teacher
 from raydmd.runtime.checkpoint.lock import Claim, claim_run
 from raydmd.runtime.cluster import checkpoints, connect, launch
 from raydmd.runtime.controller import Controller
-from raydmd.runtime.encode import encode_recipe
+from raydmd.runtime.encode import check_same_texts, encode_recipe
 from raydmd.runtime.observability.recorder import Recorder
 from raydmd.runtime.observability.status import StatusWriter
 from raydmd.runtime.observability.weights_and_biases import check_wandb
@@ -103,6 +103,7 @@ def _claimed(
     trace = trace_method(recipe, recipe_family(recipe).schedule.t_max)
     if done:
         check_initial_student(recipe, folder, _initial(recipe, trace))
+        check_same_texts(recipe, folder)
     if done == trace.ends[-1] and has_experts(recipe, folder, len(trace.phases), say, claim.owner):
         console.print(f"{folder} is finished: nothing to do", highlight=False, soft_wrap=True)
         return True
