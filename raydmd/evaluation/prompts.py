@@ -14,7 +14,7 @@ from raydmd.config.recipe import Recipe
 from raydmd.data.digits import CLASSES
 from raydmd.data.pictures import read_picture
 from raydmd.data.prompts import PromptTable
-from raydmd.errors import UserError, nearest
+from raydmd.errors import UserError, nearest_text
 from raydmd.models.base import IMAGE_COLUMN, Conditions, Family
 from raydmd.models.encoding import encode_rows, takes_pictures
 
@@ -194,7 +194,7 @@ def _row(table: PromptTable, prompt: str, given: str) -> int:
         texts = [str(text) for text in PromptTable(table.path, [name]).rows(0, len(table))[name]]
         if prompt in texts:
             return texts.index(prompt)
-        hint = nearest(prompt, texts if len(texts) <= 10 else texts[:1000])
-        raise UserError(f"{given} {prompt}: no such text in column '{name}' of '{table.path}'{hint[:200]}")
+        hint = nearest_text(prompt, texts)
+        raise UserError(f"{given} {prompt}: no such text in column '{name}' of '{table.path}'{hint}")
     rows = f"0..{len(table) - 1}"
     raise UserError(f"{given} {prompt}: '{table.path}' has no column of texts; give a row's number, {rows}")

@@ -79,15 +79,18 @@ def generated(run: Path, out: Path, *words: Any) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in out.iterdir()}
 
 
-def test_a_first_frame_is_a_caption_or_a_picture(run: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_first_frame_is_a_caption_or_a_picture(run: Path, pictures: Path, tmp_path: Path, capfd: Any) -> None:
     """A row of the run's and its own text and picture make the same bytes; another picture makes others."""
     name = "two-foxes-0-0.mp4"
     by_text = generated(run, tmp_path / "a", "--prompt", "two foxes")[name]
     by_picture = generated(run, tmp_path / "b", "--prompt", "two foxes", "--image", pictures / "2.png")[name]
     other = generated(run, tmp_path / "c", "--prompt", "two foxes", "--image", pictures / "1.png")[name]
     assert by_text == by_picture != other
+    capfd.readouterr()
     own = generated(run, tmp_path / "d", "--prompt", "a wolf", "--image", pictures / "2.png")
     assert len(own) == 1 and by_picture not in own.values()
+    out, err = capfd.readouterr()
+    assert [Path(line).name for line in out.splitlines()] == [*own] and not err  # nothing of a library's
 
 
 @pytest.mark.parametrize(
