@@ -54,7 +54,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: a disk is full or gone.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    token = os.urandom(4).hex()  # two machines that share storage may have the same process number
+    part = path.with_name(f".{path.name}.{token}.{os.getpid()}.part")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -13,7 +13,8 @@ import yaml
 from raydmd import __version__, interrupts
 from raydmd.atomic import FULL, storage_error, write_text
 from raydmd.bench.command import bench
-from raydmd.config.recipe import Recipe, apply_override, dump_recipe, shipped_recipes
+from raydmd.config.overrides import apply_override
+from raydmd.config.recipe import Recipe, dump_recipe, shipped_recipes
 from raydmd.console import console, errors
 from raydmd.entry import main as main
 from raydmd.errors import RunError, UserError
@@ -279,6 +280,7 @@ def report(runs: Sequence[Path], out: Path | None) -> None:
 @click.option(
     "--prompts", metavar="FILE", type=FOLDER, help="Many: a text a line, or a .csv, .jsonl or .parquet with a column."
 )
+@click.option("--image", metavar="FILE", type=FOLDER, help="The first frame, of models from image to video.")
 @click.option("-n", type=click.IntRange(min=1), default=1, show_default=True, help="How many of each prompt.")
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The same seed gives the same pictures."
@@ -292,6 +294,7 @@ def generate(
     base: str | None,
     prompt: str | None,
     prompts: Path | None,
+    image: Path | None,
     n: int,
     seed: int,
     out: Path,
@@ -321,7 +324,7 @@ def generate(
             console.print(str(path), highlight=False, markup=False, soft_wrap=True)
             made()
 
-        make(loaded, asked, n, seed, out, fps, tell, size, frames)
+        make(loaded, asked, n, seed, out, fps, tell, size, frames, image)
 
 
 @app.command(epilog="Example: raydmd export runs/wan --format diffusers --out exports/wan-4-steps")

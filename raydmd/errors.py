@@ -2,7 +2,7 @@
 
 import difflib
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -44,6 +44,14 @@ class RunError(PortableError):
 
 class StorageError(RunError):
     """A disk that is full or gone: what is tried again fails again, so the run ends at once."""
+
+
+def nearest_text(text: str, known: Sequence[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the text closest to ``text`` of those at the begin, else what there are."""
+    close = nearest(text, known[:1000])
+    if len(close) <= 200:
+        return close
+    return f" (one of {len(known)}, e.g. '{known[0][:100]}')" if "did you mean" not in close else f"{close[:198]}'?"
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -1,15 +1,15 @@
 """The recipe: one typed tree, read from YAML, validated, overridable with ``--set key.path=value``."""
 
-import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
 from raydmd.config.buckets import read_buckets
+from raydmd.config.overrides import apply_override, with_new_names
 from raydmd.errors import UserError, nearest
 from raydmd.locations import parse_location
 from raydmd.strict_yaml import StrictLoader
@@ -263,7 +263,9 @@ class Prompts(Section):
         None, description="folder or URI of embeddings that were made of texts; null: ~/.cache/raydmd/prompts"
     )
     cache_mb: NonNegative = Field(256, description="encoded prompts are kept when they fit in this many MB of memory")
-    encoders: Positive = Field(1, description="actors that encode prompts where they do not fit")
+    stream_workers: Positive = Field(
+        1, description="actors that turn rows into what the network takes, where all rows do not fit in cache_mb"
+    )
     buckets: Annotated[tuple[Bucket, ...] | None, BeforeValidator(read_buckets)] = Field(
         None, description="sizes of the samples, one of which each global batch is of: [height, width] or [frames, "
         "height, width] each, or {size, weight}; or the name of a list that ships (qwen-image, sdxl, wan-t2v ...); "
@@ -475,6 +477,7 @@ def read_tree(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[dict[st
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys, not a {type(tree).__name__}")
     tree.setdefault("name", path.stem)
+    tree = with_new_names(tree, str(path))
     for override in overrides:
         apply_override(tree, override)
     return tree, str(path)
@@ -483,98 +486,3 @@ def read_tree(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[dict[st
 def dump_recipe(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-
-
-def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one key of a tree by ``key.path=value``.
-
-    Raises:
-        UserError: it is of another form.
-    """
-    key, equals, text = override.partition("=")
-    if not equals or not key or HIDDEN.search(key):
-        raise UserError(f"--set {shown_override(override)}: expected key.path=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {shown_override(override)}: the value is not readable as YAML") from None
-    *parents, last = key.split(".")
-    node = tree
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise UserError(f"--set {shown_override(override)}: '{parent}' is a value, not a section")
-    node[last] = value
-
-
-HIDDEN = re.compile("://|@")  # a URI, or a part of one, may hold credentials
-
-
-def shown_override(override: str) -> str:
-    """Return ``KEY=VALUE`` as a message may repeat it: without its value where that may hold a secret."""
-    key = re.match(r"[\w.-]*", override)[0]  # type: ignore[index]  # it always matches
-    secret = re.search(r"(key|secret|token|password|credential)s?$", key.lower())
-    return key if secret or HIDDEN.search(override) else override
-
-
-def _got(value: object) -> str:
-    """Return the words on a wrong value; none where it may hold a secret."""
-    return "" if HIDDEN.search(text := repr(value)) else f" (got {text})"
-
-
-def blamed(error: ValidationError, overrides: Sequence[str]) -> str | None:
-    """Return ``--set KEY=VALUE`` of the last override that set, or lies in, what ``explain`` tells of; None: none.
-
-    The value is left out where it may hold a secret.
-    """
-    first = first_error(error)
-    where = [str(part) for part in first["loc"] if part not in UNION]
-    for override in reversed(overrides):
-        name = override.partition("=")[0]
-        key = name.split(".")
-        shared = min(len(key), len(where))
-        if key[:shared] == where[:shared] if where else name in first["msg"]:
-            return f"--set {shown_override(override)}"
-    return None
-
-
-ONE = ("constrained-int", "constrained-float")  # pydantic's names for the sides of `iterations` and `guidance_scale`
-UNION = (*ONE, "list[constrained-int]", "tuple[constrained-float, constrained-float]")
-
-
-def first_error(error: ValidationError) -> Any:
-    """Return the error that is told: the first; a key that is missing only where nothing that is given is wrong."""
-    errors = error.errors()
-    return next((each for each in errors if each["type"] != "missing"), errors[0])
-
-
-def explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """Reduce pydantic's report on a tree of ``root`` to one line: the key's path, what is wrong, the nearest key."""
-    errors, first = error.errors(), first_error(error)
-    if first["loc"][-1:] and first["loc"][-1] in ONE and isinstance(first["input"], list):  # what the list's side says
-        first = errors[errors.index(first) + 1]
-    where = ".".join(str(part) for part in first["loc"] if part not in UNION)
-    if first["type"] == "extra_forbidden" or _is_no_role(first["loc"], first["type"], root):
-        *parents, key = [str(part) for part in first["loc"]]
-        return f"unknown key '{where}'{nearest(key, _keys(root, parents))}"
-    if first["type"] == "model_type":
-        keys = ", ".join(_keys(root, [str(part) for part in first["loc"]]))
-        return f"'{where}' is a section, not a value{_got(first['input'])}; its keys: {keys}"
-    message = first["msg"].removeprefix("Value error, ")
-    value = "" if isinstance(first["input"], dict) else _got(first["input"])
-    return message if not where or message.startswith(f"{where}.") else f"{where}: {message}{value}"
-
-
-def _is_no_role(where: tuple[int | str, ...], kind: str, root: type[BaseModel]) -> bool:
-    """Whether a key that a section does not know has a value that no role's section is."""
-    return kind == "model_type" and len(where) == 2 and str(where[1]) not in _keys(root, [str(where[0])])
-
-
-def _keys(root: type[BaseModel], parents: list[str]) -> list[str]:
-    section: Any = root
-    for parent in parents:
-        field = section.model_fields.get(parent)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return []
-        section = field.annotation
-    return list(section.model_fields)

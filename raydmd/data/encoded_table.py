@@ -134,8 +134,8 @@ class EncodedTable:
             StorageError: the disk is full or gone.
         """
         try:
+            names = self._names()  # first: another driver may be writing the index
             found = self._read(INDEX_FILE)
-            names = self._names()
             if found is None and not all(name == "run.log" or name.startswith(".") for name in names):
                 raise UserError(f"{self.key}: '{self.place}' is not empty and holds no embeddings of `raydmd encode`; "
                                 f"choose another folder")  # fmt: skip
@@ -147,6 +147,14 @@ class EncodedTable:
             self._remove_old_parts(names)
         except UNREACHABLE as error:
             raise self._unreachable(error) from None
+
+    def said(self) -> dict[str, Any]:
+        """Return what the folder says that it is, `EncodedFacts` by name; nothing where it cannot be read."""
+        try:
+            said = json.loads(self._read(INDEX_FILE) or b"{}")
+        except UNREACHABLE:
+            return {}
+        return said if isinstance(said, dict) else {}
 
     def found(self) -> dict[int, int | None]:
         """Return the numbers of the files that are there and whole, and how many of their texts were cut.
@@ -163,14 +171,17 @@ class EncodedTable:
         return {number: cut for number, (whole, cut) in looked.items() if whole}
 
     def commit(self, number: int, content: bytes) -> None:
-        """Write a file of `file_content`, whole or not at all.
+        """Write a file of `file_content`, whole or not at all; one that is there and whole stays.
+
+        Another driver may have made it meanwhile, and may be reading it: its bytes must not change under it.
 
         Raises:
             UserError: the place cannot be written.
             StorageError: the disk is full or gone.
         """
         try:
-            self._write(file_name(number), content)
+            if not self._look(number)[0]:
+                self._write(file_name(number), content)
         except UNREACHABLE as error:
             raise self._unreachable(error) from None
 

@@ -59,10 +59,11 @@ def read_metadata(folder: Path, names: Sequence[str], columns: Sequence[str], ke
     try:
         for line, row in read(file, key):
             for column in (FILE_NAME, *columns):
-                if row.get(column) is None:
-                    said = "no value of" if column in row else "no"
-                    close = "" if column in row else nearest(column, row)
-                    raise UserError(f"{key}: line {line} of '{file}' has {said} '{column}'{close}")
+                if column not in row:
+                    place = "the header" if file.suffix == ".csv" else f"line {line}"
+                    raise UserError(f"{key}: {place} of '{file}' has no '{column}'{nearest(column, row)}")
+                if row[column] is None:
+                    raise UserError(f"{key}: line {line} of '{file}' has no value of '{column}'")
             name = PurePosixPath(str(row[FILE_NAME])).as_posix()
             if name not in known:
                 close = nearest(name, _neighbours(name, names))

@@ -217,7 +217,8 @@ def _of_rows(place: _Place, column: str | None, key: str) -> PromptTexts:
             value: Any = row
         else:
             if chosen is None or chosen not in row:
-                chosen = _choose(column, list(row), f"line {number} of '{place.path}'", key)
+                head = "the header" if place.suffix == ".csv" else f"line {number}"  # of CSV, each row has all columns
+                chosen = _choose(column, list(row), f"{head} of '{place.path}'", key)
             value = row[chosen]
         where = f"line {number} of '{place.path}'" + (f", column '{chosen}'" if chosen else "")
         texts.append(_text(value, where, key))

@@ -15,6 +15,7 @@ from raydmd.atomic import replacing
 from raydmd.data.row_order import WINDOW_BYTES, RowGroup
 from raydmd.errors import UserError, nearest
 
+TAKEN = " (taken are .txt, .csv, .jsonl and .parquet files, and folders of .parquet files or of captioned pictures)"
 GROUP_BYTES = 16 * 2**20
 KEPT_OPEN = 256  # files; a process may have some thousand
 CACHED_BYTES = 3 * WINDOW_BYTES  # the windows of two streams, and what a chunk has of the next one
@@ -216,7 +217,7 @@ class PromptTable:
                 found = self._filesystem.get_file_info(pyarrow.fs.FileSelector(place))
                 files = sorted(info.path for info in found if info.path.endswith(".parquet"))
                 if not files:
-                    raise UserError(f"prompts: folder '{self.path}' has no .parquet file")
+                    raise UserError(f"prompts: folder '{self.path}' has no .parquet file{TAKEN}")
                 return files
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"prompts: cannot reach '{self.path}': {' '.join(str(error).split())[:200]}") from error
@@ -230,7 +231,7 @@ class PromptTable:
         try:
             found = pq.ParquetFile(self._filesystem.open_input_file(file), metadata=self._footers.get(file))
         except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"prompts: '{file}' is not a Parquet file") from error
+            raise UserError(f"prompts: '{file}' is not a Parquet file{TAKEN}") from error
         self._footers[file], self._open_files[file] = found.metadata, found
         if len(self._open_files) > KEPT_OPEN:
             self._open_files.popitem(last=False)[1].close(force=True)
@@ -290,5 +291,7 @@ def _nearest_file(path: str) -> str:
     folder = Path(path).parent
     if "://" in path or not folder.is_dir():
         return ""
-    names = [entry.name for entry in folder.iterdir() if entry.suffix == ".parquet"]
-    return nearest(Path(path).name, names)
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    tables = [entry.name for entry in entries if entry.suffix == ".parquet"]
+    close = nearest(Path(path).name, [entry.name for entry in entries])  # texts and folders, too
+    return close if "did you mean" in close else nearest(Path(path).name, tables)

@@ -201,6 +201,7 @@ def generate(
     made: Callable[[Path], None] = lambda path: None,
     size: str | None = None,
     frames: int | None = None,
+    image: Path | None = None,
 ) -> list[Path]:
     """Make pictures or videos with a student's experts: ``out/PROMPT-SEED-I.png`` or ``.mp4`` for I below ``n``.
 
@@ -217,6 +218,7 @@ def generate(
         made: told of each file.
         size: ``WIDTHxHEIGHT``, one that the students were trained for; None: that of previews.
         frames: of videos, likewise.
+        image: the first frame, of families from image to video.
 
     Returns:
         The files' paths.
@@ -232,14 +234,14 @@ def generate(
     )
     device = "cuda" if student.recipe.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
     for prompt in all_prompts if own_prompts(family) else all_prompts[:1]:  # a wrong one is told before any is made
-        first = from_text(student.recipe, family, prompt, 1, device=device)
+        first = from_text(student.recipe, sized, prompt, 1, device=device, image=image)
     phases = student.check_finished()
     experts = student.experts_on(device)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: there is a file of that name; a folder is needed")
     one_by_one, paths = not in_plane(family), []
     for number, prompt in enumerate(all_prompts):
-        conditions = from_text(student.recipe, family, prompt, 1, device=device) if number else first
+        conditions = from_text(student.recipe, sized, prompt, 1, device=device, image=image) if number else first
         conditions = {name: value.to(device) for name, value in sized.for_size(conditions).items()}
         name = (f"{number + 1:04d}-" if len(all_prompts) > 1 else "") + _file_name(prompt)
         for start, count in [(i, 1) for i in range(n)] if one_by_one else [(0, n)]:

@@ -12,10 +12,11 @@ from pyarrow import parquet
 
 from raydmd.config.recipe import Recipe
 from raydmd.data.digits import CLASSES
+from raydmd.data.pictures import read_picture
 from raydmd.data.prompts import PromptTable
-from raydmd.errors import UserError, nearest
-from raydmd.models.base import Conditions, Family
-from raydmd.models.encoding import encode_rows
+from raydmd.errors import UserError, nearest_text
+from raydmd.models.base import IMAGE_COLUMN, Conditions, Family
+from raydmd.models.encoding import encode_rows, takes_pictures
 
 TEXT_COLUMNS = ("prompt", "text", "caption")
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -75,12 +76,14 @@ def from_text(
     count: int,
     given: str = "--prompt",
     device: torch.device | str = "cpu",
+    image: Path | None = None,
 ) -> Conditions:
     """Return conditions of ``count`` samples of one prompt.
 
     Digits take ``0`` .. ``9``; the ring takes anything. Other families take any text where the teacher's text encoder
     is at hand. Else they are conditioned on embeddings made beforehand: there the prompt is a row's number in
-    ``prompts.path``, or its text if the table has a column of texts.
+    ``prompts.path``, or its text if the table has a column of texts. Families from image to video take any text with
+    an image.
 
     Args:
         recipe: the run's.
@@ -89,10 +92,15 @@ def from_text(
         count: how many.
         given: what the prompt is called in errors.
         device: of the text encoder.
+        image: a picture, the first frame of families from image to video.
 
     Raises:
-        UserError: a prompt that is not there; the message names the right ones.
+        UserError: a prompt that is not there; the message names the right ones. An image that cannot be read, or that
+            the family does not take.
     """
+    if image is not None:
+        rows = _with_first_frame(family, prompt, image, device)
+        return family.conditions({name: np.repeat(values, count, axis=0) for name, values in rows.items()})
     if family.name == "digits":
         word = prompt.strip().lower()
         if word in WORDS:
@@ -106,8 +114,29 @@ def from_text(
         rows = family.encode_prompts([prompt], device)
     else:
         table = _table(recipe, family)
-        rows = table.rows(_row(table, prompt, given), 1)
+        try:
+            rows = table.rows(_row(table, prompt, given), 1)
+        except UserError as error:
+            more = "; a prompt of your own comes with a first frame: --image FILE" if takes_pictures(family) else ""
+            raise UserError(f"{error}{more if given == '--prompt' else ''}") from None
     return family.conditions({name: np.repeat(values, count, axis=0) for name, values in rows.items()})
+
+
+@torch.no_grad()
+def _with_first_frame(family: Family, prompt: str, image: Path, device: torch.device | str) -> dict[str, np.ndarray]:
+    """Return the row of a text and a first frame, made as those of a folder of captioned pictures are."""
+    if not takes_pictures(family):
+        raise UserError(f"--image {image}: family '{family.name}' takes no first frame here; leave it out")
+    family.check_encoder("--image")
+    width, height = family.picture_size
+    try:
+        pixels = read_picture(image, (3, height, width))
+    except Exception as error:  # whatever Pillow's decoders make of bytes that are not what they expect
+        why = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:200]
+        raise UserError(f"--image {image}: it cannot be read as a picture: {why or type(error).__name__}") from None
+    frame = torch.from_numpy(pixels)[None].to(device).float() / 127.5 - 1
+    made = family.encode_first_frames(frame).float().cpu().numpy()
+    return {**family.encode_prompts([prompt], device), IMAGE_COLUMN: made}
 
 
 def read_prompt_file(path: Path, given: str = "--prompts") -> list[str]:
@@ -125,7 +154,7 @@ def read_prompt_file(path: Path, given: str = "--prompts") -> list[str]:
             name = next((name for name in TEXT_COLUMNS if name in table.schema_arrow.names), None)
             rows = table.read([name] if name else []).to_pylist()
         else:
-            with path.open(encoding="utf-8", newline="") as file:
+            with path.open(encoding="utf-8-sig", newline="") as file:
                 if path.suffix == ".csv":
                     rows = list(csv.DictReader(file))
                 elif path.suffix == ".jsonl":
@@ -140,7 +169,8 @@ def read_prompt_file(path: Path, given: str = "--prompts") -> list[str]:
         name = next((name for name in TEXT_COLUMNS if name in row), None) if isinstance(row, dict) else None
         text = row[name] if name else row
         if not isinstance(text, str):
-            raise UserError(f"{given} {path}: row {number} has no text under {', '.join(TEXT_COLUMNS)}")
+            place = "the header" if path.suffix == ".csv" and name is None else f"row {number}"
+            raise UserError(f"{given} {path}: {place} has no {', '.join(TEXT_COLUMNS)}")
         if text.strip():
             prompts.append(text.strip())
     if not prompts:
@@ -164,7 +194,7 @@ def _row(table: PromptTable, prompt: str, given: str) -> int:
         texts = [str(text) for text in PromptTable(table.path, [name]).rows(0, len(table))[name]]
         if prompt in texts:
             return texts.index(prompt)
-        hint = nearest(prompt, texts if len(texts) <= 10 else texts[:1000])
-        raise UserError(f"{given} {prompt}: no such text in column '{name}' of '{table.path}'{hint[:200]}")
+        hint = nearest_text(prompt, texts)
+        raise UserError(f"{given} {prompt}: no such text in column '{name}' of '{table.path}'{hint}")
     rows = f"0..{len(table) - 1}"
     raise UserError(f"{given} {prompt}: '{table.path}' has no column of texts; give a row's number, {rows}")

@@ -7,7 +7,7 @@ import torch
 
 from raydmd.config.recipe import Recipe
 from raydmd.data.prompts import PromptTable
-from raydmd.errors import UserError, nearest
+from raydmd.errors import UserError, nearest_text
 from raydmd.evaluation.prompts import from_text, own_prompts, read_prompt_file, text_column, words_in_turn
 from raydmd.models.base import Conditions, Family
 from raydmd.models.encoding import encode_rows, texts_for
@@ -107,7 +107,7 @@ def _rows(recipe: Recipe, family: Family, prompts: list[str | int]) -> np.ndarra
             raise UserError(f"{KEY}: '{prompt}': '{recipe.prompts.path}' has no column of texts, and the teacher no "
                             f"text encoder; give rows' numbers, 0..{size - 1}")  # fmt: skip
         elif prompt not in texts:
-            hint = nearest(prompt, texts if len(texts) <= 10 else texts[:1000])[:200]
+            hint = nearest_text(prompt, texts)
             raise UserError(f"{KEY}: '{prompt}': no such text in '{recipe.prompts.path}'{hint}")
         else:
             rows.append(texts.index(prompt))

@@ -6,8 +6,9 @@ from typing import Any
 
 from pydantic import ValidationError, create_model
 
+from raydmd.config.overrides import blamed, explain, first_error, shown_override, with_new_names
 from raydmd.config.plugins import import_plugins
-from raydmd.config.recipe import MethodOptions, Recipe, blamed, explain, first_error, read_tree, shown_override
+from raydmd.config.recipe import MethodOptions, Recipe, read_tree
 from raydmd.errors import UserError, nearest
 from raydmd.methods.base import Method
 from raydmd.methods.registry import METHODS, find_method
@@ -62,6 +63,7 @@ def parse_recipe(tree: dict[str, Any], source: str, overrides: Sequence[str] = (
     Raises:
         UserError: one line that names the first wrong key and the nearest right one.
     """
+    tree = with_new_names(tree, source)
     section = tree.get("method")
     name = section.get("name") if isinstance(section, dict) else None
     try:

@@ -25,7 +25,7 @@ def fingerprint_teacher(family: Family) -> str:
         UserError: ``teacher.path: ...``: no teacher there, or a file that cannot be read.
     """
     revision, kind = family.teacher_revision(), family.quantization
-    weights = _fingerprint(family.teacher_files()) + ("" if kind == "none" else f"-{kind}")
+    weights = fingerprint_files(family.teacher_files()) + ("" if kind == "none" else f"-{kind}")
     return weights + (f"{REVISION}{revision}" if revision else "")
 
 
@@ -35,10 +35,15 @@ def fingerprint_encoder(family: Family) -> str:
     Raises:
         UserError: ``teacher.path: ...``: there is none, or a file that cannot be read.
     """
-    return _fingerprint(family.encoder_files())
+    return fingerprint_files(family.encoder_files())
 
 
-def _fingerprint(files: Mapping[str, Path]) -> str:
+def fingerprint_files(files: Mapping[str, Path]) -> str:
+    """Return the fingerprint of files by name, as that of a teacher's: 32 hexadecimal digits.
+
+    Raises:
+        UserError: ``teacher.path: ...``: a file that cannot be read.
+    """
     digest = blake2b(digest_size=16)
     for label, file in sorted(files.items()):
         content = _content(file)

@@ -13,6 +13,7 @@ from raydmd.errors import UserError, nearest
 from raydmd.models.adapter_files import read_adapter
 from raydmd.models.base import Denoiser, one_line
 from raydmd.models.experts import adapted_layers
+from raydmd.models.fingerprint import fingerprint_files
 from raydmd.models.safetensors_files import read_header
 
 KEY = "method.init"
@@ -78,6 +79,21 @@ def check_initial(
         for name, shape in expected.items():
             if found[name] != shape:
                 raise UserError(f"{KEY}: {file}: '{name}' is {list(found[name])}, but {list(shape)} in the experts")
+
+
+def fingerprint_initial(path: str, count: int) -> str:
+    """Return the fingerprint of the weights that ``count`` experts start from: 32 hexadecimal digits.
+
+    As a teacher's (`raydmd.models.fingerprint`), it goes with the files and not with their place.
+
+    Raises:
+        UserError: ``method.init: ...``: nothing there, or a file that cannot be read.
+    """
+    files = {str(index): initial_file(path, index, count) for index in range(count)}
+    try:
+        return fingerprint_files(files)
+    except UserError as error:
+        raise UserError(f"{KEY}: {str(error).removeprefix('teacher.path: ')}") from None
 
 
 def initial_state(path: str, index: int, count: int, names: Iterable[str]) -> dict[str, Tensor]:

@@ -45,6 +45,7 @@ class Controller:
         until: stop once this many iterations are committed.
         began: time.perf_counter() when the run began.
         teacher: the teacher's fingerprint.
+        initial: that of the student that experts start from; "": the teacher.
     """
 
     recipe: Recipe
@@ -54,6 +55,7 @@ class Controller:
     until: int | None = None
     began: float = field(default_factory=time.perf_counter)
     teacher: str = ""
+    initial: str = ""
 
     def __post_init__(self) -> None:
         self.phases, self.ends, self.method = self.trace.phases, self.trace.ends, self.trace.method
@@ -247,6 +249,7 @@ class Controller:
             seed=self.recipe.seed,
             experts=self.experts,
             teacher=self.teacher,
+            initial=self.initial,
         )
         groups = {} if n in self.ends else self.actors.groups
         states = [group.one("state", updates[role]) for role, group in groups.items()]

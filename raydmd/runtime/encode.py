@@ -26,7 +26,7 @@ from raydmd.models.encoding import encoded_facts, takes_pictures, texts_for
 from raydmd.models.fingerprint import fingerprint_encoder
 from raydmd.progress import counting
 from raydmd.recipe_check import absolute, recipe_texts
-from raydmd.runs.run import recipe_family
+from raydmd.runs.run import recipe_family, with_table
 from raydmd.runtime.cluster import joined
 from raydmd.runtime.membership.placement import worker_device
 from raydmd.runtime.preparation import pin_commit
@@ -128,6 +128,32 @@ def encode_recipe(recipe: Recipe, folder: Path, console: Console | None = None) 
     encoded = _complete(recipe, texts, table, folder, console or terminal)
     update = {"path": encoded.place, "column": None}
     return recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update=update)})
+
+
+def check_same_texts(recipe: Recipe, folder: Path) -> None:
+    """Refuse to continue a run with other texts, or pictures, than those that it was begun with.
+
+    The table that was made of those says which they were; where it is gone, nothing is refused.
+
+    Args:
+        recipe: the run's recipe, with its teacher's place.
+        folder: the run's.
+
+    Raises:
+        UserError: ``prompts.path`` holds others, or the teacher has another text encoder.
+    """
+    begun, family = with_table(recipe, folder).prompts.path, recipe_family(recipe)
+    if begun is None or begun == recipe.prompts.path or (texts := recipe_texts(recipe, family)) is None:
+        return
+    facts = encoded_facts(family, texts, recipe.runtime.encoder.batch)
+    said = EncodedTable(begun, facts, CACHE_KEY).said()
+    for name, key, place, words in (
+        ("texts", KEY, recipe.prompts.path, "other prompts"),
+        ("encoder", "teacher.path", recipe.teacher.path, "another text encoder"),
+    ):
+        if said.get(name, getattr(facts, name)) != getattr(facts, name):
+            raise UserError(f"{key}: '{place}' holds {words} than the run in {folder} began with; put those back, or "
+                            f"choose another --out")  # fmt: skip
 
 
 def encode_file(

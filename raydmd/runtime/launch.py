@@ -19,18 +19,20 @@ from raydmd.methods.program import MethodTrace, trace_method
 from raydmd.models.base import CONFIG_FILE
 from raydmd.models.embedded.prompts import ensure_embedded_prompts
 from raydmd.models.fingerprint import fingerprint_teacher
+from raydmd.models.initial_student import fingerprint_initial
 from raydmd.recipe_check import absolute, check, check_encoded, notes
 from raydmd.runs.run import note_table, recipe_family, with_teacher
 from raydmd.runtime.checkpoint.lock import Claim, claim_run
 from raydmd.runtime.cluster import checkpoints, connect, launch
 from raydmd.runtime.controller import Controller
-from raydmd.runtime.encode import encode_recipe
+from raydmd.runtime.encode import check_same_texts, encode_recipe
 from raydmd.runtime.observability.recorder import Recorder
 from raydmd.runtime.observability.status import StatusWriter
 from raydmd.runtime.observability.weights_and_biases import check_wandb
 from raydmd.runtime.preparation import (
     archive_teacher,
     check_fingerprint,
+    check_initial_student,
     fetch_teacher,
     has_experts,
     pin_teacher,
@@ -102,6 +104,9 @@ def _claimed(
     if done and (trained or not own):
         check_fingerprint(recipe, folder, fingerprint_teacher(recipe_family(recipe)))
     trace = trace_method(recipe, recipe_family(recipe).schedule.t_max)
+    if done:
+        check_initial_student(recipe, folder, _initial(recipe, trace))
+        check_same_texts(recipe, folder)
     if done == trace.ends[-1] and has_experts(recipe, folder, len(trace.phases), say, claim.owner):
         console.print(f"{folder} is finished: nothing to do", highlight=False, soft_wrap=True)
         return True
@@ -149,7 +154,7 @@ def _distill(
         actors = await launch(recipe, folder, prompts, recorder, parts, claim.owner, status, trace)
         loop = asyncio.get_running_loop()
         try:
-            controller = Controller(recipe, trace, actors, recorder, until, since, fingerprint)
+            controller = Controller(recipe, trace, actors, recorder, until, since, fingerprint, _initial(recipe, trace))
             status.controller = controller
 
             def stop() -> None:
@@ -169,6 +174,11 @@ def _distill(
         return asyncio.run(main()).finished
     finally:
         recorder.close()
+
+
+def _initial(recipe: Recipe, trace: MethodTrace) -> str:
+    """Return the fingerprint of the student that experts start from; "" where it is the teacher."""
+    return fingerprint_initial(recipe.method.init, len(trace.phases)) if recipe.method.init is not None else ""
 
 
 def _explained(error: Exception, folder: Path) -> Exception:

@@ -115,6 +115,24 @@ def check_fingerprint(recipe: Recipe, folder: Path, fingerprint: str) -> None:
                         f"another --out")  # fmt: skip
 
 
+def check_initial_student(recipe: Recipe, folder: Path, fingerprint: str) -> None:
+    """Refuse to continue a run with another ``method.init`` than the one that it was begun with.
+
+    Args:
+        recipe: the run's recipe.
+        folder: the run's folder.
+        fingerprint: of what is there now; "" where the recipe names none.
+
+    Raises:
+        UserError: another one was there when the run's newest manifest was written.
+    """
+    newest = Archive(checkpoints(recipe, folder)).peek()
+    if newest is not None and newest.initial and newest.initial != fingerprint:
+        raise UserError(f"method.init: '{recipe.method.init}' holds another student than the run in {folder} began "
+                        f"with (fingerprint {fingerprint}, not {newest.initial}); put that one back, or choose "
+                        f"another --out")  # fmt: skip
+
+
 def has_experts(recipe: Recipe, folder: Path, count: int, say: Say = lambda words: None, owner: str = "") -> bool:
     """Whether a finished run's folder, which may be a new head's, has its experts, to the bit.
 

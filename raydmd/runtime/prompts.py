@@ -207,7 +207,7 @@ class PromptStream(Helper):
             Reader, fn_constructor_args=(self.recipe, self.path, self.columns, first, first + length, self._chunk),
             concurrency=1, num_cpus=0.1, batch_size=1, batch_format="numpy", scheduling_strategy=here,
         ).map_batches(
-            Encoder, fn_constructor_args=(self.family, self.path), concurrency=self.recipe.prompts.encoders,
+            Encoder, fn_constructor_args=(self.family, self.path), concurrency=self.recipe.prompts.stream_workers,
             num_cpus=0.1, batch_size=None, batch_format="numpy",
         )  # fmt: skip
         for batch in dataset.iter_batches(batch_size=self.micro, batch_format="numpy"):

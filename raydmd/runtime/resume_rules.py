@@ -11,7 +11,7 @@ from raydmd.sampling.plan import plan_iterations
 FREE = {
     "name", "runtime", "checkpoint", "monitor", "evaluation", "plugins",
     "pairs",  # a folder is taken only where its pairs are, to the bit, those that the run would make
-    "prompts.cache_mb", "prompts.encoders",
+    "prompts.cache_mb", "prompts.cache", "prompts.stream_workers",
     "pretrain.checkpoint_every", "pretrain.min_workers", "pretrain.max_workers", "pretrain.cpus",
 }  # fmt: skip
 """Sections and keys that may be others."""

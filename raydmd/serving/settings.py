@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from raydmd.config.recipe import Section, apply_override, blamed, explain
+from raydmd.config.overrides import apply_override, blamed, explain
+from raydmd.config.recipe import Section
 from raydmd.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]

@@ -17,10 +17,12 @@ from raydmd.errors import UserError
 from raydmd.models.base import Family
 from raydmd.models.diffusers.hub import HubName, cached_snapshot, parse_hub_name
 from raydmd.models.fingerprint import fingerprint_teacher, same_teacher
+from raydmd.models.initial_student import fingerprint_initial
 from raydmd.models.registry import build_family
 from raydmd.runs.run import Run
 from raydmd.runtime.checkpoint.manager import Archive
 from raydmd.runtime.launch import distill
+from raydmd.runtime.preparation import check_initial_student
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -172,7 +174,7 @@ def test_a_file_that_is_none_is_said_to_be(teachers: dict[str, Path], tmp_path: 
     assert str(error.value).startswith("teacher.path: ") and "\n" not in str(error.value)
 
 
-def begun(recipe, folder: Path, fingerprint: str) -> None:
+def begun(recipe, folder: Path, fingerprint: str, initial: str = "") -> None:
     """Leave a folder as a run does that was stopped after its first iteration."""
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
@@ -182,6 +184,7 @@ def begun(recipe, folder: Path, fingerprint: str) -> None:
         cursors={"generator": 16, "fake": 32},
         seed=recipe.seed,
         teacher=fingerprint,
+        initial=initial,
     )
     Archive(str(folder / "checkpoints")).save(record, shards(1))
 
@@ -203,6 +206,22 @@ def test_another_teacher_under_the_same_path_is_refused(own, quick, teachers, tm
     with pytest.raises(UserError, match="teacher.path: .*holds another teacher") as error:
         distill(recipe, folder, console=Console(quiet=True))
     assert "\n" not in str(error.value) and str(place) in str(error.value)
+
+
+def test_another_initial_student_under_the_same_path_is_refused(quick, teachers, tmp_path: Path) -> None:
+    """As another teacher is, before anything of Ray is started; where it lies does not matter."""
+    student = shutil.copytree(teachers["ring"], tmp_path / "student")
+    recipe = quick("ring", f"method.init={student}")
+    first = fingerprint_initial(str(student), 2)
+    assert first == fingerprint_initial(str(teachers["ring"]), 2) != fingerprint_initial(str(student), 1)
+    begun(recipe, tmp_path / "run", of(teachers["ring"], "ring"), first)
+    check_initial_student(recipe, tmp_path / "run", first)
+    swap(student)
+    with pytest.raises(UserError, match="^method.init: .*holds another student than the run") as error:
+        distill(recipe, tmp_path / "run", console=Console(quiet=True))
+    assert "\n" not in str(error.value) and str(student) in str(error.value)
+    begun(recipe, tmp_path / "older", of(teachers["ring"], "ring"))  # its manifests say nothing of it
+    check_initial_student(recipe, tmp_path / "older", fingerprint_initial(str(student), 2))
 
 
 def test_a_run_writes_it_down_and_goes_on_with_the_same_teacher(quick, teachers, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ TEXTS = ["a fox", "two, or more", "a fox"]
 
 def test_a_file_of_prompts_is_read_by_its_ending(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a fox\n\n two, or more\na fox\n")
-    (tmp_path / "a.csv").write_text('n,caption\n1,a fox\n2,"two, or more"\n3,a fox\n')
+    (tmp_path / "a.csv").write_text('\ufeffcaption,n\na fox,1\n"two, or more",2\na fox,3\n')  # as Excel has it
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in (TEXTS[0], {"text": TEXTS[1]}, TEXTS[2])))
     parquet.write_table(pa.table({"other": [1, 2, 3], "prompt": TEXTS}), tmp_path / "a.parquet")
     for ending in ("txt", "csv", "jsonl", "parquet"):
@@ -48,8 +48,8 @@ def test_a_file_of_prompts_is_read_by_its_ending(tmp_path: Path) -> None:
     [
         ("a.txt", b"\n \n", "no prompt in it"),
         ("a.txt", b"\xff\xfe", "decode"),
-        ("a.csv", b"n,m\n1,2\n", "row 1 has no text under prompt, text, caption"),
-        ("a.jsonl", b'"a fox"\n{"n": 1}\n', "row 2 has no text"),
+        ("a.csv", b"n,m\n1,2\n", "the header has no prompt, text, caption"),
+        ("a.jsonl", b'"a fox"\n{"n": 1}\n', "row 2 has no prompt, text, caption"),
         ("a.jsonl", b"a fox\n", "Expecting value"),
         ("a.parquet", b"a fox\n", "Parquet"),
     ],

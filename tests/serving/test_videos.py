@@ -284,6 +284,8 @@ def test_what_is_wrong_is_named(http):
         ({"prompt": "0", "seconds": "8"}, "seconds"), ({"prompt": "0", "seconds": "nan"}, "seconds"),
         ({"prompt": "0", "seconds": 10**400}, "seconds"), ({"prompt": "0", "seconds": "long"}, "seconds"),
         ({"prompt": "0", "seed": "1"}, "seed"), ({"prompt": "0", "lenght": 1}, "lenght"),
+        ({"prompt": "0", "input_reference": "x"}, "input_reference"), ({"prompt": "0", "image": "x"}, "image"),
+        ({"prompt": "0", "guidance_scale": [4, 3]}, "guidance_scale"),
     ]  # fmt: skip
     for body, param in wrong:
         refused(http.post("/v1/videos", json=body), 400, param)
@@ -298,6 +300,8 @@ def test_forms(http):
     assert made.status_code == 200 and made.json()["seed"] == 12
     refused(http.post("/v1/videos", files={"prompt": (None, "0"), "seed": (None, "1.5")}), 400, "seed")
     refused(http.post("/v1/videos", files={"prompt": (None, "0"), "x": (None, "1")}), 400, "x")
+    picture = {"prompt": (None, "0"), "input_reference": ("x.png", b"x", "image/png")}
+    assert "caption" in refused(http.post("/v1/videos", files=picture), 400, "input_reference")
     refused(http.post("/v1/videos", files={f"f{i}": (None, "0") for i in range(100)}), 400)
     kind = "multipart/form-data; boundary="
     good = b'--b\r\ncontent-disposition: form-data; name="prompt"\r\n\r\n0\r\n--b--\r\n'

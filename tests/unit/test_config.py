@@ -62,6 +62,23 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_the_key(override: str) 
     assert message.startswith(f"--set {override}: ")  # the file is not to blame
 
 
+def test_a_key_that_was_renamed_is_read_by_either_name(tmp_path: Path) -> None:
+    """Recipes of older runs, files and --set; of both at once the file's old one is refused."""
+    file, old, new = tmp_path / "r.yaml", "prompts.encoders", "prompts.stream_workers"
+    file.write_text("method: {name: dmd}\nprompts: {encoders: 3}\n")
+    assert load_recipe(str(file)).prompts.stream_workers == 3
+    assert load_recipe(str(file), [f"{new}=4"]).prompts.stream_workers == 4
+    assert load_recipe("ring", [f"{old}=5"]).prompts.stream_workers == 5
+    tree = yaml.safe_load(dump_recipe(load_recipe("ring", [f"{new}=6"])))
+    tree["prompts"]["encoders"] = tree["prompts"].pop("stream_workers")
+    assert parse_recipe(tree, "x").prompts.stream_workers == 6
+    file.write_text("method: {name: dmd}\nprompts: {encoders: 3, stream_workers: 3}\n")
+    with pytest.raises(UserError, match=f"^{file}: {old}: it is called {new} now, which is given, too"):
+        load_recipe(str(file))
+    with pytest.raises(UserError, match=f"^--set {old}=0: {new}: "):
+        load_recipe("ring", [f"{old}=0"])
+
+
 def test_who_is_to_blame_is_named(tmp_path: Path) -> None:
     """The last override that did it, or else the file."""
     file = tmp_path / "r.yaml"

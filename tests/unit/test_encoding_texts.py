@@ -17,6 +17,7 @@ from torch import Tensor
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.cli import run as command
 from raydmd.config.recipe import Recipe
+from raydmd.data.encoded_table import EncodedTable
 from raydmd.data.prompts import PromptTable
 from raydmd.errors import UserError
 from raydmd.methods.loading import parse_recipe
@@ -24,7 +25,7 @@ from raydmd.models.diffusers.wan import WanFamily
 from raydmd.models.encoding import encoded_facts, texts_for
 from raydmd.models.registry import register_family
 from raydmd.runs.run import note_table, recipe_family, with_table
-from raydmd.runtime.encode import CUT, FILE, NUMBER, PLACES, TEXTS, PromptEncoder
+from raydmd.runtime.encode import CUT, FILE, NUMBER, PLACES, TEXTS, PromptEncoder, check_same_texts
 from raydmd.runtime.ray_data import KIND, WORDS
 
 COLOURS = {"a.png": (255, 0, 0), "b.png": (0, 255, 0), "c.png": (0, 0, 255)}
@@ -155,6 +156,26 @@ def test_a_run_knows_its_table(tmp_path: Path) -> None:
     note_table(tmp_path, "/cache/k")
     found = with_table(recipe, tmp_path).prompts
     assert (found.path, found.column) == ("/cache/k", None)
+
+
+def test_a_run_goes_on_with_the_texts_that_it_began_with(teacher: Path, tmp_path: Path) -> None:
+    """Also by another cache and in other batches; others under the same path are refused, as another teacher is."""
+    (tmp_path / "a.txt").write_text("a fox\n")
+    recipe = recipe_of("wan", teacher)
+    recipe = recipe.model_copy(update={"prompts": recipe.prompts.model_copy(update={"path": str(tmp_path / "a.txt")})})
+    family = recipe_family(recipe)
+    texts = texts_for(family, str(tmp_path / "a.txt"))
+    assert texts is not None
+    table = EncodedTable(str(tmp_path / "table"), encoded_facts(family, texts, 32), "prompts.cache")
+    table.claim()
+    check_same_texts(recipe, tmp_path)  # nothing is known
+    note_table(tmp_path, table.place)
+    check_same_texts(recipe, tmp_path)
+    (tmp_path / "a.txt").write_text("a wolf\n")
+    with pytest.raises(UserError, match=r"^prompts.path: '.*a.txt' holds other prompts than the run in .* began with"):
+        check_same_texts(recipe, tmp_path)
+    (tmp_path / "table" / "encoded.json").unlink()
+    check_same_texts(recipe, tmp_path)
 
 
 @pytest.mark.parametrize(

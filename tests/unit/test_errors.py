@@ -12,7 +12,7 @@ from ray import cloudpickle
 from ray.exceptions import RayError, RayTaskError
 
 import raydmd
-from raydmd.errors import portable
+from raydmd.errors import nearest_text, portable
 from raydmd.serving.app import _translated
 from raydmd.serving.contract import BadRequest
 from raydmd.serving.http.errors import as_api_error
@@ -98,3 +98,11 @@ def local_error() -> Exception:
         """Known to this call alone."""
 
     return Here("broken")
+
+
+def test_of_many_texts_the_nearest_is_named_or_one() -> None:
+    texts = [f"a picture of number {number} in a long list" for number in range(2000)]
+    assert nearest_text("a picture of nomber 7 in a long list", texts).startswith("; did you mean 'a picture of number")
+    assert nearest_text("wolf", texts) == f" (one of 2000, e.g. '{texts[0]}')"
+    assert nearest_text("wolf", ["a fox", "an owl"]) == " (one of: a fox, an owl)"
+    assert len(nearest_text("x" * 500, ["x" * 499])) == 200

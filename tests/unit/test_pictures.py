@@ -320,7 +320,7 @@ WRONG_METADATA = {
     "unequal lists": ("metadata.jsonl", json_lines({**ROW, "label": [1]}, {**OTHER, "label": [1, 2]}),
                       "'label' has lists of unequal lengths"),
     "csv, a column": ("metadata.csv", "file_name,labels\n0.png,3\n",
-                      "line 2 of .* has no 'label'; did you mean 'labels'"),
+                      "the header of '.*metadata.csv' has no 'label'; did you mean 'labels'"),
     "csv, no value": ("metadata.csv", "file_name,label\n0.png,3\n1.png,\n", "line 3 of '.*' has no value of 'label'"),
     "csv, quotes": ("metadata.csv", 'file_name,label\n"0.png,3\n', "metadata.csv' cannot be read: "),
     "another name": ("metadata.json", json_lines(ROW, OTHER), "has no metadata.jsonl or metadata.csv with"),

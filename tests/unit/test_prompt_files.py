@@ -84,7 +84,7 @@ def test_a_column_may_be_named(tmp_path: Path) -> None:
     write_csv(tmp_path / "a.csv", [["long", "text"], ["x, y", "y"], ["z", "w"]])
     found = read_prompt_texts(str(tmp_path / "a.csv"), "long")
     assert found is not None and (found.texts, found.column) == (["x, y", "z"], "long")
-    with pytest.raises(UserError, match=r"^prompts.column: line 2 of '.*a.csv' has no column 'lnog'; did you mean"):
+    with pytest.raises(UserError, match=r"^prompts.column: the header of '.*a.csv' has no column 'lnog'; did you mean"):
         read_prompt_texts(str(tmp_path / "a.csv"), "lnog")
 
 
@@ -106,7 +106,8 @@ BAD: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     "blank": ("a.txt", lambda f: f.write_text("\ufeff\n \n"), ["there is no prompt in"]),
     "header alone": ("a.csv", lambda f: f.write_text("text\n"), ["there is no prompt in"]),
     "empty CSV": ("a.csv", lambda f: f.write_text(""), ["there is no prompt in"]),
-    "no such column": ("a.csv", lambda f: f.write_text("id,name\n1,x\n"), ["no column text, prompt", "id, name"]),
+    "no such column": ("a.csv", lambda f: f.write_text("id,name\n1,x\n"),
+                       ["the header of", "no column text, prompt", "id, name"]),
     "two columns": ("a.csv", lambda f: f.write_text("text,prompt\n1,x\n"), ["text and prompt", "prompts.column"]),
     "one name twice": ("a.csv", lambda f: f.write_text("text,text\n1,x\n"), ["two columns 'text'"]),
     "a comma": ("a.csv", lambda f: f.write_text("id,text\n1,a fox, red\n"), ["line 2 of", "more values"]),
@@ -185,6 +186,31 @@ def test_what_is_not_whole_or_not_ours_is_made_again(tmp_path: Path) -> None:
     (tmp_path / "mine" / "letter.txt").write_text("x")
     with pytest.raises(UserError, match="is not empty and holds no embeddings"):
         EncodedTable(str(tmp_path / "mine"), FACTS, "--out").claim()
+
+
+def test_two_drivers_share_a_table(tmp_path: Path) -> None:
+    """Both may make the same files; what one has made, and may read, stays to the bit."""
+    first, second = (EncodedTable(str(tmp_path / "t"), FACTS, "--out") for _ in range(2))
+    meanwhile = second._read
+
+    def read(name: str) -> bytes | None:
+        """Read the index before the other driver writes it, and its first file."""
+        found = meanwhile(name)
+        first.claim()
+        first.commit(0, part(0, 4))
+        return found
+
+    second._read = read  # type: ignore[method-assign]
+    second.claim()
+    opened = PromptTable(first.place, ["x"])
+    for table, length in ((second, 2), (first, 4)):  # other bytes, as another kind of machine may compute
+        for number in (0, 1):
+            table.commit(number, part(number, length))
+    assert second.found() == first.found() == {0: 0, 1: 1}
+    files = sorted((tmp_path / "t").glob("rows-*"))
+    assert [file.read_bytes() for file in files] == [part(0, 4), part(1, 2)]
+    assert np.array_equal(opened.take(np.array([1]))["x"].reshape(-1), np.arange(12, 24))
+    assert not [*(tmp_path / "t").glob(".*")]
 
 
 def test_values_of_bfloat16_and_zeros_take_little_room() -> None:

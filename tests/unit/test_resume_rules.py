@@ -28,7 +28,8 @@ def check(change: list[str], done: int, before: tuple[str, ...] = ()) -> None:
     [
         "name=other", "runtime.fake.max_workers=3", "runtime.max_staleness=1",
         "monitor.samples_every=7", "monitor.tensorboard=false", "checkpoint.every=3", "checkpoint.keep=5",
-        "evaluation.samples=100", "pairs.path=/pairs", "prompts.cache_mb=1", "prompts.encoders=2",
+        "evaluation.samples=100", "pairs.path=/pairs", "prompts.cache_mb=1", "prompts.stream_workers=2",
+        "prompts.cache=/other",
         "pretrain.max_workers=5", "pretrain.cpus=2", "pretrain.checkpoint_every=7",
     ],
 )  # fmt: skip

@@ -1,7 +1,9 @@
 """Loading diffusers' models and pipelines from a folder, with errors of one line."""
 
 import inspect
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,24 @@ def load_model(class_name: str, folder: Path, variant: str | None, dtype: torch.
         raise UserError(f"teacher.path: cannot load '{folder}': {one_line(error)}") from error
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out the libraries' progress bars and notes on their own arguments: the terminal is the command's."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = [library for library in (of_diffusers, of_transformers) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
+
+
 def load_text_pipeline(
     class_name: str, root: Path, variant: str, dtype: torch.dtype, absent: Sequence[str] = ()
 ) -> Any:
@@ -63,7 +83,8 @@ def load_text_pipeline(
     without |= {name: None for part in absent for name in (part, part.replace("text_encoder", "tokenizer"))}
     without["variant"] = variant_of(root / "text_encoder", variant)
     try:
-        pipeline = kind.from_pretrained(root, torch_dtype=dtype, use_safetensors=True, **without)
+        with _quiet():
+            pipeline = kind.from_pretrained(root, torch_dtype=dtype, use_safetensors=True, **without)
     except (OSError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"teacher.path: cannot load the text encoder of '{root}': {one_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)

@@ -24,6 +24,7 @@ class Manifest:
         files: shard name (a trained role, "expert-0", ...) to {"path", "sha256", "bytes"}.
         format: number of this record's layout.
         teacher: the teacher's fingerprint; "" where none was taken.
+        initial: that of ``method.init``; "" where there is none, or none was taken.
         writer: the token of the driver that wrote it.
     """
 
@@ -36,6 +37,7 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     format: int = FORMAT
     teacher: str = ""
+    initial: str = ""
     writer: str = ""
 
 

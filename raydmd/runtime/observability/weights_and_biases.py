@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from raydmd.config.recipe import HIDDEN, Recipe
+from raydmd.config.overrides import HIDDEN
+from raydmd.config.recipe import Recipe
 from raydmd.errors import UserError
 from raydmd.models.base import one_line
 from raydmd.runtime.observability.metrics import run_label

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.types import Message, Receive
 
 from raydmd.serving.http.errors import ApiError, ClientGone
+from raydmd.serving.http.schemas import NO_IMAGE
 
 T = TypeVar("T")
 
@@ -77,7 +78,7 @@ async def read_form(request: Request, body: bytes) -> dict[str, str]:
     async with Request(request.scope, again).form(max_files=1, max_fields=FIELDS, max_part_size=len(body) + 1) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
-                raise ApiError(400, f"'{name[:100]}' is a file: models here take text alone", name[:100], "file")
+                raise ApiError(400, f"{name[:100]}: it is a file; {NO_IMAGE}", name[:100], "file")
             fields[name] = value
     return fields
 

@@ -26,6 +26,8 @@ Negative = Annotated[str, Field(description="of the teacher alone, where it has 
 Named = Annotated[str, Field(max_length=1000)]
 
 ONE_QUALITY = "a model here makes pictures of one quality"
+NO_IMAGE = "requests here are text alone; a model from image to video takes a caption of its run's own pictures"
+ONE_SCALE = "one number, that of a teacher's both networks where it has two"
 REASONS = {
     "quality": ONE_QUALITY,
     "background": "pictures here have no transparency",
@@ -35,8 +37,12 @@ REASONS = {
     "svg": "models here make pixels",
     "frame_count": "no GIFs are made here",
     "frame_duration_ms": "no GIFs are made here",
-    "input_fidelity": "models here take text alone",
+    "input_fidelity": NO_IMAGE,
+    "input_reference": NO_IMAGE,
+    "image": NO_IMAGE,
     "true_cfg_scale": "guidance_scale is the scale of classifier-free guidance here",
+    "guidance_scale_2": ONE_SCALE,
+    "guidance_scale": ONE_SCALE,
     "width": "give size, as '1024x1024'",
     "height": "give size, as '1024x1024'",
 }
