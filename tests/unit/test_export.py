@@ -11,7 +11,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from run_folders import make_run
 from safetensors.torch import load_file, save_file
 from test_every_family import recipe_of
-from tiny_models import TINY_MODELS
 
 from raydmd import cli
 from raydmd.config.recipe import dump_recipe
@@ -29,6 +28,7 @@ from raydmd.models.diffusers.sampler_grid import EULER, UNIPC
 from raydmd.models.diffusers.student_sampler import FLOW_MAP, Sampler, euler_shift, even_shift, unipc_config
 from raydmd.models.diffusers.variance_preserving import VariancePreservingFamily
 from raydmd.models.registry import FAMILIES as FAMILIES_BY_NAME
+from raydmd.models.tiny import TINY_MODELS
 from raydmd.runs.expert_index import write_index
 from raydmd.runs.run import Run, recipe_family
 

@@ -17,7 +17,7 @@ from diffusers import (
 from torch import Tensor
 
 from raydmd.models.diffusers.wan import WanFamily
-from tiny_models.base import FirstStep, Rows, TinyModel, normal_rows
+from raydmd.models.tiny.base import FirstStep, Rows, TinyModel, normal_rows
 
 WIDTH = 16
 

@@ -7,7 +7,7 @@ import numpy as np
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from tiny_models.base import FirstStep, Rows, TinyModel, as_tensors, normal_rows, to_variance_preserving
+from raydmd.models.tiny.base import FirstStep, Rows, TinyModel, as_tensors, normal_rows, to_variance_preserving
 
 WIDTH, POOLED, SIZE = 16, 12, 8
 

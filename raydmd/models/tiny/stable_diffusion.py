@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor
 
 from raydmd.models.diffusers.config_files import read_config
-from tiny_models.base import FirstStep, Rows, TinyModel, as_tensors, normal_rows, to_variance_preserving
-from tiny_models.sdxl import tiny_autoencoder
+from raydmd.models.tiny.base import FirstStep, Rows, TinyModel, as_tensors, normal_rows, to_variance_preserving
+from raydmd.models.tiny.sdxl import tiny_autoencoder
 
 WIDTH = 16
 BETAS = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
