@@ -420,18 +420,21 @@ def recipes(name: str | None, plugins: Sequence[str]) -> None:
 
 @app.command(epilog="Example: raydmd validate cluster/aws.yaml cluster/kuberay/rayjob.yaml")
 @click.argument("files", metavar="FILE...", type=FOLDER, nargs=-1, required=True)
+@set_option
 @run_plugin_option
-def validate(files: Sequence[Path]) -> None:
+def validate(files: Sequence[Path], overrides: Sequence[str]) -> None:
     """Check recipes, cluster-launcher files and KubeRay manifests, with no cluster and no cloud.
 
-    A line for each file; the exit code is 2 if one of them is wrong.
+    FILE may be a shipped recipe's name; --set goes with recipes. A line for each file; the exit code is 2 if one of
+    them is wrong.
     """
     from raydmd.validation import inspect_file
 
-    wrong = 0
+    wrong, shipped = 0, shipped_recipes()
     for file in files:
+        place = file if file.exists() else shipped.get(str(file), file)
         try:
-            words, checked = inspect_file(file, app.commands)
+            words, checked = inspect_file(place, app.commands, overrides)
             found = "ok" if checked else "unknown"
             console.print(f"{found} {file} ({words})", highlight=False, markup=False, soft_wrap=True)
         except (UserError, OSError) as error:
