@@ -227,13 +227,13 @@ class Optimizer(Section):
 
 
 class GeneratorOptimizer(Optimizer):
-    """The generator's."""
+    """AdamW of the generator."""
 
     lr: Rate = Field(5e-4, description="learning rate")
 
 
 class FakeOptimizer(Optimizer):
-    """The fake score's."""
+    """AdamW of the fake score, and of further roles."""
 
     lr: Rate = Field(1e-3, description="learning rate")
 
@@ -500,6 +500,18 @@ def recipes_folder() -> Path:
 def shipped_recipes() -> dict[str, Path]:
     """Return the shipped recipes by name."""
     return {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"), key=lambda path: path.stem)}
+
+
+def listed_recipes() -> list[str]:
+    """Return the shipped recipes by family, a line each: the family's name, then its recipes' names and summaries."""
+    families = dict[str, list[str]]()
+    shipped = shipped_recipes()
+    width = max(map(len, shipped), default=0)
+    for name, path in shipped.items():
+        text = path.read_text(encoding="utf-8")
+        family = yaml.load(text, Loader=StrictLoader)["teacher"]["family"]  # noqa: S506  (a SafeLoader)
+        families.setdefault(family, []).append(f"  {name:{width}}  {text.splitlines()[0].lstrip('# ')}")
+    return [line for family, lines in sorted(families.items()) for line in (family, *lines)]
 
 
 def read_tree(name_or_path: str) -> tuple[dict[str, Any], str]:

@@ -42,11 +42,7 @@ def shrink(tree: dict[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
     name = method.get("name") if isinstance(method, dict) else None
     sections: dict[str, Any] = {key: _section(field.annotation) for key, field in Recipe.model_fields.items()}
     if isinstance(name, str):
-        found = find_method(name)
-        sections["method"] = found.options_type
-        roles = made.get("runtime") or {}
-        if isinstance(roles, dict):
-            made["runtime"] = {**{role: {} for role in found.roles}, **roles}
+        sections["method"] = find_method(name).options_type
     for key, field in Recipe.model_fields.items():
         _shrink(made, key, field, sections[key])
     own = made.get("teacher")
