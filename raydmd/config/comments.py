@@ -18,7 +18,7 @@ def comment_beside(text: str, key: Sequence[str]) -> str | None:
     Returns:
         None: the file has no such key, or no comment there.
     """
-    node, line = yaml.compose(text, Loader=yaml.SafeLoader), None
+    node, line = yaml.compose(text, Loader=yaml.SafeLoader), None  # None of an empty text
     for name in key:
         if not isinstance(node, yaml.MappingNode):
             return None

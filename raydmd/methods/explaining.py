@@ -5,6 +5,7 @@ All of it comes from the sections' own fields and the families' options; there i
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
@@ -83,10 +84,26 @@ def explain_key(name: str, key: str, overrides: tuple[str, ...] = (), plugins: t
         UserError: no such recipe or key; the nearest right one is named.
     """
     given = load_recipe(name, overrides, plugins)
+    _, source = read_tree(name)
+    keys = [override.partition("=")[0] for override in overrides]
+    if any(f"{key}.".startswith(f"{set_}.") for set_ in keys):
+        return explain_in(given, "", key)
+    return explain_in(given, Path(source).read_text(encoding="utf-8"), key)
+
+
+def explain_in(given: Recipe, text: str, key: str) -> Explained:
+    """Say what a key of a recipe means.
+
+    Args:
+        given: the recipe.
+        text: of its file, whose comments say where values come from; empty: they come from elsewhere.
+        key: the key's path.
+
+    Raises:
+        UserError: no such key; the nearest right one is named.
+    """
     recipe, path = _completed(given), key.split(".")
-    tree, source = read_tree(name)
-    with open(source, encoding="utf-8") as file:
-        comment = comment_beside(file.read(), path)
+    comment = comment_beside(text, path)
     section: Any = recipe
     for depth, part in enumerate(path[:-1]):
         if path[: depth + 1] == ["teacher", "options"]:
