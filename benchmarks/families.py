@@ -21,7 +21,6 @@ import torch
 from common import arguments, console, finish
 from rich.table import Table
 from safetensors.torch import save_file
-from tiny_models import TINY_MODELS, TinyModel
 
 from raydmd.config.recipe import Recipe, dump_recipe
 from raydmd.data.prompts import PromptTable, write_prompts
@@ -31,6 +30,7 @@ from raydmd.export.export import export_run
 from raydmd.methods.loading import load_recipe
 from raydmd.methods.local import Reference, train
 from raydmd.models.diffusers.pretrained import PretrainedFamily
+from raydmd.models.tiny import TINY_MODELS, TinyModel
 from raydmd.runs.expert_index import write_index
 from raydmd.runs.folders import expert_file
 from raydmd.runs.run import Run, recipe_family

@@ -14,7 +14,7 @@ from raydmd import __version__, interrupts
 from raydmd.atomic import FULL, storage_error, write_text
 from raydmd.bench.command import bench
 from raydmd.config.overrides import apply_override
-from raydmd.config.recipe import Recipe, dump_recipe, shipped_recipes
+from raydmd.config.recipe import Recipe, dump_recipe, listed_recipes, shipped_recipes
 from raydmd.console import console, errors
 from raydmd.entry import main as main
 from raydmd.errors import RunError, UserError
@@ -432,36 +432,51 @@ def serve(
     serve_run(serving, host, port, proxy, console, no_keys)
 
 
-@app.command(epilog="Example: raydmd recipes digits")
+@app.command(epilog="Example: raydmd recipes wan2.2-t2v-phased --explain method.score_interval")
 @click.argument("name", metavar="[NAME]", required=False)
+@click.option("--explain", "key", metavar="KEY", help="What a key means, what it takes, its default and value.")
+@set_option
 @plugin_option
-def recipes(name: str | None, plugins: Sequence[str]) -> None:
-    """List the shipped recipes, or print one with every key and its value."""
-    if name is not None:
-        from raydmd.methods.loading import load_recipe
+def recipes(name: str | None, key: str | None, overrides: Sequence[str], plugins: Sequence[str]) -> None:
+    """List the shipped recipes by family, or print one with every key and its value.
 
-        text = dump_recipe(load_recipe(name, plugins=plugins))
-        console.print(text, highlight=False, markup=False, soft_wrap=True, end="")
+    NAME may be a file of yours, too.
+    """
+    if name is None:
+        if key is not None or overrides:
+            raise UserError("--explain, --set: of which recipe? `raydmd recipes NAME --explain KEY`")
+        for line in listed_recipes():
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         return
-    for key, path in shipped_recipes().items():
-        first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        console.print(f"{key:12} {first}", highlight=False, soft_wrap=True)
+    if key is not None:
+        from raydmd.methods.explaining import explain_key
+
+        for line in explain_key(name, key, tuple(overrides), tuple(plugins)).lines():
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        return
+    from raydmd.methods.loading import load_recipe
+
+    text = dump_recipe(load_recipe(name, overrides, plugins))
+    console.print(text, highlight=False, markup=False, soft_wrap=True, end="")
 
 
 @app.command(epilog="Example: raydmd validate cluster/aws.yaml cluster/kuberay/rayjob.yaml")
 @click.argument("files", metavar="FILE...", type=FOLDER, nargs=-1, required=True)
+@set_option
 @run_plugin_option
-def validate(files: Sequence[Path]) -> None:
+def validate(files: Sequence[Path], overrides: Sequence[str]) -> None:
     """Check recipes, cluster-launcher files and KubeRay manifests, with no cluster and no cloud.
 
-    A line for each file; the exit code is 2 if one of them is wrong.
+    FILE may be a shipped recipe's name; --set goes with recipes. A line for each file; the exit code is 2 if one of
+    them is wrong.
     """
     from raydmd.validation import inspect_file
 
-    wrong = 0
+    wrong, shipped = 0, shipped_recipes()
     for file in files:
+        place = file if file.exists() else shipped.get(str(file), file)
         try:
-            words, checked = inspect_file(file, app.commands)
+            words, checked = inspect_file(place, app.commands, overrides)
             found = "ok" if checked else "unknown"
             console.print(f"{found} {file} ({words})", highlight=False, markup=False, soft_wrap=True)
         except (UserError, OSError) as error:

@@ -1,5 +1,7 @@
 """What can be told of a recipe before a run: `raydmd distill` and `raydmd validate` refuse the same, in one wording."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,7 +32,7 @@ from raydmd.models.diffusers.weight_files import weight_files
 from raydmd.models.embedded.prompts import ensure_embedded_prompts
 from raydmd.models.encoding import encode_rows, texts_for
 from raydmd.models.initial_student import check_initial
-from raydmd.runs.run import recipe_family
+from raydmd.runs.run import make_teacher, recipe_family, with_teacher
 from raydmd.sampling.limits import check_method
 
 LOOKED_THROUGH = 64 * 2**20  # bytes of a prompt table, all of whose rows are encoded before a run; else its first
@@ -64,6 +66,21 @@ def absolute(recipe: Recipe) -> Recipe:
         place = absolute_location(recipe.checkpoint.path)
         changes["checkpoint"] = recipe.checkpoint.model_copy(update={"path": place})
     return recipe.model_copy(update=changes)
+
+
+@contextmanager
+def with_tiny_teacher(recipe: Recipe) -> Iterator[Recipe]:
+    """Yield the recipe as it can be checked: a tiny teacher that its run makes is there, for as long.
+
+    Raises:
+        UserError: there is no such tiny model.
+    """
+    if not recipe.teacher.is_made:
+        yield recipe
+        return
+    with TemporaryDirectory() as folder:
+        make_teacher(recipe, Path(folder))
+        yield with_teacher(recipe, Path(folder))
 
 
 def check(recipe: Recipe, prompts: bool = True, hub: bool = True) -> list[str]:
@@ -175,6 +192,16 @@ def check_offline(recipe: Recipe) -> list[str]:
     remote = _is_remote(recipe.prompts.path)
     said += check(checked, prompts=not remote, hub=False)
     return [*said, *_of_elsewhere(recipe), *notes(checked)]
+
+
+def miniature_note(recipe: Recipe) -> list[str]:
+    """Return the line that says of a recipe in miniature what it is; of any other none."""
+    teacher = recipe.teacher
+    if not teacher.is_made:
+        return []
+    shape = teacher.options.get("latent_shape")
+    return [f"teacher.path: a random tiny '{teacher.tiny}' stands for the teacher: {recipe.iterations} iterations, "
+            f"batch {recipe.batch.size}{f', latents {list(shape)}' if shape else ''}"]  # fmt: skip
 
 
 def notes(recipe: Recipe) -> list[str]:

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
 from raydmd.config.buckets import read_buckets
-from raydmd.config.overrides import apply_override, with_new_names
+from raydmd.config.overrides import with_new_names
 from raydmd.errors import UserError, nearest
 from raydmd.locations import parse_location
 from raydmd.strict_yaml import StrictLoader
@@ -21,6 +21,14 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Guidance = Annotated[float, Field(ge=0)]
 Quantization = Literal["none", "int8", "fp8"]
+
+
+VERSION = 1  # of the recipe's form
+
+
+def in_miniature(value: Any) -> dict[str, Any]:
+    """Return what a field is to carry (``json_schema_extra``) whose value in miniature is this, or less."""
+    return {"miniature": value}
 
 
 class Section(BaseModel):
@@ -36,8 +44,14 @@ class Teacher(Section):
         "digits", description="kind of network: digits, ring, qwen_image, wan, sd3, flux, sdxl ... (docs/models.md)"
     )
     path: str | None = Field(
-        None, description="a folder of `raydmd pretrain` or of a diffusers model, or hf://owner/name@revision"
+        None,
+        description="a folder of `raydmd pretrain` or of a diffusers model, or hf://owner/name@revision; null: the run "
+        "makes its own; tiny: a random tiny one, and the whole recipe in miniature",
     )
+    tiny: str | None = Field(
+        None, description="which random tiny model the run makes for itself where there is no path; null: path: tiny "
+        "takes the family's usual one",
+    )  # fmt: skip
     guidance_scale: Guidance | tuple[Guidance, Guidance] = Field(
         1.5, description="w in u + w (c - u); 1: no guidance (the w of Self-Forcing and CausVid is this less 1); of a "
         "teacher of two networks (Wan 2.2 A14B) also [w of the one for much noise, w of the other]",
@@ -46,18 +60,28 @@ class Teacher(Section):
         None, description="norm: each token of the guided prediction gets the conditional's norm; null: as the "
         "model's own pipeline has it (norm for qwen_image, none for all others)",
     )  # fmt: skip
-    steps: Positive = Field(25, description="steps of its own many-step sampler, for evaluation and ODE pairs")
+    steps: Positive = Field(
+        25,
+        description="steps of its own many-step sampler, for evaluation and ODE pairs",
+        json_schema_extra=in_miniature(4),
+    )
     timestep_shift: Rate | None = Field(
         None, description="shift of that sampler's times; null: as its scheduler_config.json says, 1 without one"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="what the family's network takes")
     lora: str | None = Field(
-        None, description="LoRA file, or folder with one, that is fused into a diffusers teacher: a fine-tuned one"
-    )
+        None, description="LoRA file, or folder with one, that is fused into a diffusers teacher: a fine-tuned one",
+        json_schema_extra=in_miniature(None),
+    )  # fmt: skip
     quantization: Quantization = Field(
         "none", description="of the linear layers of a diffusers teacher, where it scores and samples: int8 or fp8; "
         "what is trained starts from its own weights (docs/models.md)",
     )  # fmt: skip
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the run makes a random tiny one for itself."""
+        return self.path is None and self.tiny is not None
 
     @property
     def guidance_scales(self) -> tuple[float, ...]:
@@ -68,14 +92,14 @@ class Teacher(Section):
 class Pretrain(Section):
     """Training of an embedded teacher by denoising score matching (`raydmd pretrain`)."""
 
-    iterations: Positive = 3000
-    batch: Positive = 128
+    iterations: Positive = Field(3000, description="optimizer steps")
+    batch: Positive = Field(128, description="samples of a step, over all workers")
     micro: Positive | None = Field(64, description="samples of a micro-batch; null: the whole batch is one")
-    lr: Rate = 4e-3
-    warmup: NonNegative = 100
-    ema: float = Field(0.999, ge=0, lt=1)
-    label_dropout: float = Field(0.1, ge=0, le=1)
-    checkpoint_every: Positive = 500
+    lr: Rate = Field(4e-3, description="highest learning rate; it falls by a cosine after the warm-up")
+    warmup: NonNegative = Field(100, description="steps in which lr rises from 0")
+    ema: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights, which are the teacher's")
+    label_dropout: float = Field(0.1, ge=0, le=1, description="share of samples that learn the null prompt")
+    checkpoint_every: Positive = Field(500, description="steps between checkpoints")
     min_workers: Positive = Field(1, description="Ray Train goes on with as few as these")
     max_workers: Positive = Field(2, description="and takes as many as these when there is room")
     cpus: float = Field(1.0, gt=0, description="CPUs of a worker")
@@ -92,18 +116,26 @@ class Pretrain(Section):
 class Regression(Section):
     """DMD's regression on the teacher's ODE pairs (DMD Eq. 9); weight 0 leaves it out."""
 
-    weight: float = Field(0.0, ge=0)
-    pairs: Positive = Field(1024, description="number of (noise, teacher's result) pairs made before training")
-    distance: Literal["l2", "lpips"] = Field("l2", description="l2: of latents; lpips: of decoded pictures, DMD's own")
+    weight: float = Field(0.0, ge=0, description="of the regression in the generator's loss; 0 leaves it out")
+    pairs: Positive = Field(
+        1024,
+        description="number of (noise, teacher's result) pairs made before training",
+        json_schema_extra=in_miniature(8),
+    )
+    distance: Literal["l2", "lpips"] = Field(
+        "l2", description="l2: of latents; lpips: of decoded pictures, DMD's own", json_schema_extra=in_miniature("l2")
+    )
     network: Literal["vgg", "alex"] = Field("vgg", description="trunk of lpips; DMD's is vgg, alex is quicker")
 
 
 class Experts(Section):
     """How the generator's experts are held."""
 
-    kind: Literal["full", "lora"] = "full"
-    rank: Positive = 64
-    alpha: Rate = 8.0
+    kind: Literal["full", "lora"] = Field(
+        "full", description="full: all of the network's weights; lora: low-rank adapters beside the teacher's"
+    )
+    rank: Positive = Field(64, description="of the adapters")
+    alpha: Rate = Field(8.0, description="of the adapters: their output is multiplied by alpha / rank")
 
 
 class MethodOptions(Section):
@@ -112,11 +144,13 @@ class MethodOptions(Section):
     folders: ClassVar[tuple[str, ...]] = ()
     """Dotted keys below ``method`` that hold folders, which a run takes by their absolute paths."""
 
-    name: str = Field(description="dmd | dmd-fewstep | dmd-sgts | phased, or a plugin's")
+    name: str = Field(description="which method: a file in raydmd/methods, or a plugin's (docs/methods.md)")
     steps: Positive | None = Field(None, description="network calls of the student; null: 4, or 1 for dmd")
     phases: Positive | None = Field(None, description="experts of `phased`; null: 2, or 1 for the others")
     gradient: Literal["sgts", "vanilla"] | None = Field(None, description="null: what the method's name says")
-    solver: Literal["euler", "renoise"] = "euler"
+    solver: Literal["euler", "renoise"] = Field(
+        "euler", description="from one step to the next: euler along the ODE, or x0 with fresh noise"
+    )
     timestep_shift: Rate = Field(1.0, description="shift of the student's step grid")
     times: tuple[Share, ...] | None = Field(
         None, min_length=1, description="the student's times as shares of the noisiest, falling from 1; null: by steps"
@@ -124,14 +158,24 @@ class MethodOptions(Section):
     boundaries: tuple[Share, ...] | None = Field(
         None, min_length=1, description="times at which an expert hands over to the next, falling; null: by step count"
     )
-    score_interval: Literal["nested", "disjoint", "fixed"] = "nested"
+    score_interval: Literal["nested", "disjoint", "fixed"] = Field(
+        "nested", description="the scores' t: nested: from the phase's end to the noisiest; disjoint: to the phase's "
+        "own begin; fixed: at fixed_t",
+    )  # fmt: skip
     fixed_t: float | None = Field(None, description="the t of score_interval: fixed", gt=0, le=1)
     score_shift: Rate = Field(1.0, description="timestep shift of the law of the scores' t")
-    score_distribution: Literal["uniform", "logit_normal"] = "uniform"
+    score_distribution: Literal["uniform", "logit_normal"] = Field(
+        "uniform", description="law of the scores' t before its shift"
+    )
     score_margin: float = Field(0.02, ge=0, lt=0.5, description="t keeps this far above the phase's end")
-    fake_target: Literal["subinterval", "naive"] = "subinterval"
+    fake_target: Literal["subinterval", "naive"] = Field(
+        "subinterval", description="what the fake score learns from x_s: the unbiased target, or the one of x_s as x0"
+    )
     clamp: float | None = Field(10.0, description="largest 1/sigma_{t|s}^2 in the fake score's loss", gt=0)
-    gradient_weight: Literal["normalized", "raw", "sigma_over_alpha", "sigma_cubed_over_alpha"] = "normalized"
+    gradient_weight: Literal["normalized", "raw", "sigma_over_alpha", "sigma_cubed_over_alpha"] = Field(
+        "normalized", description="weight over t of the generator's gradient; normalized: by mean|x - x0 of the "
+        "teacher| of each sample",
+    )  # fmt: skip
     fake_updates: Positive = Field(5, description="fake-score updates to one of the generator")
     regression: Regression = Regression()
     experts: Experts = Experts()
@@ -139,6 +183,7 @@ class MethodOptions(Section):
         None,
         description="a run's folder, one of its experts/phase-K, or a file of weights or LoRA, where all machines see "
         "it: the student that experts start from; null: the teacher",
+        json_schema_extra=in_miniature(None),
     )
 
     def absolute(self) -> Self:
@@ -173,28 +218,30 @@ def _check_falling(key: str, times: Sequence[float]) -> None:
 class Optimizer(Section):
     """AdamW; the papers' betas are (0, 0.999)."""
 
-    lr: Rate
-    betas: tuple[Decay, Decay] = (0.0, 0.999)
-    eps: Rate = 1e-8
-    weight_decay: float = Field(0.0, ge=0)
+    lr: Rate = Field(description="learning rate")
+    betas: tuple[Decay, Decay] = Field((0.0, 0.999), description="AdamW's decays of its two moments")
+    eps: Rate = Field(1e-8, description="AdamW's epsilon")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
     clip: float | None = Field(1.0, description="largest norm of the whole gradient; null: no clipping", gt=0)
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="of lr over the role's updates in a phase; it begins anew with each phase"
     )
     final: Share = Field(0.0, description="share of lr that linear and cosine fall to by the phase's end")
-    warmup: NonNegative = Field(0, description="updates of the role in which lr rises from 0, in each phase")
+    warmup: NonNegative = Field(
+        0, description="updates of the role in which lr rises from 0, in each phase", json_schema_extra=in_miniature(1)
+    )
 
 
 class GeneratorOptimizer(Optimizer):
-    """The generator's."""
+    """AdamW of the generator."""
 
-    lr: Rate = 5e-4
+    lr: Rate = Field(5e-4, description="learning rate")
 
 
 class FakeOptimizer(Optimizer):
-    """The fake score's."""
+    """AdamW of the fake score, and of further roles."""
 
-    lr: Rate = 1e-3
+    lr: Rate = Field(1e-3, description="learning rate")
 
 
 class Optimizers(Section):
@@ -215,8 +262,12 @@ class Optimizers(Section):
 class Batch(Section):
     """The fixed global batch, cut into fixed micro-batches that workers share out."""
 
-    size: Positive = 64
-    micro: Positive | None = Field(None, description="samples of a micro-batch; null: the whole batch is one")
+    size: Positive = Field(
+        64, description="samples of an update, whatever the workers", json_schema_extra=in_miniature(4)
+    )
+    micro: Positive | None = Field(
+        None, description="samples of a micro-batch; null: the whole batch is one", json_schema_extra=in_miniature(2)
+    )
 
     @model_validator(mode="after")
     def _micro_divides(self) -> Self:
@@ -256,9 +307,13 @@ class Prompts(Section):
 
     path: str | None = Field(
         None, description="texts (.txt, .csv, .jsonl, .parquet, a folder of captioned pictures) or a Parquet file of "
-        "embeddings; null: those that ship with the embedded family",
+        "embeddings; null: those that ship with the embedded family, or with a tiny teacher",
+        json_schema_extra=in_miniature(None),
     )  # fmt: skip
-    column: str | None = Field(None, description="of the texts; null: the one of text, prompt, caption that is there")
+    column: str | None = Field(
+        None, description="of the texts; null: the one of text, prompt, caption that is there",
+        json_schema_extra=in_miniature(None),
+    )  # fmt: skip
     cache: str | None = Field(
         None, description="folder or URI of embeddings that were made of texts; null: ~/.cache/raydmd/prompts"
     )
@@ -279,6 +334,7 @@ class PairsFolder(Section):
     path: str | None = Field(
         None,
         description="a folder of `raydmd pairs`, where all machines see it; null: the run has its teacher make them",
+        json_schema_extra=in_miniature(None),
     )
 
     @model_validator(mode="after")
@@ -291,16 +347,23 @@ class PairsFolder(Section):
 class Role(Section):
     """Where a role's workers may run and how many there are."""
 
-    min_workers: Positive = 1
-    max_workers: Positive = 1
-    cpus: float = Field(1.0, ge=0)
-    gpus: float = Field(0.0, ge=0)
-    resources: dict[str, float] = Field(default_factory=dict, description="custom Ray resources, each worker")
-    labels: dict[str, str] = Field(
-        default_factory=dict, description="Ray label selector, e.g. ray.io/market-type: spot"
+    min_workers: Positive = Field(1, description="as few as these go on", json_schema_extra=in_miniature(1))
+    max_workers: Positive = Field(
+        1, description="as many as these when there is room", json_schema_extra=in_miniature(1)
     )
-    fallbacks: list[dict[str, str]] = Field(default_factory=list, description="label selectors to try next")
-    threads: Positive = Field(1, description="torch threads of a worker")
+    cpus: float = Field(1.0, ge=0, description="CPUs that a worker claims", json_schema_extra=in_miniature(0.25))
+    gpus: float = Field(0.0, ge=0, description="GPUs that a worker claims", json_schema_extra=in_miniature(0.0))
+    resources: dict[str, float] = Field(
+        default_factory=dict, description="custom Ray resources, each worker", json_schema_extra=in_miniature({})
+    )
+    labels: dict[str, str] = Field(
+        default_factory=dict, description="Ray label selector, e.g. ray.io/market-type: spot",
+        json_schema_extra=in_miniature({}),
+    )  # fmt: skip
+    fallbacks: list[dict[str, str]] = Field(
+        default_factory=list, description="label selectors to try next", json_schema_extra=in_miniature([])
+    )
+    threads: Positive = Field(1, description="torch threads of a worker", json_schema_extra=in_miniature(1))
 
     @model_validator(mode="after")
     def _range(self) -> Self:
@@ -312,11 +375,17 @@ class Role(Section):
 class EncoderPool(Section):
     """Workers that encode texts before training starts; when they are done, the roles get their place."""
 
-    workers: Positive = Field(1, description="as many as these when there is room, and one at least")
-    cpus: float = Field(1.0, ge=0)
-    gpus: float = Field(0.0, ge=0)
-    resources: dict[str, float] = Field(default_factory=dict, description="custom Ray resources, each worker")
-    labels: dict[str, str] = Field(default_factory=dict, description="Ray label selector")
+    workers: Positive = Field(
+        1, description="as many as these when there is room, and one at least", json_schema_extra=in_miniature(1)
+    )
+    cpus: float = Field(1.0, ge=0, description="CPUs that a worker claims", json_schema_extra=in_miniature(1.0))
+    gpus: float = Field(0.0, ge=0, description="GPUs that a worker claims", json_schema_extra=in_miniature(0.0))
+    resources: dict[str, float] = Field(
+        default_factory=dict, description="custom Ray resources, each worker", json_schema_extra=in_miniature({})
+    )
+    labels: dict[str, str] = Field(
+        default_factory=dict, description="Ray label selector", json_schema_extra=in_miniature({})
+    )  # fmt: skip
     threads: Positive = Field(1, description="torch threads of a worker")
     batch: Positive = Field(32, description="prompts that are encoded at once, and are one file of the result")
 
@@ -337,7 +406,9 @@ class Runtime(Section):
     generator: Role = Role()
     encoder: EncoderPool = EncoderPool()
     max_staleness: NonNegative = Field(0, description="versions that the fake's rollouts may lag; 0 is exact")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where roles compute; auto: on a GPU where their workers claim one"
+    )
     object_store_mb: Positive = Field(512, description="object store of a Ray that raydmd starts itself")
     placement_timeout: Rate = Field(600.0, description="seconds to wait for every role's min_workers")
     dead_after: Rate = Field(300.0, description="seconds without an answer, or in one call: the worker counts as dead")
@@ -353,8 +424,11 @@ class Checkpoint(Section):
     """Manifests: one atomic record of the whole run."""
 
     every: Positive = Field(25, description="iterations between manifests")
-    keep: Positive = 2
-    path: str | None = Field(None, description="folder or URI (s3://, gs://) of the manifests; null: RUN/checkpoints")
+    keep: Positive = Field(2, description="manifests that are kept, the newest")
+    path: str | None = Field(
+        None, description="folder or URI (s3://, gs://) of the manifests; null: RUN/checkpoints",
+        json_schema_extra=in_miniature(None),
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _path_can_be_read(self) -> Self:
@@ -382,22 +456,26 @@ def _check_prompts(value: Any) -> Any:
 class Wandb(Section):
     """Weights & Biases (the extra ``wandb``); its key comes from its own login or WANDB_API_KEY, never from here."""
 
-    project: str | None = Field(None, min_length=1, description="that the run is shown in; null: nothing is sent")
+    project: str | None = Field(None, min_length=1, description="that the run is shown in; null: nothing is sent",
+                                json_schema_extra=in_miniature(None))  # fmt: skip
     entity: str | None = Field(None, min_length=1, description="user or team; null: the account's own")
     name: str | None = Field(None, min_length=1, description="of the run there; null: its folder's")
-    mode: Literal["online", "offline", "disabled"] = "online"
+    mode: Literal["online", "offline", "disabled"] = Field(
+        "online", description="offline: into the run's folder, for `wandb sync`; disabled: nowhere"
+    )
 
 
 class Monitor(Section):
     """What is seen while it trains."""
 
     samples_every: NonNegative = Field(50, description="iterations between sample grids; 0: none")
-    samples: Positive = 40
+    samples: Positive = Field(40, description="pictures of a grid", json_schema_extra=in_miniature(4))
     prompts: Annotated[str | tuple[str | int, ...] | None, BeforeValidator(_check_prompts)] = Field(
         None,
         description="of the grids, in turn: texts or rows' numbers, or a file of texts; null: the table's first rows",
+        json_schema_extra=in_miniature(None),
     )
-    tensorboard: bool = True
+    tensorboard: bool = Field(True, description="whether curves are written for TensorBoard")
     wandb: Wandb = Wandb()
     zeroed_warn_share: Share = Field(
         0.01, description="of an iteration's samples: more without a finite gradient are left out with a warning"
@@ -408,17 +486,22 @@ class Monitor(Section):
 class Evaluation(Section):
     """`raydmd evaluate`."""
 
-    samples: Positive = 2000
-    batch: Positive = 500
+    samples: Positive = Field(2000, description="pictures to compare", json_schema_extra=in_miniature(64))
+    batch: Positive = Field(500, description="pictures that are made at once", json_schema_extra=in_miniature(64))
 
 
 class Recipe(Section):
     """All that a run needs to know."""
 
-    name: str
-    seed: NonNegative = 0
+    name: str = Field(description="of the run's folder where --out does not say it; by default the file's")
+    version: Positive = Field(
+        VERSION, description="of the recipe's form; one that this raydmd does not know is refused"
+    )
+    seed: NonNegative = Field(0, description="of all random numbers")
     iterations: Positive | list[Positive] = Field(
-        200, description="generator updates in all, shared out evenly between phases, or a list, one a phase"
+        200,
+        description="generator updates in all, shared out evenly between phases, or a list, one a phase",
+        json_schema_extra=in_miniature(4),
     )
     ema: float = Field(0.99, ge=0, lt=1, description="decay of the generator's averaged weights; 0: none")
     teacher: Teacher = Teacher()
@@ -449,8 +532,20 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"), key=lambda path: path.stem)}
 
 
-def read_tree(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
-    """Read a recipe's plain values by file or shipped name and apply ``key.path=value`` overrides (values are YAML).
+def listed_recipes() -> list[str]:
+    """Return the shipped recipes by family, a line each: the family's name, then its recipes' names and summaries."""
+    families = dict[str, list[str]]()
+    shipped = shipped_recipes()
+    width = max(map(len, shipped), default=0)
+    for name, path in shipped.items():
+        text = path.read_text(encoding="utf-8")
+        family = yaml.load(text, Loader=StrictLoader)["teacher"]["family"]  # noqa: S506  (a SafeLoader)
+        families.setdefault(family, []).append(f"  {name:{width}}  {text.splitlines()[0].lstrip('# ')}")
+    return [line for family, lines in sorted(families.items()) for line in (family, *lines)]
+
+
+def read_tree(name_or_path: str) -> tuple[dict[str, Any], str]:
+    """Read a recipe's plain values by file or shipped name.
 
     Returns:
         The values, and the file's path.
@@ -478,8 +573,6 @@ def read_tree(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[dict[st
         raise UserError(f"{path}: a recipe is a mapping of keys, not a {type(tree).__name__}")
     tree.setdefault("name", path.stem)
     tree = with_new_names(tree, str(path))
-    for override in overrides:
-        apply_override(tree, override)
     return tree, str(path)
 
 

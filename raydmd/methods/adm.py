@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
-from raydmd.config.recipe import MethodOptions, NonNegative, Positive, Section
+from raydmd.config.recipe import MethodOptions, NonNegative, Positive, Section, in_miniature
 from raydmd.errors import UserError
 from raydmd.methods.base import TEACHER, Program, Trained
 from raydmd.methods.phased import PhasedDMD
@@ -29,7 +29,11 @@ class ADMSection(Section):
     discriminator_updates: Positive = Field(
         1, description="discriminator updates to one of the generator, on the same steps: its time scale"
     )
-    warmup: NonNegative = Field(0, description="generator updates by regression on ODE pairs before the first by ADM")
+    warmup: NonNegative = Field(
+        0,
+        description="generator updates by regression on ODE pairs before the first by ADM",
+        json_schema_extra=in_miniature(2),
+    )
 
 
 class ADMOptions(MethodOptions):

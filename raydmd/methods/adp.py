@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from pydantic import Field
 
-from raydmd.config.recipe import MethodOptions, Positive, Recipe, Section
+from raydmd.config.recipe import MethodOptions, Positive, Recipe, Section, in_miniature
 from raydmd.methods.base import TEACHER, Frozen, Program, Trained
 from raydmd.methods.distribution_matching import DistributionMatching
 from raydmd.models.base import Family
@@ -18,7 +18,9 @@ from raydmd.training.pixel_discriminator import PixelDiscriminator, PixelDiscrim
 class ADPSection(Section):
     """The pre-training's own."""
 
-    pairs: Positive = Field(4096, description="the teacher's ODE pairs that it is trained on")
+    pairs: Positive = Field(
+        4096, description="the teacher's ODE pairs that it is trained on", json_schema_extra=in_miniature(8)
+    )
     latent_weight: float = Field(0.85, ge=0, description="of the latent discriminator in the generator's loss")
     pixel_weight: float = Field(
         0.0, ge=0, description="of the pixel discriminator; DMDX's is .15; 0: there is none (role `pixel`)"

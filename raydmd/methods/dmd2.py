@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from raydmd.config.recipe import MethodOptions, Positive, Section
+from raydmd.config.recipe import MethodOptions, Positive, Section, in_miniature
 from raydmd.errors import UserError
 from raydmd.methods.base import TEACHER, Program, Trained
 from raydmd.methods.distribution_matching import DistributionMatching
@@ -29,8 +29,9 @@ class DMD2Section(Section):
         None, description="a folder of real pictures (imagefolder) that all generator workers can read; null: none"
     )
     references: Positive | None = Field(
-        None, description="the teacher's own samples that stand for real ones; null: 1024, or none with pictures"
-    )
+        None, description="the teacher's own samples that stand for real ones; null: 1024, or none with pictures",
+        json_schema_extra=in_miniature(8),
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _one_kind_of_references(self) -> Self:

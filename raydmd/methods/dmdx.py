@@ -4,7 +4,7 @@ from typing import Any, Self
 
 from pydantic import Field
 
-from raydmd.config.recipe import Positive, Recipe
+from raydmd.config.recipe import Positive, Recipe, in_miniature
 from raydmd.errors import UserError
 from raydmd.methods.adm import ADM, ADMOptions
 from raydmd.methods.adp import ADP, ADPSection, pretrain, used_roles
@@ -18,7 +18,9 @@ from raydmd.training.pixel_discriminator import PixelDiscriminator, PixelDiscrim
 class DMDXSection(ADPSection):
     """The pre-training's own, and its length."""
 
-    iterations: Positive = Field(300, description="generator updates before the first by ADM")
+    iterations: Positive = Field(
+        300, description="generator updates before the first by ADM", json_schema_extra=in_miniature(2)
+    )
 
 
 class DMDXOptions(ADMOptions):

@@ -1,16 +1,18 @@
 """Reading a recipe: its method's own options are known once the method is."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError, create_model
 
-from raydmd.config.overrides import blamed, explain, first_error, shown_override, with_new_names
+from raydmd.config.overrides import apply_override, blamed, explain, first_error, shown_override, with_new_names
 from raydmd.config.plugins import import_plugins
-from raydmd.config.recipe import MethodOptions, Recipe, read_tree
+from raydmd.config.recipe import VERSION, MethodOptions, Recipe, read_tree
 from raydmd.errors import UserError, nearest
 from raydmd.methods.base import Method
+from raydmd.methods.miniature import is_tiny, shrink
 from raydmd.methods.registry import METHODS, find_method
 
 
@@ -27,29 +29,74 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), plugins: Seque
     Raises:
         UserError: no such file, name or plugin, YAML that cannot be read, an unknown key or a value out of range.
     """
-    tree, source = read_tree(name_or_path, overrides)
-    given = [*_named(tree), *plugins]
-    if given:
-        tree["plugins"] = list(dict.fromkeys(given))
+    tree, source = read_tree(name_or_path)
+    wanted = _overridden(tree, overrides)
+    given = [*_named(wanted), *plugins]
+    check_version(tree, source)
     import_plugins(given)
-    return parse_recipe(tree, source, overrides)
+    if is_tiny(wanted):
+        wanted = _miniature(tree, wanted, source, overrides)
+    if given:
+        wanted["plugins"] = list(dict.fromkeys(given))
+    return parse_recipe(wanted, source, overrides)
 
 
-def load_strangers_recipe(path: Path) -> Recipe:
+def load_strangers_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, as of a run's folder, without importing its plugins: a stranger's must not run code.
+
+    Args:
+        path: of the file.
+        overrides: ``key.path=value`` of the command line.
 
     Raises:
         UserError: as `load_recipe`; its method or family comes from a plugin that was not given.
     """
     tree, source = read_tree(str(path))
+    wanted = _overridden(tree, overrides)
     try:
-        return parse_recipe(tree, source)
+        if is_tiny(wanted):
+            wanted = _miniature(tree, wanted, source, overrides)
+        return parse_recipe(wanted, source, overrides)
     except UserError as error:
         if not (named := _named(tree)):
             raise
         words = " ".join(f"--plugin {name}" for name in named)
         told = f"it names plugins, which are not imported from here; give them: {words}"
         raise UserError(f"{error} ({told})") from None
+
+
+def check_version(tree: dict[str, Any], source: str) -> None:
+    """Refuse a recipe of a form that this raydmd does not know yet.
+
+    Raises:
+        UserError: ``version: ...``.
+    """
+    version = tree.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise UserError(f"{source}: version: {version} is newer than this raydmd's ({VERSION}); install a newer one")
+
+
+def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of a recipe's plain values with those of the command line."""
+    made = copy.deepcopy(tree)
+    for override in overrides:
+        apply_override(made, override)
+    return made
+
+
+def _miniature(
+    tree: dict[str, Any], wanted: dict[str, Any], source: str, overrides: Sequence[str]
+) -> dict[str, Any]:  # fmt: skip
+    """Return the recipe in miniature, with the values of the command line as they are."""
+    try:
+        small = shrink(copy.deepcopy(tree), wanted)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    chosen = {key: small["teacher"][key] for key in ("path", "tiny")}
+    made = _overridden(small, overrides)
+    if isinstance(made.get("teacher"), dict):
+        made["teacher"] |= chosen
+    return made
 
 
 def parse_recipe(tree: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -64,6 +111,7 @@ def parse_recipe(tree: dict[str, Any], source: str, overrides: Sequence[str] = (
         UserError: one line that names the first wrong key and the nearest right one.
     """
     tree = with_new_names(tree, source)
+    check_version(tree, source)
     section = tree.get("method")
     name = section.get("name") if isinstance(section, dict) else None
     try:

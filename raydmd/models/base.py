@@ -88,6 +88,7 @@ class Family(ABC):
 
     name: ClassVar[str]
     defaults: ClassVar[Mapping[str, Any]] = {}
+    meanings: ClassVar[Mapping[str, str]] = {}  # of the options; a family says those that are its own
 
     latent_shape: tuple[int, ...]
     prediction: Prediction = "flow"
@@ -107,6 +108,12 @@ class Family(ABC):
             if kind in (int, str, bool) and (type(value) is not kind or (kind is int and value < 0)):
                 raise UserError(f"teacher.options.{key}: {KINDS[kind]} is needed, not {value!r}")
         self.options: dict[str, Any] = {**self.defaults, **self.given}
+
+    @classmethod
+    def meaning(cls, option: str) -> str:
+        """Return what an option means, as the family or one that it is made of says it; empty: none does."""
+        said = (vars(each).get("meanings", {}).get(option) for each in cls.__mro__)
+        return next((words for words in said if words), "")
 
     def use_lora(self, path: str) -> None:
         """Have the teacher fine-tuned: a LoRA's weights are added to its own when it is loaded.

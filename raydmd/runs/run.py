@@ -13,6 +13,7 @@ from torch import Tensor
 
 from raydmd.atomic import write_text
 from raydmd.config.recipe import Recipe
+from raydmd.data.tiny_prompts import tiny_prompts
 from raydmd.errors import UserError
 from raydmd.jsonl import read_lines
 from raydmd.methods.loading import load_strangers_recipe
@@ -148,10 +149,32 @@ class Run(Student):
 
 
 def with_teacher(recipe: Recipe, folder: Path) -> Recipe:
-    """Return the recipe with its teacher's place filled in: ``folder/teacher`` where it names none."""
+    """Return the recipe with its teacher's place filled in: ``folder/teacher`` where it names none.
+
+    With a tiny teacher come its prompts, where the recipe names none, and their embeddings stay in the folder.
+    """
     if recipe.teacher.path is not None:
         return recipe
-    return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"path": own_teacher(folder)})})
+    place = own_teacher(folder)
+    changes: dict[str, Any] = {"teacher": recipe.teacher.model_copy(update={"path": place})}
+    if recipe.teacher.is_made:
+        own = {"path": tiny_prompts(Path(place)), "cache": str(Path(place).parent / "prompts" / "encoded")}
+        missing = {key: value for key, value in own.items() if getattr(recipe.prompts, key) is None}
+        changes["prompts"] = recipe.prompts.model_copy(update=missing)
+    return recipe.model_copy(update=changes)
+
+
+def make_teacher(recipe: Recipe, folder: Path) -> None:
+    """Make a run's tiny teacher in its folder, where the recipe wants one and it is not there.
+
+    Raises:
+        UserError: there is no such tiny model.
+        StorageError: the disk is full or gone.
+    """
+    if recipe.teacher.is_made:
+        from raydmd.models.tiny.teacher import make_tiny_teacher  # and with it all of diffusers' models
+
+        make_tiny_teacher(recipe.teacher.family, recipe.teacher.tiny or "", Path(own_teacher(folder)))
 
 
 def note_table(folder: Path, table: str) -> None:

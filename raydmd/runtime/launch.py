@@ -20,8 +20,8 @@ from raydmd.models.base import CONFIG_FILE
 from raydmd.models.embedded.prompts import ensure_embedded_prompts
 from raydmd.models.fingerprint import fingerprint_teacher
 from raydmd.models.initial_student import fingerprint_initial
-from raydmd.recipe_check import absolute, check, check_encoded, notes
-from raydmd.runs.run import note_table, recipe_family, with_teacher
+from raydmd.recipe_check import absolute, check, check_encoded, miniature_note, notes, with_tiny_teacher
+from raydmd.runs.run import make_teacher, note_table, recipe_family, with_teacher
 from raydmd.runtime.checkpoint.lock import Claim, claim_run
 from raydmd.runtime.cluster import checkpoints, connect, launch
 from raydmd.runtime.controller import Controller
@@ -72,10 +72,12 @@ def distill(
     """
     console, given = console or terminal, absolute(recipe)
     recipe = pin_teacher(given, folder)
-    check(recipe)
-    check_validation_prompts(recipe, recipe_family(recipe))
-    check_wandb(recipe)
-    for note in notes(recipe):
+    with with_tiny_teacher(recipe) as checked:
+        check(checked)
+        check_validation_prompts(checked, recipe_family(checked))
+        check_wandb(recipe)
+        said = [*miniature_note(recipe), *notes(checked)]
+    for note in said:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     with claim_run(folder, checkpoints(recipe, folder)) as claim:
         return _claimed(given, recipe, folder, resume, console, parts, until, claim)
@@ -97,7 +99,9 @@ def _claimed(
         console.print(words, highlight=False, markup=False, soft_wrap=True)
 
     done = prepare(given, folder, resume, claim.owner, say)
-    own, recipe = recipe.teacher.path is None, with_teacher(recipe, folder)
+    make_teacher(recipe, folder)
+    own = recipe.teacher.path is None and not recipe.teacher.is_made
+    recipe = with_teacher(recipe, folder)
     if own:
         fetch_teacher(recipe, folder)
     trained = (folder / "teacher" / CONFIG_FILE).is_file()

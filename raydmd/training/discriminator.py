@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from pydantic import Field
 
-from raydmd.config.recipe import Positive, Recipe, Section
+from raydmd.config.recipe import Positive, Recipe, Section, in_miniature
 from raydmd.diffusion.random import Key, integer
 from raydmd.models.base import Conditions, Denoiser, Family
 from raydmd.models.buckets import Buckets
@@ -30,7 +30,7 @@ class DiscriminatorOptions(Section):
         min_length=1,
         description="blocks that it reads, by name (blocks.0 ...); null: four, evenly over the depth",
     )
-    width: Positive = Field(256, description="channels of a head's hidden layers")
+    width: Positive = Field(256, description="channels of a head's hidden layers", json_schema_extra=in_miniature(32))
 
 
 def discriminator_options(recipe: Recipe) -> DiscriminatorOptions:

@@ -7,11 +7,12 @@ from typing import Self
 import torch
 from pydantic import Field
 
-from raydmd.config.recipe import Recipe, Section
+from raydmd.config.recipe import Recipe, Section, in_miniature
 from raydmd.diffusion.random import Key, integer
 from raydmd.models.base import Conditions, Denoiser, Family
 from raydmd.models.heads import Heads
 from raydmd.models.perceptual.backbones import BACKBONE, check_backbone, pixel_backbone
+from raydmd.models.perceptual.sam import TINY
 from raydmd.sampling.phase import Phase
 from raydmd.training.discriminator import DiscriminatorOptions, discriminator_options
 from raydmd.training.messages import Restored, Stepped
@@ -24,11 +25,14 @@ class PixelOptions(Section):
 
     backbone: str = Field(
         "sam:facebook/sam-vit-huge",
-        description="lpips:alex, lpips:vgg, torchvision:NAME, timm:NAME or sam:FOLDER_OR_HUB_NAME",
+        description="lpips:alex, lpips:vgg, torchvision:NAME, timm:NAME or sam:FOLDER_OR_HUB_NAME; sam:tiny: a random "
+        "small one",
+        json_schema_extra=in_miniature(f"sam:{TINY}"),
     )
     layers: tuple[str | int, ...] | None = Field(
-        None, min_length=1, description="that it reads; null: sam's 3, 6, 9, 12, else four, evenly over the depth"
-    )
+        None, min_length=1, description="that it reads; null: sam's 3, 6, 9, 12, else four, evenly over the depth",
+        json_schema_extra=in_miniature(None),
+    )  # fmt: skip
 
     @property
     def names(self) -> list[str] | None:

@@ -4,6 +4,7 @@ A recipe, a cluster-launcher file, a Ray Serve configuration, or Kubernetes obje
 and Prometheus' files are left to their own tools.
 """
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,12 +45,13 @@ def validate_file(path: Path, commands: Commands) -> str:
     return inspect_file(path, commands).words
 
 
-def inspect_file(path: Path, commands: Commands) -> Verdict:
+def inspect_file(path: Path, commands: Commands, overrides: Sequence[str] = ()) -> Verdict:
     """Check a file, and say in words what it is and whether it was checked.
 
     Args:
         path: the file.
         commands: the command line's own by name: the entry points of jobs are checked with them.
+        overrides: ``key.path=value`` of the command line, for recipes.
 
     Raises:
         UserError: one line that names the file, the first wrong key's path and the nearest right one.
@@ -58,7 +60,7 @@ def inspect_file(path: Path, commands: Commands) -> Verdict:
         documents = read_documents(path.read_text(encoding="utf-8"))
         if not documents:
             raise UserError("nothing in it")
-        kinds = [_check(document, path, commands) for document in documents]
+        kinds = [_check(document, path, commands, overrides) for document in documents]
     except UnicodeDecodeError:
         raise UserError(f"{path}: unknown kind of file: it is not text") from None
     except yaml.YAMLError as error:
@@ -71,7 +73,7 @@ def inspect_file(path: Path, commands: Commands) -> Verdict:
     return Verdict(words, bool(checked))
 
 
-def _check(document: Any, path: Path, commands: Commands) -> tuple[str, bool]:
+def _check(document: Any, path: Path, commands: Commands, overrides: Sequence[str]) -> tuple[str, bool]:
     """Check one document; return its kind and whether it was checked (else another tool's)."""
     if not isinstance(document, dict):
         raise UserError(f"unknown kind of file: a mapping of keys is expected, not a {type(document).__name__}")
@@ -95,7 +97,7 @@ def _check(document: Any, path: Path, commands: Commands) -> tuple[str, bool]:
             raise UserError(str(error).removeprefix(".").replace("'.", "'")) from None
         return "Serve configuration", True
     if kind == "recipe":
-        said = _recipe(path)
+        said = _recipe(path, overrides)
         return f"recipe; {'; '.join(said)}" if said else "recipe", True
     for key in keys:
         if key not in OBJECT and nearest(key, OBJECT).startswith("; did"):
@@ -116,21 +118,22 @@ def _near(keys: list[str], names: tuple[str, ...]) -> int:
     return sum(nearest(key, names).startswith("; did") for key in keys)
 
 
-def _recipe(path: Path) -> list[str]:
+def _recipe(path: Path, overrides: Sequence[str]) -> list[str]:
     """Check a recipe as `raydmd distill` does; return what only a network, a hub or a cluster can tell.
 
     Raises:
         UserError: what `raydmd distill` refuses.
     """
     from raydmd.evaluation.validation_prompts import check_validation_prompts
-    from raydmd.recipe_check import check_offline
+    from raydmd.recipe_check import check_offline, miniature_note, with_tiny_teacher
     from raydmd.runs.run import recipe_family
 
     try:
-        recipe = load_strangers_recipe(path)
-        told = check_offline(recipe)
-        if "://" not in (recipe.prompts.path or "") and "://" not in (recipe.teacher.path or ""):
-            check_validation_prompts(recipe, recipe_family(recipe))
+        given = load_strangers_recipe(path, overrides)
+        with with_tiny_teacher(given) as recipe:
+            told = [*miniature_note(given), *check_offline(recipe)]
+            if "://" not in (recipe.prompts.path or "") and "://" not in (recipe.teacher.path or ""):
+                check_validation_prompts(recipe, recipe_family(recipe))
         return told
     except UserError as error:
         raise UserError(str(error).removeprefix(f"{path}: ")) from None

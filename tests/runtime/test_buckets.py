@@ -6,7 +6,6 @@ import ray
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_models.wan import TinyWan
 
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.config.recipe import Recipe
@@ -14,6 +13,7 @@ from raydmd.data.prompts import PromptTable, write_prompts
 from raydmd.methods.loading import parse_recipe
 from raydmd.methods.local import train
 from raydmd.models.buckets import Buckets
+from raydmd.models.tiny.wan import TinyWan
 from raydmd.runs.folders import expert_file
 from raydmd.runs.run import recipe_family
 from raydmd.runtime.cluster import join_or_start

@@ -166,8 +166,7 @@ def test_places_that_cannot_be_written(here: Path, teachers: dict[str, Path], tr
 def test_recipes_are_listed_and_printed_whole(capsys: Any) -> None:
     assert run(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == sorted(shipped_recipes())
-    assert all(len(line.split()) > 4 for line in lines)  # a word about each
+    assert sorted(line.split()[0] for line in lines if line.startswith("  ")) == sorted(shipped_recipes())
     for name in shipped_recipes():
         assert run(["recipes", name]) == 0
         assert parse_recipe(yaml.safe_load(capsys.readouterr().out), "printed") == load_recipe(name)

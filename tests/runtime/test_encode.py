@@ -14,14 +14,14 @@ from commands import command as started
 from disturbed import wait_until
 from rich.console import Console
 from test_pairs import meanwhile
-from text_encoders import put_text_encoder
-from tiny_models.qwen_image import WIDTH, TinyQwenImage
 
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.config.recipe import Recipe
 from raydmd.data.prompts import PromptTable
 from raydmd.jsonl import read_lines
 from raydmd.methods.loading import parse_recipe
+from raydmd.models.tiny.qwen_image import WIDTH, TinyQwenImage
+from raydmd.models.tiny.text_encoders import put_text_encoder
 from raydmd.runs.run import Run, recipe_family
 from raydmd.runtime.cluster import join_or_start
 from raydmd.runtime.encode import encode_file

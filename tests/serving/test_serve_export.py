@@ -11,10 +11,10 @@ from run_folders import make_run
 from test_every_family import recipe_of
 from test_serve import ask, server
 from test_use_exports import TEXT, add_text_encoder
-from tiny_models import TINY_MODELS
 
 from raydmd.data.prompts import PromptTable
 from raydmd.export.export import export_run
+from raydmd.models.tiny import TINY_MODELS
 from raydmd.serving.contract import GenerationRequest
 from raydmd.serving.local import local_pipeline
 

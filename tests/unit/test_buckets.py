@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from test_every_family import recipe_of
-from tiny_models import TINY_MODELS, TinyModel
 
 from raydmd.config.buckets import shipped_buckets
 from raydmd.config.recipe import Recipe
@@ -21,6 +20,7 @@ from raydmd.methods.registry import build_method
 from raydmd.models.base import IMAGE_COLUMN, Family, bucket_column
 from raydmd.models.buckets import Buckets, draw_bucket
 from raydmd.models.heads import Heads
+from raydmd.models.tiny import TINY_MODELS, TinyModel
 from raydmd.recipe_check import check
 from raydmd.runs.run import recipe_family
 from raydmd.training.trial import try_row

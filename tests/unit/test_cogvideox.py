@@ -11,13 +11,13 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTr
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from safetensors.torch import load_file
 from test_every_family import STEPS, moved, recipe_of
-from tiny_models import TINY_MODELS
-from tiny_models.cogvideox import TinyCogVideoX, TinyCogVideoX2b, TinyCogVideoX15
 
 from raydmd.diffusion.solvers import euler_step
 from raydmd.errors import UserError
 from raydmd.models.base import Family
 from raydmd.models.diffusers.cogvideox import crop_region
+from raydmd.models.tiny import TINY_MODELS
+from raydmd.models.tiny.cogvideox import TinyCogVideoX, TinyCogVideoX2b, TinyCogVideoX15
 from raydmd.runs.run import recipe_family
 from raydmd.training.teacher import Scorer
 

@@ -14,7 +14,6 @@ from diffusers import (
     EulerDiscreteScheduler,
     PNDMScheduler,
 )
-from tiny_models import TINY_MODELS
 
 from raydmd.diffusion.random import Key, normal
 from raydmd.diffusion.schedule import VariancePreserving
@@ -24,6 +23,7 @@ from raydmd.errors import UserError
 from raydmd.models.base import Family
 from raydmd.models.diffusers.discrete_grid import discrete_grid
 from raydmd.models.registry import build_family
+from raydmd.models.tiny import TINY_MODELS
 from raydmd.objectives.distribution_matching import distribution_matching_gradient
 from raydmd.sampling.noise import initial_noise
 from raydmd.sampling.teacher import cut_grid, first_time, noise_at

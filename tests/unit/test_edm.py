@@ -10,12 +10,12 @@ import pytest
 import torch
 from diffusers import EDMEulerScheduler, UNet2DModel
 from test_every_family import inputs, recipe_of
-from tiny_models import TINY_MODELS
-from tiny_models.edm import CLASSES
 
 from raydmd.errors import UserError
 from raydmd.models.base import Family
 from raydmd.models.features import read_features
+from raydmd.models.tiny import TINY_MODELS
+from raydmd.models.tiny.edm import CLASSES
 from raydmd.objectives.distribution_matching import distribution_matching_gradient
 from raydmd.sampling.noise import initial_noise
 from raydmd.training.teacher import Scorer

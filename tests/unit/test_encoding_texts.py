@@ -10,8 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from text_encoders import put_text_encoder
-from tiny_models.wan import WIDTH, TinyWan
 from torch import Tensor
 
 import raydmd.runtime  # before Ray  # noqa: F401
@@ -24,6 +22,8 @@ from raydmd.methods.loading import parse_recipe
 from raydmd.models.diffusers.wan import WanFamily
 from raydmd.models.encoding import encoded_facts, texts_for
 from raydmd.models.registry import register_family
+from raydmd.models.tiny.text_encoders import put_text_encoder
+from raydmd.models.tiny.wan import WIDTH, TinyWan
 from raydmd.runs.run import note_table, recipe_family, with_table
 from raydmd.runtime.encode import CUT, FILE, NUMBER, PLACES, TEXTS, PromptEncoder, check_same_texts
 from raydmd.runtime.ray_data import KIND, WORDS

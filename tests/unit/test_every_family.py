@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import TINY_MODELS, TinyModel
 
 from raydmd.data.prompts import PromptTable, write_prompts
 from raydmd.diffusion.solvers import euler_step
@@ -15,6 +14,7 @@ from raydmd.methods.loading import load_recipe
 from raydmd.methods.local import train
 from raydmd.models.base import Conditions, Family
 from raydmd.models.experts import Experts
+from raydmd.models.tiny import TINY_MODELS, TinyModel
 from raydmd.runs.run import recipe_family
 from raydmd.sampling.student import sample_student
 from raydmd.training.teacher import Scorer

@@ -12,9 +12,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, 
 from run_folders import draw_run
 from safetensors.torch import load_file, save_file
 from test_every_family import recipe_of
-from tiny_models import TINY_MODELS
-from tiny_models.cogvideox import TinyCogVideoX15
-from tiny_models.wan import TinyWan22, TinyWanImageToVideo
 
 from raydmd import cli
 from raydmd.config.recipe import dump_recipe
@@ -33,6 +30,9 @@ from raydmd.models.diffusers.student_sampler import FLOW_MAP, Sampler, euler_shi
 from raydmd.models.diffusers.variance_preserving import VariancePreservingFamily
 from raydmd.models.experts import Experts
 from raydmd.models.registry import FAMILIES as FAMILIES_BY_NAME
+from raydmd.models.tiny import TINY_MODELS
+from raydmd.models.tiny.cogvideox import TinyCogVideoX15
+from raydmd.models.tiny.wan import TinyWan22, TinyWanImageToVideo
 from raydmd.runs.expert_index import write_index
 from raydmd.runs.run import Run
 from raydmd.sampling.student import sample_student

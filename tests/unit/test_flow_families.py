@@ -9,12 +9,12 @@ import diffusers
 import pytest
 import torch
 from diffusers.configuration_utils import FrozenDict
-from tiny_models import TINY_MODELS
 
 from raydmd.errors import UserError
 from raydmd.models.base import Family
 from raydmd.models.diffusers.pretrained import PretrainedFamily
 from raydmd.models.registry import build_family
+from raydmd.models.tiny import TINY_MODELS
 
 torch.set_num_threads(1)
 

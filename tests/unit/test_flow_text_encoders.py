@@ -8,11 +8,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from text_encoders import put_text_encoder
-from tiny_models import TINY_MODELS
 
 from raydmd.errors import UserError
 from raydmd.models.base import Family
+from raydmd.models.tiny import TINY_MODELS
+from raydmd.models.tiny.text_encoders import put_text_encoder
 
 torch.set_num_threads(1)
 

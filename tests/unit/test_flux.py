@@ -10,8 +10,6 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel, UniPCMultistepScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from test_every_family import recipe_of
-from tiny_models import TINY_MODELS
-from tiny_models.flux import TinyFlux
 
 from raydmd.config.recipe import Recipe
 from raydmd.data.pair_shards import PairIndex
@@ -22,6 +20,8 @@ from raydmd.methods.pairs import pair_facts
 from raydmd.models.diffusers.flux import FluxDenoiser, picture_ids
 from raydmd.models.experts import Experts
 from raydmd.models.registry import build_family
+from raydmd.models.tiny import TINY_MODELS
+from raydmd.models.tiny.flux import TinyFlux
 from raydmd.recipe_check import check
 from raydmd.training.teacher import Scorer
 

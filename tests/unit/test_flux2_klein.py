@@ -9,12 +9,12 @@ import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu, retrieve_timesteps
 from test_every_family import recipe_of
-from tiny_models import TINY_MODELS
 
 from raydmd.errors import UserError
 from raydmd.models.diffusers.flux2_autoencoder import patchify, unpatchify
 from raydmd.models.diffusers.flux2_klein import empirical_mu
 from raydmd.models.registry import build_family
+from raydmd.models.tiny import TINY_MODELS
 from raydmd.recipe_check import check
 
 torch.set_num_threads(1)

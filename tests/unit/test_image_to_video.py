@@ -8,9 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from run_folders import make_run
-from text_encoders import put_text_encoder
-from tiny_models import TINY_MODELS
-from tiny_models.wan import WIDTH
 
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.cli import run as command
@@ -19,6 +16,9 @@ from raydmd.data.prompts import PromptTable
 from raydmd.evaluation.validation_prompts import check_validation_prompts, preview_words
 from raydmd.methods.loading import parse_recipe
 from raydmd.models.encoding import encoded_facts, texts_for
+from raydmd.models.tiny import TINY_MODELS
+from raydmd.models.tiny.text_encoders import put_text_encoder
+from raydmd.models.tiny.wan import WIDTH
 from raydmd.recipe_check import check, check_encoded
 from raydmd.runs.run import recipe_family
 from raydmd.runtime.encode import FILE, NUMBER, PLACES, TEXTS, PromptEncoder

@@ -10,13 +10,13 @@ import torch
 from run_folders import make_run
 from safetensors.torch import load_file, save_file
 from test_teacher_lora import folders as folders
-from tiny_models import TINY_MODELS
 
 from raydmd.errors import UserError
 from raydmd.methods.local import train
 from raydmd.methods.registry import plan_phases
 from raydmd.models.experts import Experts
 from raydmd.models.initial_student import check_initial, initial_state
+from raydmd.models.tiny import TINY_MODELS
 from raydmd.recipe_check import absolute, check
 from raydmd.runs.folders import expert_file
 from raydmd.runs.run import recipe_family

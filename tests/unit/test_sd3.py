@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, UniPCMultistepScheduler
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift, retrieve_timesteps
-from tiny_models import TINY_MODELS
 
 from raydmd.diffusion.times import step_grid
 from raydmd.errors import UserError
 from raydmd.models.registry import build_family
+from raydmd.models.tiny import TINY_MODELS
 
 torch.set_num_threads(1)
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from tiny_models import TINY_MODELS
 
 from raydmd.data.prompts import write_prompts
 from raydmd.errors import UserError
 from raydmd.methods.loading import load_recipe
 from raydmd.models.base import Family
 from raydmd.models.fingerprint import fingerprint_teacher
+from raydmd.models.tiny import TINY_MODELS
 from raydmd.recipe_check import absolute, check
 from raydmd.runs.run import recipe_family
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from test_every_family import inputs, recipe_of
-from tiny_models import TINY_MODELS
 
 from raydmd.data.prompts import PromptTable
 from raydmd.errors import UserError
@@ -24,6 +23,7 @@ from raydmd.models.diffusers.quantization import (
     weight_bytes,
 )
 from raydmd.models.fingerprint import fingerprint_teacher, same_teacher
+from raydmd.models.tiny import TINY_MODELS
 from raydmd.recipe_check import check, check_offline
 from raydmd.runs.run import recipe_family
 from raydmd.runtime.resume_rules import check_same_run

@@ -13,12 +13,12 @@ import yaml
 from local_serving import newer, pixels, serving
 from run_folders import make_run
 from test_large_families import SHAPES, WIDTH, large_recipe
-from text_encoders import put_text_encoder
 
 from raydmd.cli import run as command
 from raydmd.data.prompts import PromptTable
 from raydmd.errors import UserError
 from raydmd.models.registry import build_family
+from raydmd.models.tiny.text_encoders import put_text_encoder
 from raydmd.runs.run import Run, recipe_family
 from raydmd.serving.contract import BadRequest, Format, GenerationRequest, GenerationResult
 from raydmd.serving.local import local_pipeline

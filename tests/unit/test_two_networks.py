@@ -11,7 +11,6 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from test_every_family import inputs, moved, recipe_of
-from tiny_models import TINY_MODELS
 
 from raydmd.data.pair_shards import PairIndex, read_index
 from raydmd.data.prompts import PromptTable
@@ -23,6 +22,7 @@ from raydmd.methods.pairs import pair_facts
 from raydmd.models.experts import Experts, fuse_lora
 from raydmd.models.features import read_features
 from raydmd.models.fingerprint import fingerprint_teacher
+from raydmd.models.tiny import TINY_MODELS
 from raydmd.recipe_check import check
 from raydmd.runs.run import recipe_family
 from raydmd.sampling.student import sample_student

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from clip_encoders import TOKENS, put_clip
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -19,9 +18,6 @@ from diffusers import (
 )
 from safetensors.torch import save_file
 from test_every_family import inputs, recipe_of
-from tiny_models import TINY_MODELS
-from tiny_models.sdxl import POOLED, SIZE, WIDTH
-from tiny_models.stable_diffusion import BETAS
 
 from raydmd.data.prompts import PromptTable
 from raydmd.diffusion.schedule import VariancePreserving
@@ -34,6 +30,10 @@ from raydmd.models.diffusers.unet import UNetDenoiser
 from raydmd.models.experts import Experts
 from raydmd.models.features import chosen_blocks, read_features
 from raydmd.models.registry import build_family
+from raydmd.models.tiny import TINY_MODELS
+from raydmd.models.tiny.clip_encoders import TOKENS, put_clip
+from raydmd.models.tiny.sdxl import POOLED, SIZE, WIDTH
+from raydmd.models.tiny.stable_diffusion import BETAS
 from raydmd.objectives.distribution_matching import distribution_matching_gradient
 from raydmd.runs.run import recipe_family
 from raydmd.training.teacher import Scorer

@@ -13,9 +13,6 @@ from local_serving import pixels, serving
 from run_folders import make_run
 from safetensors.torch import load_file, save_file
 from test_every_family import recipe_of
-from text_encoders import put_text_encoder
-from tiny_models import TINY_MODELS
-from tiny_models.qwen_image import WIDTH
 
 from raydmd import cli
 from raydmd.data.prompts import PromptTable
@@ -28,6 +25,9 @@ from raydmd.export.push import push
 from raydmd.models.base import save_teacher
 from raydmd.models.diffusers.teacher_folder import CONFIG
 from raydmd.models.registry import build_family
+from raydmd.models.tiny import TINY_MODELS
+from raydmd.models.tiny.qwen_image import WIDTH
+from raydmd.models.tiny.text_encoders import put_text_encoder
 from raydmd.runs.run import Run, recipe_family
 from raydmd.runs.student import Student
 from raydmd.sampling.student import sample_student

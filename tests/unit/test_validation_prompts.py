@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import TINY_MODELS
 
 from raydmd.data.prompts import write_prompts
 from raydmd.errors import UserError
 from raydmd.evaluation.validation_prompts import check_validation_prompts, preview_words, validation_conditions
 from raydmd.methods.loading import load_recipe
 from raydmd.models.diffusers.wan import WanFamily
+from raydmd.models.tiny import TINY_MODELS
 from raydmd.recipe_check import absolute
 from raydmd.runs.run import recipe_family
 from raydmd.runtime.prompts import PromptStream

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from test_every_family import moved
-from tiny_models import TINY_MODELS
-from tiny_models.wan import TinyWanImageToVideo
 
 from raydmd.errors import UserError
 from raydmd.models.diffusers.wan import WanFamily
+from raydmd.models.tiny import TINY_MODELS
+from raydmd.models.tiny.wan import TinyWanImageToVideo
 
 torch.set_num_threads(1)
 

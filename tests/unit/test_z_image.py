@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import TINY_MODELS
 
 from raydmd.errors import UserError
+from raydmd.models.tiny import TINY_MODELS
 
 torch.set_num_threads(1)
 

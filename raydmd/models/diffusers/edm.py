@@ -73,6 +73,12 @@ class EDMFamily(PretrainedFamily):
         "latent_shape": [3, 32, 32], "subfolder": "unet", "classes": 0, "sigma_data": 0.5, "sigma_min": 0.002,
         "sigma_max": 80.0,
     }  # fmt: skip
+    meanings: ClassVar[Mapping[str, str]] = {
+        "classes": "of the data; 0: unconditional",
+        "sigma_data": "the data's standard deviation in the preconditioning",
+        "sigma_min": "lowest noise level",
+        "sigma_max": "highest noise level, at which sampling begins",
+    }
     prediction = "x0"
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0", "time_emb_proj"]
 

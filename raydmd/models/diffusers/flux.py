@@ -102,6 +102,9 @@ class FluxFamily(PretrainedFamily):
     defaults: ClassVar[Mapping[str, Any]] = {
         **PretrainedFamily.defaults, "latent_shape": [16, 128, 128], "embedded_guidance": 3.5,
     }  # fmt: skip
+    meanings: ClassVar[Mapping[str, str]] = {
+        "embedded_guidance": "the scale that dev's network is told (the pipeline's guidance_scale)",
+    }
     condition_columns = [
         "prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds",
     ]  # fmt: skip

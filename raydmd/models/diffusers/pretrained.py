@@ -69,6 +69,15 @@ class PretrainedFamily(SampledByDiffusers, PromptsByPipeline, PicturesByVAE):
         "latent_shape": None, "dtype": "float32", "subfolder": "transformer", "negative_prompt": "",
         "gradient_checkpointing": False, "variant": "", "null_prompt": True,
     }  # fmt: skip
+    meanings: ClassVar[Mapping[str, str]] = {
+        "latent_shape": "of a sample's latents: channels, frames of a video, height, width; it sets the picture's size",
+        "dtype": "of the frozen weights: float32, bfloat16 or float16",
+        "subfolder": "of the network in the pipeline's folder",
+        "negative_prompt": "the null prompt's text, which guidance goes away from",
+        "gradient_checkpointing": "compute activations again in the backward pass: less memory, more time",
+        "variant": "of the weights' files, e.g. fp16; empty: of none",
+        "null_prompt": "whether the prompts carry the null prompt, which guidance above 1 needs",
+    }
 
     def __init__(self, path: str | None = None, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(path, options)

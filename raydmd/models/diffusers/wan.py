@@ -79,6 +79,9 @@ class WanFamily(PretrainedFamily):
     defaults: ClassVar[Mapping[str, Any]] = {
         **PretrainedFamily.defaults, "latent_shape": [16, 21, 60, 104], "image_channels": 0,
     }  # fmt: skip
+    meanings: ClassVar[Mapping[str, str]] = {
+        "image_channels": "further channels that the network takes from image to video (20 for Wan 2.2); 0: from text",
+    }
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
     condition_columns = ["prompt_embeds", "negative_prompt_embeds"]
 

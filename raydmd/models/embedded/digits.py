@@ -123,6 +123,10 @@ class DigitsFamily(EmbeddedFamily):
 
     name: ClassVar[str] = "digits"
     defaults: ClassVar[Mapping[str, Any]] = {"width": 64, "depth": 3, "heads": 4, "patch": 4, "ratio": 4}
+    meanings: ClassVar[Mapping[str, str]] = {
+        "width": "of a token", "depth": "number of blocks", "heads": "of the attention",
+        "patch": "pixels along a token's side", "ratio": "the MLP's width over the token's",
+    }  # fmt: skip
 
     def __init__(self, path: str | None = None, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(path, options)

@@ -77,6 +77,9 @@ class RingFamily(EmbeddedFamily):
 
     name: ClassVar[str] = "ring"
     defaults: ClassVar[Mapping[str, Any]] = {"width": 128, "depth": 3, "features": 16}
+    meanings: ClassVar[Mapping[str, str]] = {
+        "width": "of a hidden layer", "depth": "number of hidden layers", "features": "frequencies of the time",
+    }  # fmt: skip
 
     def __init__(self, path: str | None = None, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(path, options)

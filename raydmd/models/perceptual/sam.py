@@ -3,11 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from raydmd.errors import UserError, nearest
 from raydmd.models.base import one_line
 from raydmd.models.diffusers.hub import HUB, cached_snapshot, fetch, parse_hub_name, resolve_commit
 from raydmd.models.diffusers.weight_files import read_json
 
+TINY = "tiny"
+"""In place of a folder: a small encoder with random weights, the same each time, for recipes in miniature."""
 FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 
 
@@ -15,7 +19,7 @@ def load_sam(source: str, key: str) -> Any:
     """Return the encoder in float32.
 
     Args:
-        source: a folder, or ``owner/name`` on the hub, also as ``hf://owner/name@revision``.
+        source: a folder, or ``owner/name`` on the hub, also as ``hf://owner/name@revision``; or `TINY`.
         key: of the recipe, that names it.
 
     Raises:
@@ -24,6 +28,8 @@ def load_sam(source: str, key: str) -> Any:
     import transformers
 
     sam: Any = transformers.SamModel
+    if source == TINY:
+        return _tiny()
     folder = _folder(source, key)
     try:
         kind = read_json(folder / "config.json").get("model_type")
@@ -46,9 +52,21 @@ def sam_is_here(source: str, key: str) -> bool:
     Raises:
         UserError: neither a folder nor a name on the hub.
     """
-    if Path(source).is_dir():
+    if source == TINY or Path(source).is_dir():
         return True
     return cached_snapshot(_hub_name(source, key)) is not None
+
+
+def _tiny() -> Any:
+    from transformers import SamVisionConfig, SamVisionModel
+
+    vision = dict(
+        hidden_size=16, output_channels=8, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8,
+        mlp_dim=16, window_size=2, global_attn_indexes=[1],
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return SamVisionModel(SamVisionConfig(**vision)).vision_encoder.float()
 
 
 def _folder(source: str, key: str) -> Path:

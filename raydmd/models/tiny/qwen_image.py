@@ -13,7 +13,8 @@ from diffusers import (
 )
 from torch import Tensor
 
-from tiny_models.base import FirstStep, Rows, TinyModel, normal_rows
+from raydmd.models.tiny import text_encoders
+from raydmd.models.tiny.base import FirstStep, Rows, TinyModel, normal_rows
 
 WIDTH = 16
 
@@ -40,6 +41,10 @@ class TinyQwenImage(TinyModel):
                 max_image_seq_len=8192, shift_terminal=0.02,
             ),
         }  # fmt: skip
+
+    def encoders(self) -> Any:
+        """Make them."""
+        return text_encoders.qwen_image(WIDTH)
 
     def columns(self, count: int, draw: np.random.Generator) -> Rows:
         """Draw prompts of `tokens` tokens, one of them shorter and padded, and null prompts of two fewer."""

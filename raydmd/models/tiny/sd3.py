@@ -8,7 +8,8 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
-from tiny_models.base import FirstStep, Rows, TinyModel, normal_rows
+from raydmd.models.tiny import text_encoders
+from raydmd.models.tiny.base import FirstStep, Rows, TinyModel, normal_rows
 
 WIDTH, POOLED = 16, 12
 
@@ -34,6 +35,10 @@ class TinySD3(TinyModel):
             ),
             "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
         }  # fmt: skip
+
+    def encoders(self) -> Any:
+        """Make them."""
+        return text_encoders.sd3(WIDTH)
 
     def columns(self, count: int, draw: np.random.Generator) -> Rows:
         """Draw prompts and null prompts."""

@@ -29,23 +29,25 @@ def text_model(width: int, pooled: int | None = None) -> Any:
     return (CLIPTextModel if pooled is None else CLIPTextModelWithProjection)(config).eval()
 
 
-def put_clip(folder: Path, width: int, second: tuple[int, int] | None = None, **settings: Any) -> None:
-    """Put text encoders and tokenizers into a teacher's folder, and the pipeline's index: Stable Diffusion's, or XL's.
+def clip_pipeline(width: int, second: tuple[int, int] | None = None, **settings: Any) -> Any:
+    """Return Stable Diffusion's pipeline, or XL's, with nothing in it but text encoders and tokenizers.
 
     Args:
-        folder: the teacher's.
         width: of the first text encoder.
         second: widths of XL's second one and of its projection.
         settings: of the pipeline.
     """
+    parts: dict[str, Any] = dict(vae=None, unet=None, scheduler=None, tokenizer=tokenizer())
+    parts["text_encoder"] = text_model(width)
+    if second is None:
+        parts |= dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        return StableDiffusionPipeline(**parts, **settings)
+    parts |= dict(text_encoder_2=text_model(*second), tokenizer_2=tokenizer())
+    return StableDiffusionXLPipeline(**parts, **settings)
+
+
+def put_clip(folder: Path, width: int, second: tuple[int, int] | None = None, **settings: Any) -> None:
+    """Put the text encoders of `clip_pipeline` into a teacher's folder, and the pipeline's index."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        parts: dict[str, Any] = dict(vae=None, unet=None, scheduler=None, tokenizer=tokenizer())
-        parts["text_encoder"] = text_model(width)
-        if second is None:
-            parts |= dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-            pipeline: Any = StableDiffusionPipeline(**parts, **settings)
-        else:
-            parts |= dict(text_encoder_2=text_model(*second), tokenizer_2=tokenizer())
-            pipeline = StableDiffusionXLPipeline(**parts, **settings)
-        pipeline.save_pretrained(folder)
+        clip_pipeline(width, second, **settings).save_pretrained(folder)

@@ -14,7 +14,8 @@ from diffusers import (
 )
 from torch import Tensor
 
-from tiny_models.base import FirstStep, Rows, TinyModel, normal_rows
+from raydmd.models.tiny import text_encoders
+from raydmd.models.tiny.base import FirstStep, Rows, TinyModel, normal_rows
 
 WIDTH = 16
 
@@ -43,6 +44,10 @@ class TinyCogVideoX(TinyModel):
             ),
             "scheduler": CogVideoXDDIMScheduler(clip_sample=False, prediction_type="v_prediction", **self.sampler),
         }  # fmt: skip
+
+    def encoders(self) -> Any:
+        """Make them."""
+        return text_encoders.cogvideox(WIDTH)
 
     def columns(self, count: int, draw: np.random.Generator) -> Rows:
         """Draw prompts and null prompts."""

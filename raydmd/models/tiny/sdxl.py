@@ -7,7 +7,8 @@ import numpy as np
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from tiny_models.base import FirstStep, Rows, TinyModel, as_tensors, normal_rows, to_variance_preserving
+from raydmd.models.tiny.base import FirstStep, Rows, TinyModel, as_tensors, normal_rows, to_variance_preserving
+from raydmd.models.tiny.clip_encoders import clip_pipeline
 
 WIDTH, POOLED, SIZE = 16, 12, 8
 
@@ -34,6 +35,10 @@ class TinySDXL(TinyModel):
                 steps_offset=1,
             ),
         }  # fmt: skip
+
+    def encoders(self) -> Any:
+        """Make them."""
+        return clip_pipeline(6, (WIDTH - 6, POOLED))
 
     def columns(self, count: int, draw: np.random.Generator) -> Rows:
         """Draw prompts and null prompts."""

@@ -17,7 +17,8 @@ from diffusers import (
 from torch import Tensor
 
 from raydmd.models.diffusers.wan import WanFamily
-from tiny_models.base import FirstStep, Rows, TinyModel, normal_rows
+from raydmd.models.tiny import text_encoders
+from raydmd.models.tiny.base import FirstStep, Rows, TinyModel, normal_rows
 
 WIDTH = 16
 
@@ -50,6 +51,10 @@ class TinyWan(TinyModel):
             "vae": self.vae(),
             "scheduler": FlowMatchEulerDiscreteScheduler(shift=5.0),
         }
+
+    def encoders(self) -> Any:
+        """Make them."""
+        return text_encoders.wan(WIDTH)
 
     def columns(self, count: int, draw: np.random.Generator) -> Rows:
         """Draw prompts and null prompts."""
@@ -147,3 +152,10 @@ class TinyWanImageToVideo(TinyWan):
             picture = torch.from_numpy(each["first_frame"]) / 2 + 0.5
             made.append(FirstStep().of(pipeline, image=picture, **call))
         return torch.cat(made)
+
+
+class TinyWan22ImageToVideo(TinyWanImageToVideo, TinyWan22):
+    """Wan 2.2's image to video, A14B: both transformers, that change over at 0.9."""
+
+    name = "wan22_i2v"
+    boundary_ratio = 0.9

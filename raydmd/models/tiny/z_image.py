@@ -8,7 +8,8 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor
 
-from tiny_models.base import FirstStep, Rows, TinyModel, normal_rows
+from raydmd.models.tiny import text_encoders
+from raydmd.models.tiny.base import FirstStep, Rows, TinyModel, normal_rows
 
 WIDTH = 16
 
@@ -36,6 +37,10 @@ class TinyZImage(TinyModel):
             ),
             "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
         }  # fmt: skip
+
+    def encoders(self) -> Any:
+        """Make them."""
+        return text_encoders.z_image(WIDTH)
 
     def columns(self, count: int, draw: np.random.Generator) -> Rows:
         """Draw prompts of `tokens` tokens, one of them shorter and padded, and null prompts of two fewer."""

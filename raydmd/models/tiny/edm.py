@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from diffusers import UNet2DModel
 
-from tiny_models.base import Rows, TinyModel
+from raydmd.models.tiny.base import Rows, TinyModel
 
 CLASSES = 5
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    CogVideoXPipeline,
     Flux2KleinPipeline,
     FluxPipeline,
     QwenImagePipeline,
@@ -89,6 +90,12 @@ def sd3(width: int) -> Any:
         transformer=None, scheduler=None, vae=None, text_encoder=clips[0], tokenizer=clip_tokenizer(),
         text_encoder_2=clips[1], tokenizer_2=clip_tokenizer(), text_encoder_3=encoder, tokenizer_3=tokenizer,
     )  # fmt: skip
+
+
+def cogvideox(width: int) -> Any:
+    """Return a pipeline with nothing in it but T5."""
+    tokenizer, encoder = t5(width)
+    return CogVideoXPipeline(tokenizer=tokenizer, text_encoder=encoder, vae=None, transformer=None, scheduler=None)
 
 
 def flux(width: int) -> Any:

@@ -56,8 +56,12 @@ class TinyModel(ABC):
         """
         return None
 
+    def encoders(self) -> Any | None:
+        """Return a pipeline with nothing in it but text encoders and tokenizers; None: the family reads no texts."""
+        return None
+
     def save(self, folder: Path, seed: int = 0) -> Path:
-        """Write the pipeline's folder, and return it."""
+        """Write the pipeline's folder without text encoders, and return it."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for name, part in self.parts().items():

@@ -8,7 +8,8 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
-from tiny_models.base import FirstStep, Rows, TinyModel, normal_rows
+from raydmd.models.tiny import text_encoders
+from raydmd.models.tiny.base import FirstStep, Rows, TinyModel, normal_rows
 
 WIDTH, POOLED = 16, 12
 GUIDANCE = 3.5
@@ -39,6 +40,10 @@ class TinyFlux(TinyModel):
                 max_image_seq_len=4096,
             ),
         }  # fmt: skip
+
+    def encoders(self) -> Any:
+        """Make them."""
+        return text_encoders.flux(WIDTH)
 
     def columns(self, count: int, draw: np.random.Generator) -> Rows:
         """Draw prompts and null prompts."""

@@ -5,12 +5,13 @@ from typing import Any
 
 import diffusers
 import numpy as np
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from raydmd.models.diffusers.config_files import read_config
-from tiny_models.base import FirstStep, Rows, TinyModel, as_tensors, normal_rows, to_variance_preserving
-from tiny_models.sdxl import tiny_autoencoder
+from raydmd.models.tiny.base import FirstStep, Rows, TinyModel, as_tensors, normal_rows, to_variance_preserving
+from raydmd.models.tiny.clip_encoders import clip_pipeline
+from raydmd.models.tiny.sdxl import tiny_autoencoder
 
 WIDTH = 16
 BETAS = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
@@ -35,6 +36,10 @@ class TinyStableDiffusion(TinyModel):
                 **BETAS, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1,
             ),
         }  # fmt: skip
+
+    def encoders(self) -> Any:
+        """Make them."""
+        return clip_pipeline(WIDTH)
 
     def columns(self, count: int, draw: np.random.Generator) -> Rows:
         """Draw prompts and null prompts."""
@@ -62,3 +67,14 @@ class TinyStableDiffusion(TinyModel):
             num_inference_steps=steps, **as_tensors(rows),
         )  # fmt: skip
         return to_variance_preserving(made, pipeline.scheduler.sigmas[1]) if exploding else made
+
+
+class TinyStableDiffusion15(TinyStableDiffusion):
+    """Stable Diffusion 1.5: PNDM, noise predicted."""
+
+    name = "sd15"
+
+    def parts(self) -> dict[str, Any]:
+        """Make the parts."""
+        scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+        return {**super().parts(), "scheduler": scheduler}

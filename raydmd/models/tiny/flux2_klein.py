@@ -13,9 +13,10 @@ from diffusers import (
 )
 from torch import Tensor
 
-from tiny_models.base import FirstStep, Rows, TinyModel, normal_rows
+from raydmd.models.tiny import text_encoders
+from raydmd.models.tiny.base import FirstStep, Rows, TinyModel, normal_rows
 
-WIDTH = 16
+WIDTH = 24  # three layers of 8
 
 
 class TinyFlux2Klein(TinyModel):
@@ -41,6 +42,10 @@ class TinyFlux2Klein(TinyModel):
             "vae": vae,
             "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         }  # fmt: skip
+
+    def encoders(self) -> Any:
+        """Make them."""
+        return text_encoders.flux2_klein(WIDTH)
 
     def columns(self, count: int, draw: np.random.Generator) -> Rows:
         """Draw prompts and null prompts."""
