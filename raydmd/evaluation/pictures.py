@@ -14,6 +14,7 @@ from raydmd.atomic import write_bytes
 from raydmd.errors import RunError, UserError
 from raydmd.evaluation.prompts import from_text, own_prompts
 from raydmd.evaluation.videos import FPS, video
+from raydmd.extras import require_extra
 from raydmd.models.base import Family
 from raydmd.runs.run import Run
 from raydmd.sampling.student import sample_student
@@ -217,9 +218,12 @@ def generate(
         The files' paths.
 
     Raises:
-        UserError: a prompt that the family does not know, an expert that is missing, no teacher, or ``out`` is a file.
+        UserError: a prompt that the family does not know, an expert that is missing, no teacher, ``out`` is a file, or
+            videos without the extra ``video``.
         RunError: a picture that is not finite.
     """
+    if run.family.frames > 1:
+        require_extra("video", f"{run.folder}: videos")
     family, all_prompts = run.family, [prompts] if isinstance(prompts, str) else list(prompts)
     device = "cuda" if run.recipe.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
     for prompt in all_prompts if own_prompts(family) else all_prompts[:1]:  # a wrong one is told before any is made

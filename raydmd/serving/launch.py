@@ -17,6 +17,7 @@ from rich.console import Console
 
 from raydmd.config.plugins import nodes_environment
 from raydmd.errors import RunError, UserError
+from raydmd.extras import require_extra
 from raydmd.interrupts import graceful
 from raydmd.runs.run import Run
 from raydmd.runtime import cluster_address  # before Ray: what it starts here then listens on loopback only
@@ -84,7 +85,10 @@ def serve_run(
         UserError: a run that cannot be served, or a port that is taken.
         RunError: the replicas do not start.
     """
-    experts = experts_of(read_card(serving))
+    card = read_card(serving)
+    if card.kind == "video":
+        require_extra("video", f"{serving.run}: videos")
+    experts = experts_of(card)
     demand_keys(serving, host, no_keys)
     joins = cluster_address() is not None
     if proxy == "haproxy" and joins:
