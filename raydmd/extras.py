@@ -24,4 +24,5 @@ def require_extra(extra: str, what: str) -> None:
         try:
             import_module(module)
         except ImportError:
-            raise UserError(f"{what}: the package {module} is not installed here: pip install 'raydmd[{extra}]'") from None
+            how = f"pip install 'raydmd[{extra}]'"
+            raise UserError(f"{what}: the package {module} is not installed here: {how}") from None

@@ -16,11 +16,21 @@ from raydmd.methods.loading import load_recipe, parse_recipe
 from raydmd.serving.settings import load_serving
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "cluster" / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "cluster" / "README.md",
+    *sorted(ROOT.glob("docs/**/*.md")),
+]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.M | re.S)
 NOTE = re.compile(r"<!-- (.*?) -->\s*$", re.S)
 INDENTED = re.compile(r"^    (?:\$ )?((?:raydmd|ray|python|pip) .*)$", re.M)
-JOBS = {"jobs/distill.py": "distill", "jobs/pretrain.py": "pretrain", "jobs/pairs.py": "pairs", "jobs/encode.py": "encode"}
+JOBS = {
+    "jobs/distill.py": "distill",
+    "jobs/pretrain.py": "pretrain",
+    "jobs/pairs.py": "pairs",
+    "jobs/encode.py": "encode",
+}
 RECIPES = ("distill", "pretrain", "pairs")  # commands whose --set is a recipe's
 OTHERS = (  # programs of others: their options are not looked at
     "ray", "mkdocs", "ruff", "mypy", "pytest", "export", "printf", "docker", "kubectl", "prometheus", "bash", "cd",

@@ -97,7 +97,9 @@ def test_a_wrong_command_line_is_found(line: str, error: type[Exception]) -> Non
         check_commands(line)
 
 
-@pytest.mark.parametrize("text", ["batch: { sice: 8 }", "method: { name: fased }", "runtime: { faek: { gpus: 1 } }", "- 1"])
+@pytest.mark.parametrize(
+    "text", ["batch: { sice: 8 }", "method: { name: fased }", "runtime: { faek: { gpus: 1 } }", "- 1"]
+)
 def test_a_wrong_recipe_is_found(text: str) -> None:
     with pytest.raises(UserError):
         check_recipe(text, "page")
