@@ -18,6 +18,7 @@ from raydmd.config.recipe import Recipe, dump_recipe, listed_recipes, shipped_re
 from raydmd.console import console, errors
 from raydmd.entry import main as main
 from raydmd.errors import RunError, UserError
+from raydmd.extras import require_extra
 from raydmd.runtime.address import check_cluster
 
 FOLDER = click.Path(path_type=Path)
@@ -414,6 +415,7 @@ def serve(
     On this machine, or on the Ray cluster of RAY_ADDRESS. Newer weights in RUN (or a link that is pointed at another
     run) are taken over without a pause; an export is served as it was when the server started.
     """
+    require_extra("serve", "raydmd serve")
     from raydmd.serving.launch import absolute, config_of, demand_keys, serve_run
     from raydmd.serving.settings import load_serving
 

@@ -12,6 +12,7 @@ import click
 
 from raydmd.console import console
 from raydmd.errors import RunError, UserError
+from raydmd.extras import require_extra
 from raydmd.interrupts import graceful
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def serve(**options: Any) -> None:
     come meanwhile. Ctrl-C prints what was measured so far. The exit code is 1 if requests failed otherwise than for
     want of room.
     """
+    require_extra("serve", "raydmd bench serve")
     from raydmd.bench.results import failures
 
     _only(options, "url", ("model", "api_key_env", "extra_body"))

@@ -15,6 +15,7 @@ from raydmd.errors import RunError, UserError
 from raydmd.evaluation.prompts import from_text, own_prompts
 from raydmd.evaluation.sizes import choose_size, trained_sizes
 from raydmd.evaluation.videos import FPS, video
+from raydmd.extras import require_extra
 from raydmd.models.base import Family
 from raydmd.runs.student import Student
 from raydmd.sampling.student import sample_student
@@ -225,13 +226,15 @@ def generate(
 
     Raises:
         UserError: a size that they were not trained for, a prompt that the family does not know, an expert that is
-            missing, no teacher, or ``out`` is a file.
+            missing, no teacher, ``out`` is a file, or videos without the extra ``video``.
         RunError: a picture that is not finite.
     """
     family, all_prompts = student.family, [prompts] if isinstance(prompts, str) else list(prompts)
     sized = (
         family if size is None and frames is None else choose_size(trained_sizes(student.recipe, family), size, frames)
     )
+    if sized.frames > 1:
+        require_extra("video", f"{student.folder}: videos")
     device = "cuda" if student.recipe.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
     for prompt in all_prompts if own_prompts(family) else all_prompts[:1]:  # a wrong one is told before any is made
         first = from_text(student.recipe, sized, prompt, 1, device=device, image=image)

@@ -10,7 +10,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from raydmd import __version__
 from raydmd.atomic import write_text
-from raydmd.config.recipe import Experts, Section, Teacher, explain
+from raydmd.config.overrides import explain
+from raydmd.config.recipe import Experts, Section, Teacher
 from raydmd.errors import UserError
 from raydmd.export.formats import FORMATS
 from raydmd.export.plan import Plan

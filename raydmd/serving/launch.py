@@ -17,6 +17,7 @@ from rich.console import Console
 
 from raydmd.config.plugins import nodes_environment
 from raydmd.errors import RunError, UserError
+from raydmd.extras import require_extra
 from raydmd.interrupts import graceful
 from raydmd.models.diffusers.hub import HUB
 from raydmd.runs.student import Student
@@ -101,6 +102,8 @@ def serve_run(
         RunError: the replicas do not start.
     """
     student = checked(serving, console)
+    if student.family.frames > 1:
+        require_extra("video", f"{serving.run}: videos")
     demand_keys(serving, host, no_keys)
     joins = cluster_address() is not None
     if proxy == "haproxy" and joins:

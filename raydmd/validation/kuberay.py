@@ -12,6 +12,7 @@ import click
 from pydantic import BaseModel, ValidationError
 
 from raydmd.errors import UserError, nearest
+from raydmd.extras import require_extra
 from raydmd.methods.loading import load_recipe
 from raydmd.serving.settings import parse_serving
 from raydmd.validation.document import check_schema, closed, read_documents, with_defaults
@@ -144,6 +145,7 @@ def check_serve_config(document: dict[str, Any], where: str) -> None:
     Raises:
         UserError: one line that names the first wrong key's path and the nearest right one.
     """
+    require_extra("serve", where or "a Serve configuration")
     from ray.serve.schema import ServeDeploySchema
 
     _check_model(document, ServeDeploySchema, where)  # Serve itself lets unknown keys pass
