@@ -39,6 +39,15 @@ def test_an_import_that_runs_up_is_found(tmp_path: Path, file: str, line: str, w
 
 
 @pytest.mark.parametrize(
+    "module", ["raydmd.cli", "raydmd.runtime.checkpoint.writer", "raydmd.runtime.recovery.control_caller"]
+)
+def test_processes_that_compute_nothing_do_not_import_torch(module: str) -> None:
+    """It takes seconds and 200 MB: a message on bad input and a helper that is started again do without."""
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
+
+
+@pytest.mark.parametrize(
     ("name", "users"),
     [("euler_step", {"sampling/student.py", "training/score_network.py"}), ("renoise_step", {"sampling/student.py"}),
      ("integrate", {"sampling/teacher.py"})],

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from raydmd.config.recipe import Recipe
-from raydmd.methods.program import MethodTrace, trace_method
 
 if TYPE_CHECKING:
+    from raydmd.methods.program import MethodTrace
     from raydmd.runtime.checkpoint.manager import Manifest
 
 
@@ -48,6 +48,8 @@ class RunPlan:
         for name, value in expected.items():
             if getattr(manifest, name) != value:
                 raise ValueError(f"{name} is {getattr(manifest, name)}, {value} in the run's plan")
+        from raydmd.methods.program import trace_method  # and torch, which a run's first checkpoints do without
+
         trace = trace_method(self.recipe)
         before, last = trace.updates_before(n), min(n + 1 + self.recipe.runtime.max_staleness, trace.ends[-1])
         if manifest.updates.keys() != before.keys():
@@ -64,7 +66,7 @@ class RunPlan:
             raise ValueError(f"its files lack {missing}" if missing else f"its files have {more} besides")
 
 
-def run_plan(recipe: Recipe, trace: MethodTrace) -> RunPlan:
+def run_plan(recipe: Recipe, trace: "MethodTrace") -> RunPlan:
     """Return a recipe's plan.
 
     Args:

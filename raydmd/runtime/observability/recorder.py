@@ -6,12 +6,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from raydmd.atomic import replacing, storage_error, writing
 from raydmd.config.recipe import Recipe
@@ -24,6 +23,9 @@ from raydmd.runtime.observability.weights_and_biases import WandbRun, is_wanted
 from raydmd.runtime.recovery.state import RunState
 from raydmd.runtime.workers.base import CallStats
 from raydmd.training.zeroed import in_words
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 RECENT = 100  # iterations by which the time that is left is told
 ZEROED_EVERY = 50  # iterations between two events, or two warnings, of samples that were left out
@@ -105,6 +107,8 @@ class Recorder:
         self._repair("metrics.jsonl", stays, "iteration")
         self._metrics = LineWriter(self.folder / "metrics.jsonl")
         if self.recipe.monitor.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # and TensorBoard, half a second
+
             with writing(self.folder / "tensorboard"):
                 if self._board is not None:
                     self._board.close()
