@@ -6,12 +6,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from hub_uploads import upload_server
 from local_serving import pixels, serving
 from run_folders import make_run
 from safetensors.torch import load_file, save_file
+from served import api
 from test_every_family import recipe_of
 
 from raydmd import cli
@@ -159,6 +161,8 @@ def test_it_is_served_as_its_run_is(made: Made) -> None:
         assert abs(pixels(one) - pixels(other)).max() <= 1
     by_teacher = asyncio.run(pipeline.make(GenerationRequest(TEXT, 1, 5, "teacher", steps=4)))
     assert abs(pixels(by_teacher.pictures[0]) - pixels(found.pictures[0])).max() > 1
+    with api(made.exports["qwen_image", "lora"]) as (url, _), httpx.Client(base_url=url, timeout=60) as http:
+        assert http.get("/health").json()["export"] == http.get("/v1/models/tiny").json()["raydmd"]["export"] == "lora"
 
 
 def test_whole_networks_are_compared_with_a_base_model_that_is_named(made: Made) -> None:
