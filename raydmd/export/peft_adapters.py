@@ -40,7 +40,7 @@ def write(plan: Plan, folder: Path) -> None:
 
 def code(plan: Plan) -> str:
     """Return the lines that load it: PEFT puts its layers into the pipeline's own networks."""
-    loads, seen = [], set()
+    loads, seen = list[str](), set[str]()
     for segment in plan.segments:
         network, name = peft_variable(plan, segment), segment.name
         where = f'folder, subfolder="{name}", adapter_name="{name}"'
