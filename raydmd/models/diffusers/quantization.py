@@ -3,7 +3,7 @@
 ``int8``: a weight's rows are whole numbers from -127 to 127, each row with a float32 scale; the product is computed in
 the network's own dtype (torchao's ``Int8WeightOnlyConfig``). ``fp8``: a weight's rows, and at each call the rows of
 what the layer is given, are e4m3 with a scale each, multiplied by the GPU's own kernel
-(``Float8DynamicActivationFloat8WeightConfig`` by row). What a sample gets does not depend on its batch in either.
+(``Float8DynamicActivationFloat8WeightConfig`` by row). No scale depends on the other samples of a batch.
 """
 
 import copy
@@ -118,8 +118,8 @@ def layers_to_quantize(network: nn.Module, kind: Quantization) -> list[str]:
 
 def savings(networks: Sequence[nn.Module], kind: Quantization) -> Savings:
     """Return what quantizing some networks would save; they may be on the meta device."""
-    chosen = [network.get_submodule(name).weight for network in networks for name in layers_to_quantize(network, kind)]
-    less = sum(_bytes(weight) - _bytes_quantized(weight, kind) for weight in chosen)  # type: ignore[arg-type]
+    chosen = [_weight(network, name) for network in networks for name in layers_to_quantize(network, kind)]
+    less = sum(_bytes(weight) - _bytes_quantized(weight, kind) for weight in chosen)
     before, linear = weight_bytes(networks), sum(len(_linear_layers(network)) for network in networks)
     return Savings(len(chosen), linear, before, before - less)
 
@@ -156,7 +156,7 @@ def quantized_copy(denoiser: AnyDenoiser, kind: Quantization, device: torch.devi
     check_layers(networks, kind)
     names = [layers_to_quantize(network, kind) for network in networks]
     told = savings(networks, kind)
-    weights = [network.get_submodule(name).weight for network, own in zip(networks, names, strict=True) for name in own]
+    weights = [_weight(network, name) for network, own in zip(networks, names, strict=True) for name in own]
     copied = copy.deepcopy(denoiser, {id(weight): weight for weight in weights})  # those are replaced, not copied
     for network, own in zip(diffusers_networks(copied), names, strict=True):
         _quantize(network, set(own), kind)
@@ -166,7 +166,8 @@ def quantized_copy(denoiser: AnyDenoiser, kind: Quantization, device: torch.devi
 
 def diffusers_networks(denoiser: Denoiser) -> list[nn.Module]:
     """Return the diffusers models that a denoiser is made of."""
-    return [part.network for part in denoiser.parts]  # type: ignore[attr-defined]
+    parts: Sequence[Any] = denoiser.parts
+    return [part.network for part in parts]
 
 
 def weight_bytes(networks: Iterable[nn.Module]) -> int:
@@ -205,6 +206,12 @@ def _quantize(network: nn.Module, names: set[str], kind: Quantization) -> None:
 
 def _linear_layers(network: nn.Module) -> list[tuple[str, nn.Linear]]:
     return [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _weight(network: nn.Module, name: str) -> Tensor:
+    layer = network.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    return layer.weight
 
 
 def _in_blocks(network: nn.Module, name: str) -> bool:
