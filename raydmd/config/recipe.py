@@ -263,10 +263,10 @@ class Batch(Section):
     """The fixed global batch, cut into fixed micro-batches that workers share out."""
 
     size: Positive = Field(
-        64, description="samples of an update, whatever the workers", json_schema_extra=in_miniature(4)
+        64, description="samples of an update, whatever the workers", json_schema_extra=in_miniature(2)
     )
     micro: Positive | None = Field(
-        None, description="samples of a micro-batch; null: the whole batch is one", json_schema_extra=in_miniature(2)
+        None, description="samples of a micro-batch; null: the whole batch is one", json_schema_extra=in_miniature(1)
     )
 
     @model_validator(mode="after")
@@ -501,7 +501,7 @@ class Recipe(Section):
     iterations: Positive | list[Positive] = Field(
         200,
         description="generator updates in all, shared out evenly between phases, or a list, one a phase",
-        json_schema_extra=in_miniature(4),
+        json_schema_extra=in_miniature(2),
     )
     ema: float = Field(0.99, ge=0, lt=1, description="decay of the generator's averaged weights; 0: none")
     teacher: Teacher = Teacher()

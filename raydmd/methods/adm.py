@@ -32,7 +32,7 @@ class ADMSection(Section):
     warmup: NonNegative = Field(
         0,
         description="generator updates by regression on ODE pairs before the first by ADM",
-        json_schema_extra=in_miniature(2),
+        json_schema_extra=in_miniature(1),
     )
 
 

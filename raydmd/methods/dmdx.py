@@ -19,7 +19,7 @@ class DMDXSection(ADPSection):
     """The pre-training's own, and its length."""
 
     iterations: Positive = Field(
-        300, description="generator updates before the first by ADM", json_schema_extra=in_miniature(2)
+        300, description="generator updates before the first by ADM", json_schema_extra=in_miniature(1)
     )
 
 
