@@ -47,7 +47,7 @@ def main() -> None:
     given = parser.parse_args()
     device = torch.device(given.device)
     torch.manual_seed(0)
-    network = QwenImageTransformer2DModel(
+    network: Any = QwenImageTransformer2DModel(
         in_channels=4 * CHANNELS, out_channels=CHANNELS, num_layers=given.layers, attention_head_dim=HEAD,
         num_attention_heads=given.width // HEAD, joint_attention_dim=TEXT, axes_dims_rope=(16, 24, 24),
     )  # fmt: skip

@@ -34,6 +34,7 @@ def read_state(format: str, place: Path, adapter: Adapter, layers: Callable[[], 
         UserError: it cannot be read, or has another rank or alpha, or other layers.
     """
     file = place / WEIGHTS if format == "peft" else place
+    said: Adapter | None
     try:
         tensors = load_file(file)
         if format == "lightning":

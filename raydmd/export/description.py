@@ -41,7 +41,7 @@ class ExpertPlace(Section):
 class Description(Section):
     """An export."""
 
-    version: Literal[1] = Field(VERSION, description="of this file's form")
+    version: Literal[1] = Field(1, description="of this file's form")
     raydmd: str = Field(description="the version that wrote it")
     run: str = Field(description="its name")
     method: str = Field(description="the run's")
@@ -137,7 +137,7 @@ def describe(plan: Plan, folder: Path) -> Description:
         raydmd=__version__, run=plan.run.name, method=method.name, base=plan.base,
         teacher=teacher.model_copy(update={"path": path, "options": options, "lora": None}),
         fingerprint=plan.run.fingerprint() if teacher.lora is None else None,
-        format=plan.format, dtype=plan.dtype,  # type: ignore[arg-type]  # one of them
+        format=plan.format, dtype=plan.dtype,
         experts=tuple(
             ExpertPlace(name=name, times=phase.times, place=place)
             for name, phase, place in zip(plan.names, plan.phases, places, strict=True)

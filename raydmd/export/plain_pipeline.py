@@ -44,10 +44,10 @@ def sample(folder: Path) -> None:
         **given, **job["call"], callback_on_step_end=after_step, return_dict=False,
         output_type="np" if decodes else "latent",
     )[0]  # fmt: skip
-    made = {"latents": last[0].float().contiguous()}
+    samples = {"latents": last[0].float().contiguous()}
     if decodes:
-        made["pixels"] = torch.as_tensor(output).float().contiguous()
-    save_file(made, folder / "made.safetensors")
+        samples["pixels"] = torch.as_tensor(output).float().contiguous()
+    save_file(samples, folder / "made.safetensors")
     visited = [float(t) for t in pipe.scheduler.timesteps]
     (folder / "made.json").write_text(json.dumps({"calls": calls, "timesteps": visited}), encoding="utf-8")
 

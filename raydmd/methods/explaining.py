@@ -173,9 +173,9 @@ def _summary(section: type[BaseModel]) -> str:
 
 def _kind(field: FieldInfo) -> str:
     """Return in words what a field takes."""
-    annotation = field.annotation
+    annotation: Any = field.annotation
     if field.metadata:
-        annotation = Annotated[tuple([annotation, *field.metadata])]  # type: ignore[assignment]
+        annotation = Annotated[tuple([annotation, *field.metadata])]
     schema = TypeAdapter(annotation).json_schema()
     return _schema(schema)
 

@@ -31,6 +31,9 @@ class PicturesByVAE(PipelineFolder):
         super().__init__(path, options)
         self._loaded: dict[str, Any] = {}  # the VAE; shared by `resized`
 
+    def _check_latent_shape(self) -> None:
+        """Refuse a latent shape that the network cannot take."""
+
     @cached_property
     def vae(self) -> Autoencoder:
         """The VAE's factors and scales; the usual ones where there is none.

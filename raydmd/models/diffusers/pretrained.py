@@ -104,9 +104,6 @@ class PretrainedFamily(SampledByDiffusers, PromptsByPipeline, PicturesByVAE):
         """The pipelines that the family runs as they are made."""
         return (self.pipeline_class,)
 
-    def _check_latent_shape(self) -> None:
-        """Refuse a latent shape that the network cannot take."""
-
     def _check_config(self, config: Any) -> None:
         """Refuse a network, by its config, that the family would run otherwise, or with other latents."""
 
