@@ -25,6 +25,7 @@ class _State:
         number: the first signal that arrived.
         failure: why the process ends, where another thread found a reason.
         callback: called at the first signal, in place of a KeyboardInterrupt.
+        elsewhere: what `graceful` was given in another thread than the main one, which gets no signals.
         raised: whether a KeyboardInterrupt was raised for it.
         ending: whether the command has returned.
     """
@@ -34,6 +35,7 @@ class _State:
         self.number: int | None = None
         self.failure: Exception | None = None
         self.callback: Callable[[], object] | None = None
+        self.elsewhere: Callable[[], object] | None = None
 
 
 _state = _State()
@@ -68,10 +70,15 @@ def graceful(callback: Callable[[], object]) -> Iterator[None]:
     """While inside, the first signal calls ``callback`` in the main thread and interrupts nothing.
 
     Where `install` was not called, as when the package is used as a library, the signals are taken only while inside,
-    and a second one raises KeyboardInterrupt. Does nothing in another thread than the main one.
+    and a second one raises KeyboardInterrupt. In another thread than the main one, which gets no signals, it is
+    `stop_other_thread` that calls ``callback``.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        outer, _state.elsewhere = _state.elsewhere, callback
+        try:
+            yield
+        finally:
+            _state.elsewhere = outer
         return
     taken: dict[int, Any] = {}
     if not _state.installed:
@@ -84,6 +91,14 @@ def graceful(callback: Callable[[], object]) -> Iterator[None]:
         _state.callback = before
         for number, handler in taken.items():
             signal.signal(number, handler)
+
+
+def stop_other_thread() -> bool:
+    """Call what `graceful` was given in another thread than the main one; return whether there was anything."""
+    if (callback := _state.elsewhere) is None:
+        return False
+    callback()
+    return True
 
 
 def fail(error: Exception) -> bool:

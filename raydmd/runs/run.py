@@ -70,6 +70,11 @@ class Run(Student):
         started = [event for event in self.events() if event.get("event") == "started" and "teacher" in event]
         return str(started[-1]["teacher"]) if started else ""
 
+    @property
+    def finished(self) -> bool:
+        """Whether every phase's expert is there."""
+        return all(self.expert_file(phase.index).is_file() for phase in self.phases)
+
     def trained_phases(self) -> list[Phase]:
         """Return the phases whose experts are there, in order.
 

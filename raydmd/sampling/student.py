@@ -184,15 +184,21 @@ def sample_student(
     start: int = 0,
     solver: str = "euler",
     device: torch.device | str = "cpu",
+    on_step: Callable[[int, float, torch.Tensor], None] | None = None,
 ) -> StudentSamples:
     """Sample ``count`` latents; number i of the result is sample ``start + i`` of ``seed``.
 
-    They begin from `initial_noise`.
+    They begin from `initial_noise`. ``on_step`` is told of each step: its number from 1, the time that it has reached,
+    and the latents there.
     """
     key = sample_key(seed)
     times = [phases[0].times[0], *(t for phase in phases for t in phase.times[1:])]
     made = steps(family, experts, phases, key, start, conditions, count, solver=solver, device=device)
-    path = [(expert, t, x.cpu()) for t, (expert, x) in zip(times, made, strict=True)]
+    path = []
+    for number, (t, (expert, x)) in enumerate(zip(times, made, strict=True)):
+        if on_step is not None and number:
+            on_step(number, t, x)
+        path.append((expert, t, x.cpu()))
     ends, at = [], 0
     for phase in phases:
         at += phase.steps
