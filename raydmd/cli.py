@@ -307,9 +307,10 @@ def generate(
 
     An export makes of a seed and a prompt what its run makes.
     """
-    from raydmd.evaluation.pictures import generate as make
     from raydmd.evaluation.prompts import read_prompt_file
     from raydmd.export.exported import open_student
+    from raydmd.generate import generate as make
+    from raydmd.pipeline import StudentPipeline
     from raydmd.progress import counting
 
     if (prompt is None) == (prompts is None):
@@ -319,13 +320,14 @@ def generate(
     loaded.check_content()
     for remark in loaded.check():
         errors.print(f"raydmd: {remark}", highlight=False, markup=False, soft_wrap=True)
+    pipeline = StudentPipeline(loaded, size=size, frames=frames)
     with counting("making", len(asked) * (n if loaded.family.latent_shape != (2,) else 1)) as made:
 
         def tell(path: Path) -> None:
             console.print(str(path), highlight=False, markup=False, soft_wrap=True)
             made()
 
-        make(loaded, asked, n, seed, out, fps, tell, size, frames, image)
+        make(pipeline, asked, n, seed, out, fps, tell, image)
 
 
 @app.command(epilog="Example: raydmd export runs/wan --format diffusers --out exports/wan-4-steps")

@@ -97,14 +97,19 @@ class StudentPipeline:
         """The networks, on the device."""
         return self.student.experts_on(self.device)
 
-    def conditions(self, prompt: str, given: str = "--prompt") -> Conditions:
-        """Return what the networks take of one prompt, tensors [1, ...]; ``given`` names it in errors.
+    def conditions(self, prompt: str, given: str = "--prompt", image: Path | None = None) -> Conditions:
+        """Return what the networks take of one prompt, tensors [1, ...].
+
+        Args:
+            prompt: the text.
+            given: what the prompt is called in errors.
+            image: the file of the first frame, of families from image to video.
 
         Raises:
-            UserError: a prompt that the family does not know.
+            UserError: a prompt that the family does not know, or an image that it cannot take.
         """
-        rows = self.family.for_size(from_text(self.student.recipe, self.student.family, prompt, 1, given, self.device))
-        return {name: value.to(self.device) for name, value in rows.items()}
+        rows = from_text(self.student.recipe, self.family, prompt, 1, given, self.device, image)
+        return {name: value.to(self.device) for name, value in self.family.for_size(rows).items()}
 
     def latents(
         self, conditions: Conditions, count: int, seed: int, start: int = 0, on_step: OnStep | None = None
@@ -147,6 +152,7 @@ class StudentPipeline:
         generator: torch.Generator | None = None,
         batch_size: int = 1,
         output_type: Output = "pil",
+        image: str | Path | None = None,
         on_step: OnStep | None = None,
     ) -> Any:
         """Make ``num_images`` samples of each prompt.
@@ -158,6 +164,7 @@ class StudentPipeline:
             generator: draws the seed in its place.
             batch_size: samples that go through the networks at once; other than 1 may change their last bits.
             output_type: ``pil``, ``pt`` or ``latent``.
+            image: the file of the first frame, of families from image to video.
             on_step: told of each step of each batch: its number from 1, the time that it has reached, and the latents
                 [B, ...] there.
 
@@ -179,7 +186,8 @@ class StudentPipeline:
             seed = int(torch.randint(LARGEST_SEED, (), generator=generator, device=generator.device))
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         made, pictures = [], []
-        for each in [self.conditions(text, "prompt") for text in prompts]:
+        frame = None if image is None else Path(image)
+        for each in [self.conditions(text, "prompt", frame) for text in prompts]:
             parts = []
             for start in range(0, num_images, batch_size):
                 latents = self.latents(each, min(batch_size, num_images - start), seed, start, on_step)

@@ -1,24 +1,16 @@
-"""Pictures that people look at: grids, panels side by side, scatters of points; and `raydmd generate`."""
+"""Pictures that people look at: grids, panels side by side, scatters of points."""
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from raydmd.atomic import write_bytes
-from raydmd.errors import RunError, UserError
-from raydmd.evaluation.prompts import from_text, own_prompts
-from raydmd.evaluation.sizes import choose_size, trained_sizes
-from raydmd.evaluation.videos import FPS, video
-from raydmd.extras import require_extra
 from raydmd.models.base import Family
-from raydmd.runs.student import Student
-from raydmd.sampling.student import sample_student
 
 Pictures = Tensor | np.ndarray
 Limits = tuple[float, float, float, float]
@@ -192,92 +184,6 @@ def save_file(content: bytes, path: Path) -> Path:
     return path
 
 
-def generate(
-    student: Student,
-    prompts: str | Sequence[str],
-    n: int,
-    seed: int,
-    out: Path,
-    fps: int = FPS,
-    made: Callable[[Path], None] = lambda path: None,
-    size: str | None = None,
-    frames: int | None = None,
-    image: Path | None = None,
-) -> list[Path]:
-    """Make pictures or videos with a student's experts: ``out/PROMPT-SEED-I.png`` or ``.mp4`` for I below ``n``.
-
-    Each is made by itself, so sample I of a seed has the same bytes whatever ``n`` is. Points in the plane make one
-    picture of ``n`` points. Every file is whole or not there.
-
-    Args:
-        student: a finished run, or an export.
-        prompts: one, or several, whose files are then numbered from 0001 on.
-        n: samples of each prompt.
-        seed: of their noise.
-        out: the folder of the files.
-        fps: frames a second of videos.
-        made: told of each file.
-        size: ``WIDTHxHEIGHT``, one that the students were trained for; None: that of previews.
-        frames: of videos, likewise.
-        image: the first frame, of families from image to video.
-
-    Returns:
-        The files' paths.
-
-    Raises:
-        UserError: a size that they were not trained for, a prompt that the family does not know, an expert that is
-            missing, no teacher, ``out`` is a file, or videos without the extra ``video``.
-        RunError: a picture that is not finite.
-    """
-    family, all_prompts = student.family, [prompts] if isinstance(prompts, str) else list(prompts)
-    sized = (
-        family if size is None and frames is None else choose_size(trained_sizes(student.recipe, family), size, frames)
-    )
-    if sized.frames > 1:
-        require_extra("video", f"{student.folder}: videos")
-    device = "cuda" if student.recipe.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
-    for prompt in all_prompts if own_prompts(family) else all_prompts[:1]:  # a wrong one is told before any is made
-        first = from_text(student.recipe, sized, prompt, 1, device=device, image=image)
-    phases = student.check_finished()
-    experts = student.experts_on(device)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: there is a file of that name; a folder is needed")
-    one_by_one, paths = not in_plane(family), []
-    for number, prompt in enumerate(all_prompts):
-        conditions = from_text(student.recipe, sized, prompt, 1, device=device, image=image) if number else first
-        conditions = {name: value.to(device) for name, value in sized.for_size(conditions).items()}
-        name = (f"{number + 1:04d}-" if len(all_prompts) > 1 else "") + _file_name(prompt)
-        for start, count in [(i, 1) for i in range(n)] if one_by_one else [(0, n)]:
-            rows = {key: value.expand(count, *value.shape[1:]) for key, value in conditions.items()}
-            latents = sample_student(
-                sized, experts, phases, rows, count,
-                seed=seed, start=start, solver=student.recipe.method.solver, device=device,
-            ).latents.to(device)  # fmt: skip
-            file = out / f"{name}-{seed}-{start}"
-            about = {"prompt": prompt, "seed": str(seed), "sample": str(start), "model": student.name}
-            moving = sized.frames > 1
-            decoded = (sized.decode_video(latents) if moving else sized.decode(latents)).cpu()
-            if not (finite := finite_samples(latents.cpu(), decoded)).all():
-                what = f"{'video' if moving else 'picture'} {start + int((~finite).nonzero()[0])} of seed {seed}"
-                raise RunError(f"{student.title}: {what} is not finite: the experts have diverged, or their "
-                               f"precision is too small")  # fmt: skip
-            out.mkdir(parents=True, exist_ok=True)
-            if moving:
-                images = [to_image(frame) for frame in decoded[0].float()]
-                paths.append(save_file(video(images, fps), file.with_name(f"{file.name}.mp4")))
-            else:
-                image = enlarge(to_image(decoded[0]), 256) if one_by_one else scatter(decoded, size=512)
-                paths.append(save_png(image, file.with_name(f"{file.name}.png"), about))
-            made(paths[-1])
-    return paths
-
-
 def in_plane(family: Family) -> bool:
     """Say whether a family's samples are points to be drawn in the plane."""
     return family.latent_shape == (2,)
-
-
-def _file_name(prompt: str) -> str:
-    """Return a prompt as a part of a file's name: letters, figures and dashes."""
-    words: Sequence[str] = "".join(c if c.isalnum() else " " for c in prompt).split()
-    return "-".join(words)[:60] or "sample"

@@ -13,10 +13,10 @@ from served import api
 
 from raydmd.cli import run
 from raydmd.errors import RunError
-from raydmd.evaluation.pictures import generate
+from raydmd.generate import generate
+from raydmd.pipeline import StudentPipeline
 from raydmd.runs.expert_index import write_index
 from raydmd.runs.folders import expert_file
-from raydmd.runs.run import Run
 from raydmd.serving.contract import GenerationRequest, NotFinite
 from raydmd.serving.local import local_pipeline
 
@@ -70,9 +70,9 @@ def test_the_api_answers_an_error(broken: Path) -> None:
 
 def test_generate_says_it_in_a_line(broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RunError, match="picture 0 of seed 7 is not finite"):
-        generate(Run(broken), BAD, 2, 7, tmp_path / "out")
+        generate(StudentPipeline.from_run(broken), BAD, 2, 7, tmp_path / "out")
     assert not list(tmp_path.rglob("*.png"))
-    assert len(generate(Run(broken), GOOD, 2, 7, tmp_path / "out")) == 2
+    assert len(generate(StudentPipeline.from_run(broken), GOOD, 2, 7, tmp_path / "out")) == 2
     code = run(["generate", str(broken), "--prompt", BAD, "-n", "1", "--out", str(tmp_path / "other")])
     said = capsys.readouterr()
     assert code == 1 and "is not finite" in said.err and len(said.err.strip().splitlines()) == 1

@@ -21,10 +21,11 @@ from raydmd.errors import UserError
 from raydmd.evaluation import exhibits
 from raydmd.evaluation.comparison import Difference, by_teacher, differences
 from raydmd.evaluation.curves import HEIGHT, LEFT, TOP, WIDTH, Band, Line, chart
-from raydmd.evaluation.pictures import generate
 from raydmd.evaluation.report import _best, report
+from raydmd.generate import generate
 from raydmd.methods.loading import load_recipe, parse_recipe
 from raydmd.models.fingerprint import fingerprint_teacher
+from raydmd.pipeline import StudentPipeline
 from raydmd.runs.run import Run
 
 
@@ -172,7 +173,7 @@ def test_pretrained_families_have_pictures_and_no_figures(tmp_path: Path, monkey
         "row by row: a cat; a dog; a fox; a cat" in str(i["alt"]) for i in page.images if "rows of 4" in str(i["alt"])
     )
     assert "s = 0.5" in page.text and not (run.folder / "evaluation.json").exists()
-    (path,) = generate(run, "a dog", 1, 0, tmp_path / "out")
+    (path,) = generate(StudentPipeline(run), "a dog", 1, 0, tmp_path / "out")
     assert path.name == "a-dog-0-0.png"
 
     write_prompts(table, columns)  # without texts
