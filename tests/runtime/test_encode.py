@@ -10,21 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
 from commands import command as started
 from disturbed import wait_until
 from rich.console import Console
+from safetensors.torch import load_file
 from test_pairs import meanwhile
 
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.config.recipe import Recipe
 from raydmd.data.prompts import PromptTable
-from raydmd.jsonl import read_lines
 from raydmd.methods.loading import parse_recipe
+from raydmd.methods.local import train
 from raydmd.models.tiny.qwen_image import WIDTH, TinyQwenImage
 from raydmd.models.tiny.text_encoders import put_text_encoder
+from raydmd.runs.folders import expert_file
 from raydmd.runs.run import Run, recipe_family
 from raydmd.runtime.cluster import join_or_start
-from raydmd.runtime.encode import encode_file
+from raydmd.runtime.encode import encode_file, encode_recipe
 from raydmd.runtime.launch import distill
 
 QUIET = Console(quiet=True)
@@ -98,7 +101,7 @@ def stamps(place: Path) -> dict[str, int]:
 
 
 def test_a_run_encodes_its_texts_once(recipe: Recipe, tmp_path: Path) -> None:
-    """The encoder is killed amid the first run; the second one finds the table and starts none."""
+    """The encoder is killed amid the run, which trains on the table; another run finds it and starts none."""
     cache, before = tmp_path / "cache", dict[str, int]()
 
     def kill() -> None:
@@ -119,12 +122,15 @@ def test_a_run_encodes_its_texts_once(recipe: Recipe, tmp_path: Path) -> None:
     assert_rows(place, recipe)
 
     said = io.StringIO()
-    assert distill(recipe, tmp_path / "two", console=Console(file=said, width=500)) is True
+    other = encode_recipe(recipe, tmp_path / "two", Console(file=said, width=500))  # as a run does before it trains
     assert len(encoders()) == 1 and files == stamps(place)
     assert f"prompts: 0 encoded, {len(TEXTS)} found in {place}" in said.getvalue()
-    losses = [read_lines(tmp_path / name / "metrics.jsonl")[-1]["loss_fake"] for name in ("one", "two")]
-    assert losses[0] == losses[1] > 0
-    assert Run(tmp_path / "two").recipe.prompts.path == str(place)
+    assert other.prompts.path == str(place) == Run(tmp_path / "one").recipe.prompts.path
+    family = recipe_family(other)
+    table = PromptTable(place, family.condition_columns)
+    (expected,) = train(other, family, family.load_teacher(), table).experts
+    found = load_file(expert_file(tmp_path / "one", 0))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_a_driver_is_killed_and_what_it_committed_stays(

@@ -11,7 +11,7 @@ import held
 import pytest
 import ray
 import torch
-from disturbed import Story, assert_bits_of_the_reference
+from disturbed import Story, assert_bits_of_the_reference, head_alone
 from rich.console import Console
 
 import raydmd.runtime  # before Ray  # noqa: F401
@@ -39,9 +39,8 @@ from raydmd.training.trainable_state import FlatParameters
 def here():
     for module in (sys.modules[__name__], held):
         ray.cloudpickle.register_pickle_by_value(module)  # the workers do not have these files
-    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    yield
-    ray.shutdown()
+    with head_alone(4):
+        yield
 
 
 class Faulty:

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
-from disturbed import Story, assert_bits_of_the_reference, wait_until
+from disturbed import Story, assert_bits_of_the_reference, head_alone, wait_until
 from rich.console import Console
 
 import raydmd.runtime  # before Ray  # noqa: F401
@@ -27,9 +26,8 @@ HELPERS = {"prompt stream": "PromptStream", "checkpoint writer": "CheckpointWrit
 
 @pytest.fixture(scope="module")
 def here() -> Iterator[None]:
-    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    yield
-    ray.shutdown()
+    with head_alone(4):
+        yield
 
 
 def stop(story: Story, name: str) -> Any:
@@ -38,8 +36,10 @@ def stop(story: Story, name: str) -> Any:
     return process
 
 
-def test_helpers_that_are_silent_are_replaced(here: None, quick: Any, prompts: Any, tmp_path: Path) -> None:
-    """SIGSTOP: every helper is killed and started again, and what it was asked is done."""
+def test_helpers_and_workers_that_are_silent_are_replaced(here: None, quick: Any, prompts: Any, tmp_path: Path) -> None:
+    """SIGSTOP: no connection closes, nobody is told. Every helper is killed and started again, and what it was asked
+    is done; then a scorer is treated as dead, and a trainer of each role, for whom its peer waits.
+    """
 
     def plot(story: Story) -> None:
         story.go_on(8)
@@ -50,11 +50,20 @@ def test_helpers_that_are_silent_are_replaced(here: None, quick: Any, prompts: A
             assert lost["why"] == "did not answer for over 5 s"
         assert not any(process.is_running() for process in stopped)
         story.go_on(15)  # over a checkpoint
-        story.kill("fake")  # a group whose only worker it was: the writer and the caller are needed
-        story.lost_and_recovered(1)
-        assert [event["role"] for event in story.events("worker-lost")] == ["fake"]  # nobody else was blamed
+        story.kill("fake", 0, 1)  # a whole group: the writer and the caller are needed
+        (recovered,) = story.lost_and_recovered(2)[-1:]
+        assert recovered["how"] == "rolled_back"
+        assert [event["role"] for event in story.events("worker-lost")] == ["fake", "fake"]  # nobody else was blamed
+        story.complete()
+        for count, role in enumerate(("teacher", "fake", "generator"), start=3):
+            os.kill(story.pids(role)[0], signal.SIGSTOP)
+            (recovered,) = story.lost_and_recovered(count)[-1:]
+            assert recovered["roles"] == [role] and recovered["steps_lost"] == 0
+            assert "did not answer for over 5 s" in story.events("worker-lost")[-1]["why"]
+            story.go_on(3)
 
-    story = Story(quick("ring", *LONG, "runtime.dead_after=5"), tmp_path / "run", plot).run()
+    several = [f"runtime.{role}.max_workers=2" for role in ("teacher", "fake", "generator")]
+    story = Story(quick("ring", *LONG, *several, "runtime.dead_after=5"), tmp_path / "run", plot).run()
     assert_bits_of_the_reference(story, prompts)
 
 

@@ -2,32 +2,30 @@
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 import yaml
 from commands import ROOT, command
-from disturbed import STORE, Story
+from disturbed import STORE, Story, assert_bits_of_the_reference
 from ray.cluster_utils import Cluster
-from rich.console import Console
 from safetensors.torch import load_file
 
+import raydmd.runtime  # before Ray  # noqa: F401
+from raydmd.cli import run
 from raydmd.config.plugins import import_plugins, workers_environment
 from raydmd.config.recipe import Recipe, dump_recipe
 from raydmd.errors import UserError
-from raydmd.jsonl import read_lines
 from raydmd.methods.loading import load_recipe
 from raydmd.methods.local import Reference, train
 from raydmd.methods.registry import build_method
 from raydmd.models.registry import build_family
 from raydmd.runs.folders import expert_file
 from raydmd.runs.run import Run, recipe_family
-from raydmd.runtime.launch import distill
 
 EXAMPLE = str(ROOT / "examples" / "two_fakes.py")
 FAMILY = """
@@ -51,9 +49,9 @@ def recipe_of(quick: Any, *overrides: str) -> Recipe:
     return load_recipe(str(path), ["iterations=[8, 7]", "checkpoint.every=5", *overrides])
 
 
-def locally(recipe: Recipe, prompts: Any, **options: Any) -> Reference:
+def locally(recipe: Recipe, prompts: Any) -> Reference:
     family = recipe_family(recipe)
-    return train(recipe, family, family.load_teacher(), prompts("ring"), **options)
+    return train(recipe, family, family.load_teacher(), prompts("ring"))
 
 
 def assert_same_bits(folder: Path, expected: Reference) -> None:
@@ -62,60 +60,60 @@ def assert_same_bits(folder: Path, expected: Reference) -> None:
         assert found.keys() == expert.keys() and all(torch.equal(found[name], expert[name]) for name in expert)
 
 
-def test_a_method_with_a_fourth_role_survives_losses_and_resumes_with_the_same_bits(
-    quick: Any, prompts: Any, tmp_path: Path
-) -> None:
-    """One of two workers of that role is killed, then the only one of another run's, before and after a resume."""
-    recipe, folder = recipe_of(quick, "runtime.second.max_workers=2", "runtime.second.cpus=0.25"), tmp_path / "run"
-    expected = locally(recipe, prompts)
+def cli(*arguments: str) -> int:
+    return run(list(arguments))
 
-    def plot(story: Story) -> None:
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[Cluster]:
+    """A cluster that drivers join by its address, each with its own plugins."""
+    small: dict[str, Any] = {"node_ip_address": "127.0.0.1", "object_store_memory": STORE}
+    lean = {"include_dashboard": False, "no_monitor": True, "include_log_monitor": False}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, **lean, **small})
+    try:
+        cluster.add_node(num_cpus=2, resources={"away": 2}, **small)
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_a_method_with_a_fourth_role_survives_losses_and_resumes_with_the_same_bits(
+    quick: Any, prompts: Any, two_nodes: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two workers of that role is killed; after a stop and a resume with one of them, that one."""
+    monkeypatch.setenv("RAY_ADDRESS", two_nodes.address)
+
+    def kill_one(story: Story) -> None:
         story.go_on(2)
         story.until(lambda: len(story.processes("SecondWorker")) == 2)
         os.kill(story.processes("SecondWorker")[0].pid, signal.SIGKILL)
         (recovered,) = story.lost_and_recovered(1)
         assert recovered["roles"] == ["second"] and recovered["steps_lost"] == 0
 
-    Story(recipe.model_copy(update={"iterations": [4000, 7]}), tmp_path / "long", plot).run()
-    assert distill(recipe, folder, console=Console(quiet=True), until=6) is False
-    lines = read_lines(folder / "metrics.jsonl")
-    assert [line["second_version"] for line in lines] == [2 * n for n in range(1, 7)]
-    assert all(line["loss_second"] > 0 and line["loss_second"] != line["loss_fake"] for line in lines)
-    assert distill(recipe, folder, console=Console(quiet=True)) is True
-    assert_same_bits(folder, expected)
-    other = locally(recipe_of(quick, "method.two_fakes.weight=0"), prompts)  # the second one counts
-    with pytest.raises(AssertionError):
-        assert_same_bits(folder, other)
-
-
-def test_the_only_worker_of_that_role_is_killed(quick: Any, prompts: Any, tmp_path: Path) -> None:
-    recipe = recipe_of(quick, "iterations=[4000, 7]")
-
-    def plot(story: Story) -> None:
+    def kill_the_only_one(story: Story) -> None:
+        story.until(lambda: len(story.events("started")) == 2)
         story.go_on(7)
-        os.kill(story.processes("SecondWorker")[0].pid, signal.SIGKILL)
-        (recovered,) = story.lost_and_recovered(1)
-        assert recovered["how"] == "rolled_back"
+        (second,) = story.processes("SecondWorker")
+        second.kill()
+        assert story.lost_and_recovered(2)[-1]["how"] == "rolled_back"
         story.go_on(3)
 
-    story = Story(recipe, tmp_path / "run", plot).run()
-    done = len(story.lines())
-    expected = locally(recipe, prompts, iterations=done)
-    for role in ("generator", "fake", "second"):
-        (shard,) = (story.folder / "checkpoints").glob(f"step-{done:06d}/{role}.safetensors")
-        state, found = expected.parts[role].flat.state(), load_file(shard)
-        assert all(torch.equal(found[name], value) for name, value in state.items()), role
+    long = "iterations=[4000, 7]"
+    recipe = recipe_of(quick, long, "runtime.second.max_workers=2", "runtime.second.cpus=0.25")
+    story = Story(recipe, tmp_path / "run", kill_one).run()
+    assert story.finished is False
+    lines = story.lines()
+    assert [line["second_version"] for line in lines] == [2 * n for n in range(1, len(lines) + 1)]
+    assert all(line["loss_second"] > 0 and line["loss_second"] != line["loss_fake"] for line in lines)
+    assert_bits_of_the_reference(story, prompts)
 
-
-@pytest.fixture
-def two_nodes() -> Iterator[Cluster]:
-    small: dict[str, Any] = {"node_ip_address": "127.0.0.1", "object_store_memory": STORE}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False, **small})
-    try:
-        cluster.add_node(num_cpus=2, resources={"away": 2}, **small)
-        yield cluster
-    finally:
-        cluster.shutdown()
+    story = Story(recipe_of(quick, long), story.folder, kill_the_only_one).run()
+    assert [event["resumed"] for event in story.events("started") if "resumed" in event] == [len(lines)]
+    assert_bits_of_the_reference(story, prompts)
+    story.recipe = recipe_of(quick, long, "method.two_fakes.weight=0")
+    with pytest.raises(AssertionError):  # the second one counts
+        assert_bits_of_the_reference(story, prompts)
 
 
 def test_a_plugins_file_reaches_the_workers_of_another_node(
@@ -131,14 +129,16 @@ def test_a_plugins_file_reaches_the_workers_of_another_node(
     arguments = ["distill", str(tmp_path / "two.yaml"), "--plugin", str(place), "--out", str(tmp_path / "run")]
     on_loopback = {"RAY_ADDRESS": two_nodes.address, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     token = {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH_")}
-    with command(arguments, tmp_path / "log", **on_loopback, **token) as run:
-        code, output = run.ended(240)
+    with command(arguments, tmp_path / "log", **on_loopback, **token) as started:
+        code, output = started.ended(240)
     assert code == 0, output
     assert_same_bits(tmp_path / "run", locally(recipe, prompts))
     assert Run(tmp_path / "run").recipe.plugins == [str(place)]
 
 
-def test_a_run_names_its_plugins_and_imports_none(quick: Any, tmp_path: Path) -> None:
+def test_a_run_names_its_plugins_and_imports_none(
+    quick: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A stranger's folder runs no code: the plugin leaves a mark where it is imported."""
     plugin, mark = tmp_path / "marking.py", tmp_path / "mark"
     plugin.write_text(f"open({str(mark)!r}, 'w').close()\n{Path(EXAMPLE).read_text().replace('two-fakes', 'marked')}")
@@ -149,26 +149,19 @@ def test_a_run_names_its_plugins_and_imports_none(quick: Any, tmp_path: Path) ->
     (folder / "recipe.yaml").write_text(yaml.safe_dump({**tree, "plugins": [str(plugin)]}))
     for words in (["evaluate"], ["report"], ["serve"], ["generate", "--prompt", "1"]):
         name, *more = words
-        result = raydmd(name, str(folder), *more)
-        assert result.returncode == 2 and "Traceback" not in result.stderr
-        assert "method.name: no method 'marked'" in result.stderr
-        assert f"give them: --plugin {plugin}" in result.stderr and not mark.exists()
-    result = raydmd("validate", str(folder / "recipe.yaml"))
-    assert result.returncode == 2 and f"give them: --plugin {plugin}" in result.stderr and not mark.exists()
-    result = raydmd("evaluate", str(folder), "--plugin", str(plugin))
-    assert mark.exists() and "has no trained expert yet" in result.stderr
+        assert cli(name, str(folder), *more) == 2
+        error = capsys.readouterr().err
+        assert "method.name: no method 'marked'" in error and error.count("\n") == 1
+        assert f"give them: --plugin {plugin}" in error and not mark.exists()
+    assert cli("validate", str(folder / "recipe.yaml")) == 2
+    assert f"give them: --plugin {plugin}" in capsys.readouterr().err and not mark.exists()
+    cli("evaluate", str(folder), "--plugin", str(plugin))
+    assert mark.exists() and "has no trained expert yet" in capsys.readouterr().err
 
 
-def raydmd(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "raydmd", *arguments], capture_output=True, text=True, timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-
-
-def test_a_recipe_prints_the_methods_own_options() -> None:
-    result = raydmd("recipes", "ring", "--plugin", EXAMPLE)
-    assert result.returncode == 0 and "two_fakes" not in yaml.safe_load(result.stdout)["method"]
+def test_a_recipe_prints_the_methods_own_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli("recipes", "ring", "--plugin", EXAMPLE) == 0
+    assert "two_fakes" not in yaml.safe_load(capsys.readouterr().out)["method"]
     import_plugins([EXAMPLE])
     recipe = load_recipe("ring", ["method.name=two-fakes", "method.two_fakes.weight=0.3"])
     assert yaml.safe_load(dump_recipe(recipe))["method"]["two_fakes"] == {"weight": 0.3}
@@ -220,7 +213,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_plugins_that_are_none_get_one_line(what: str, tmp_path: Path) -> None:
+def test_plugins_that_are_none_get_one_line(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name, text, told = BROKEN[what]
     path = tmp_path / name
     if text or what == "another module's name":
@@ -229,8 +222,9 @@ def test_plugins_that_are_none_get_one_line(what: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_recipe("ring", plugins=[plugin])
     assert told in str(caught.value) and "\n" not in str(caught.value)
-    result = raydmd("recipes", "ring", "--plugin", plugin)
-    assert result.returncode == 2 and told in result.stderr and result.stderr.count("\n") == 1
+    assert cli("recipes", "ring", "--plugin", plugin) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from disturbed import Story, wait_until
+from disturbed import Story, head_alone, wait_until
 from rich.console import Console
 
 import raydmd.runtime  # before Ray  # noqa: F401
@@ -27,9 +27,8 @@ from raydmd.training.fake_score import Fake
 @pytest.fixture(scope="module")
 def here() -> Iterator[None]:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not have this file
-    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    yield
-    ray.shutdown()
+    with head_alone(4):
+        yield
 
 
 def stuck_if_told(folder: str, recipe: Any, device: str) -> Any:

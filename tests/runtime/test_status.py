@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from click.testing import CliRunner
 from commands import command
-from disturbed import Story, wait_until
+from disturbed import Story, head_alone, wait_until
 
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.cli import app
@@ -78,13 +77,10 @@ def test_a_run_shows_its_workers_and_that_it_recovers(quick: Any, tmp_path: Path
         story.complete()
         story.until(lambda: status().roles["fake"].active == 2 and status().roles["fake"].generation == 3)
 
-    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    try:
-        recipe = quick("ring", "iterations=[6, 100000]", "runtime.fake.max_workers=2")
-        story = Story(recipe, tmp_path / "run", plot)
+    recipe = quick("ring", "iterations=[6, 100000]", "runtime.fake.max_workers=2")
+    story = Story(recipe, tmp_path / "run", plot)
+    with head_alone(4):
         story.run()
-    finally:
-        ray.shutdown()
     last = read_status(story.folder)
     assert (last.state, last.iteration) == ("stopped", story.lines()[-1]["iteration"] + 1)
     assert last.has_ended and "teacher" not in " ".join(describe(story.folder, last))

@@ -43,24 +43,34 @@ _plot = threading.local()  # in a plot's thread: its story
 
 
 @contextmanager
-def several_nodes(*nodes: dict[str, float]) -> Iterator[Cluster]:
-    """Start a head and a node for each set of resources, all on loopback, and join them."""
+def head_alone(num_cpus: int, **system_config: Any) -> Iterator[Cluster]:
+    """Start a Ray of one node on loopback and join it, without those of Ray's processes that no run uses.
+
+    Those are the autoscaler's and the one that reads logs for drivers: what is started by `ray.init` has them.
+    """
     cluster = Cluster(
         initialize_head=True,
         shutdown_at_exit=False,  # its hooks can be set in the main thread only, and nodes are added in others
         head_node_args={
-            "num_cpus": 2, "object_store_memory": STORE, "include_dashboard": False,
-            "_system_config": QUICK_HEALTH_CHECKS,
+            "num_cpus": num_cpus, "object_store_memory": STORE, "include_dashboard": False,
+            "no_monitor": True, "include_log_monitor": False, "_system_config": system_config,
         },
     )  # fmt: skip
     try:
-        for resources in nodes:
-            add_node(cluster, resources)
         ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
         yield cluster
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+@contextmanager
+def several_nodes(*nodes: dict[str, float]) -> Iterator[Cluster]:
+    """Start a head and a node for each set of resources, all on loopback, and join them."""
+    with head_alone(2, **QUICK_HEALTH_CHECKS) as cluster:
+        for resources in nodes:
+            add_node(cluster, resources)
+        yield cluster
 
 
 def add_node(cluster: Cluster, resources: dict[str, float]) -> Any:
