@@ -185,7 +185,7 @@ class StudentPipeline:
         if generator is not None:
             seed = int(torch.randint(LARGEST_SEED, (), generator=generator, device=generator.device))
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        made, pictures = [], []
+        made, pictures = list[Tensor](), list[Any]()
         frame = None if image is None else Path(image)
         for each in [self.conditions(text, "prompt", frame) for text in prompts]:
             parts = []

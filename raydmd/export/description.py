@@ -31,7 +31,7 @@ class File(Section):
 
 
 class ExpertPlace(Section):
-    """An expert: its times, and where it lies."""
+    """An expert, or of one with two networks what one of them is: its times, and where it lies."""
 
     name: str
     times: tuple[float, ...] = Field(min_length=2, description="its step grid, falling, with its end")
@@ -133,14 +133,15 @@ def describe(plan: Plan, folder: Path) -> Description:
         path = path if path.startswith(HUB) else os.path.abspath(path)
     adapters = plan.is_lora if plan.format != "diffusers" else plan.keeps_adapters
     places = FORMATS[plan.format].places(plan)
+    ends = [*(segment.times[0] for segment in plan.segments[1:]), plan.times[-1]]
     return Description(
         raydmd=__version__, run=plan.run.name, method=method.name, base=plan.base,
         teacher=teacher.model_copy(update={"path": path, "options": options, "lora": None}),
         fingerprint=plan.run.fingerprint() if teacher.lora is None else None,
         format=plan.format, dtype=plan.dtype,
         experts=tuple(
-            ExpertPlace(name=name, times=phase.times, place=place)
-            for name, phase, place in zip(plan.names, plan.phases, places, strict=True)
+            ExpertPlace(name=segment.name, times=(*segment.times, end), place=place)
+            for segment, end, place in zip(plan.segments, ends, places, strict=True)
         ),
         adapter=method.experts if adapters else Experts(kind="full"),
         scheduler=scheduler_of(folder) if plan.format == "diffusers" else None,

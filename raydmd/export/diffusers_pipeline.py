@@ -55,9 +55,9 @@ def code(plan: Plan) -> str:
 
 
 def places(plan: Plan) -> list[str]:
-    """Return where each expert lies in the folder, in order."""
+    """Return where each segment lies in the folder, in order."""
     if plan.keeps_adapters:
-        return [f"{ADAPTERS}/{name}.safetensors" for name in plan.names]
+        return [f"{ADAPTERS}/{segment.name}.safetensors" for segment in plan.segments]
     return [plan.component, *_others(plan)]
 
 

@@ -15,6 +15,7 @@ from raydmd.export.adapter_reading import Layers, read_state
 from raydmd.export.description import check_scheduler, read_description
 from raydmd.models.adapter_files import Adapter
 from raydmd.models.base import Denoiser, Family
+from raydmd.models.diffusers.denoiser import PretrainedDenoiser
 from raydmd.models.diffusers.hub import HUB
 from raydmd.models.diffusers.pretrained import PretrainedFamily
 from raydmd.models.experts import Experts, adapted_layers
@@ -94,6 +95,11 @@ class Export(Student):
         with _blamed(self._base):
             return self.teacher_family.load_teacher()
 
+    @property
+    def intervals(self) -> list[tuple[float, float]]:
+        """The first and the last time that each expert visits: of a teacher of two networks they are one's."""
+        return [(phase.times[0], phase.times[-2]) for phase in self.phases]
+
     def trained_phases(self) -> list[Phase]:
         """Return all phases."""
         return self.phases
@@ -109,6 +115,9 @@ class Export(Student):
         state = read_state(
             self.said.format, place, Adapter(adapter.rank, adapter.alpha), lambda: self._layers(index)
         )  # fmt: skip
+        if self._pretrained.second_network is not None:  # the files have the first network's name for both
+            component = self._network(index).component
+            state = {f"{component}.{name.partition('.')[2]}": value for name, value in state.items()}
         for name, value in state.items():
             if finite and not bool(torch.isfinite(value).all()):
                 raise UserError(f"{place}: '{name}' has values that are not finite")
@@ -221,11 +230,16 @@ class Export(Student):
         with _blamed(self._base):
             return self.family.outline()
 
+    def _network(self, index: int) -> PretrainedDenoiser:
+        """Return the outline of the base model's network that an expert's adapters are for."""
+        network = self._outline.for_interval(*self.intervals[index])
+        assert isinstance(network, PretrainedDenoiser)
+        return network
+
     def _layers(self, index: int) -> Layers:
         """Return the names of the layers that may have an adapter of an expert, by those that the format has."""
-        network = self._outline.for_interval(*self.phases[index].interval)
         layers = {}
-        for name in adapted_layers(network, self.family.lora_targets):
+        for name in adapted_layers(self._network(index), self.family.lora_targets):
             _, _, layer = name.partition(".")
             layers[self._pretrained.original_layer(layer) if self.said.format == "lightning" else layer] = name
         return layers

@@ -36,7 +36,7 @@ def code(plan: Plan) -> str:
 
 
 def places(plan: Plan) -> list[str]:
-    """Return where each expert lies in the folder, in order."""
+    """Return where each segment lies in the folder, in order."""
     return list(file_names(plan))
 
 

@@ -31,7 +31,7 @@ def code(plan: Plan) -> str:
 
 
 def places(plan: Plan) -> list[str]:
-    """Return where each expert lies in the folder, in order."""
+    """Return where each segment lies in the folder, in order."""
     return file_names(plan)
 
 

@@ -53,5 +53,5 @@ def code(plan: Plan) -> str:
 
 
 def places(plan: Plan) -> list[str]:
-    """Return where each expert lies in the folder, in order."""
-    return plan.names
+    """Return where each segment lies in the folder, in order."""
+    return [segment.name for segment in plan.segments]

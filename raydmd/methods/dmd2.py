@@ -46,7 +46,9 @@ class DMD2Section(Section):
 class DMD2Options(MethodOptions):
     """The common options, with DMD2's sampler, its own and its classifier's."""
 
-    solver: Literal["euler", "renoise"] = "renoise"
+    solver: Literal["euler", "renoise"] = Field(
+        "renoise", description="steps between the times: euler's, or to x_0 and noised anew"
+    )
     dmd2: DMD2Section = DMD2Section()
     discriminator: DiscriminatorOptions = DiscriminatorOptions()
 

@@ -46,6 +46,11 @@ class Student(ABC):
         return f"{self.kind} '{self.folder}'"
 
     @property
+    def intervals(self) -> list[tuple[float, float]]:
+        """The times, high and low, between which each expert is called."""
+        return [phase.interval for phase in self.phases]
+
+    @property
     def teacher_family(self) -> Family:
         """The family of `teacher`.
 
@@ -123,7 +128,7 @@ class Student(ABC):
         kind = self.recipe.method.experts
         experts = Experts(
             teacher, len(self.phases), kind.kind, kind.rank, kind.alpha, self.family.lora_targets, self.recipe.seed,
-            [phase.interval for phase in self.phases],
+            self.intervals,
         )  # fmt: skip
         for phase in self.trained_phases():
             experts.start(phase.index)
@@ -141,7 +146,7 @@ class Student(ABC):
             UserError: it, or the teacher, is missing or does not fit, or cannot be fused.
         """
         kind = self.recipe.method.experts
-        network, state = self.teacher().for_interval(*self.phases[index].interval), self.expert_state(index)
+        network, state = self.teacher().for_interval(*self.intervals[index]), self.expert_state(index)
         if kind.kind == "lora":
             fuse_lora(network, state, kind.rank, kind.alpha)
         else:

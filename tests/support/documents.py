@@ -150,7 +150,7 @@ def _check_own(words: list[str], recipe: str | None) -> None:
         if given is not None:
             load_recipe(given, overrides, values["plugins"])
     if name == "serve" and "no_keys" in values:
-        load_serving(str(values["run"]), values["layout"], values["teacher"], values["fast"], overrides)
+        load_serving(str(values["folder"]), values["layout"], values["teacher"], values["fast"], overrides)
 
 
 def check_recipe(text: str, source: str) -> None:

@@ -29,7 +29,7 @@ def in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 def own_recipe(page: Path, folder: Path) -> str | None:
     """Write the first recipe of a page that is a whole one; else the own model's."""
     for block in [*blocks_of(page), *blocks_of(IN_STORY)]:
-        if block.language == "yaml" and re.search(r"^teacher:", block.text, re.M):
+        if block.language == "yaml" and {"teacher", "method"} <= {*re.findall(r"^(\w+):", block.text, re.M)}:
             (folder / "my.yaml").write_text(block.text)
             return str(folder / "my.yaml")
     return None

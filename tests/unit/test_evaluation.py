@@ -32,10 +32,12 @@ from raydmd.evaluation.evaluate import (
 )
 from raydmd.evaluation.metrics import frechet_distance
 from raydmd.evaluation.points import ring_metrics
+from raydmd.generate import generate
 from raydmd.methods.loading import load_recipe
 from raydmd.methods.registry import plan_phases
 from raydmd.models.experts import Experts
 from raydmd.models.registry import build_family
+from raydmd.pipeline import StudentPipeline
 from raydmd.runs.run import Run, recipe_family
 from raydmd.training.teacher import Scorer
 
@@ -280,14 +282,14 @@ def test_side_by_side_and_scatter() -> None:
 
 
 def test_generate_gives_the_same_bytes_alone_and_among_others(digits_run: Run, tmp_path: Path) -> None:
-    many = pictures.generate(digits_run, "7", 5, 3, tmp_path / "many")
+    many = generate(StudentPipeline(digits_run), "7", 5, 3, tmp_path / "many")
     assert [path.name for path in many] == [f"7-3-{i}.png" for i in range(5)]
     assert sorted(path.name for path in (tmp_path / "many").iterdir()) == sorted(path.name for path in many)
-    few = pictures.generate(digits_run, "7", 2, 3, tmp_path / "few")
+    few = generate(StudentPipeline(digits_run), "7", 2, 3, tmp_path / "few")
     assert [path.read_bytes() for path in few] == [path.read_bytes() for path in many[:2]]
     assert few[0].read_bytes() != few[1].read_bytes()
-    (other_seed,) = pictures.generate(digits_run, "7", 1, 4, tmp_path / "seed")
-    (other_class,) = pictures.generate(digits_run, "1", 1, 3, tmp_path / "class")
+    (other_seed,) = generate(StudentPipeline(digits_run), "7", 1, 4, tmp_path / "seed")
+    (other_class,) = generate(StudentPipeline(digits_run), "1", 1, 3, tmp_path / "class")
     assert len({path.read_bytes() for path in (few[0], other_seed, other_class)}) == 3
     with Image.open(few[0]) as image:
         assert image.size == (256, 256) and image.format == "PNG"
@@ -295,7 +297,7 @@ def test_generate_gives_the_same_bytes_alone_and_among_others(digits_run: Run, t
 
 def test_generate_draws_points_as_one_picture(quick, prompts, tmp_path: Path) -> None:
     run = make_run(quick("ring"), tmp_path / "run", prompts("ring"))
-    (path,) = pictures.generate(run, "any thing/../at all", 200, 0, tmp_path / "out")
+    (path,) = generate(StudentPipeline(run), "any thing/../at all", 200, 0, tmp_path / "out")
     assert path.parent == tmp_path / "out" and path.name == "any-thing-at-all-0-0.png"
 
 
@@ -306,18 +308,18 @@ def test_generate_draws_points_as_one_picture(quick, prompts, tmp_path: Path) ->
 )  # fmt: skip
 def test_generate_refuses_other_prompts(digits_run: Run, tmp_path: Path, prompt: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        pictures.generate(digits_run, prompt, 1, 0, tmp_path / "out")
+        generate(StudentPipeline(digits_run), prompt, 1, 0, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_generate_refuses_what_it_cannot_do(digits_run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="a folder is needed"):
-        pictures.generate(digits_run, "1", 1, 0, tmp_path / "file")
+        generate(StudentPipeline(digits_run), "1", 1, 0, tmp_path / "file")
     run = copy_of(digits_run, tmp_path / "run")
     run.expert_file(1).unlink()
     with pytest.raises(UserError, match="1 of 2 phases"):
-        pictures.generate(run, "1", 1, 0, tmp_path / "out")
+        generate(StudentPipeline(run), "1", 1, 0, tmp_path / "out")
 
 
 def test_prompts_of_encoded_tables(quick, tmp_path: Path) -> None:

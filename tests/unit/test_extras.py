@@ -49,7 +49,7 @@ def test_training_imports_none_of_them() -> None:
 def test_the_extras_are_those_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    assert {*EXTRAS, "deepspeed", "docs", "test", "wandb"} == set(extras)
+    assert {*EXTRAS, "deepspeed", "docs", "quantization", "test", "wandb"} == set(extras)
     for name, modules in EXTRAS.items():
         packages = " ".join(extras[name]).replace("-", "_")
         assert all(module in packages for module in modules)
