@@ -24,15 +24,15 @@ def sample(folder: Path) -> None:
     pipe.set_progress_bar_config(disable=True)
     networks = {id(module): name for name, module in pipe.components.items() if isinstance(module, nn.Module)}
     calls: list[tuple[str, int]] = []
-    made = 0  # steps
+    done = 0  # steps
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
-            module.register_forward_pre_hook(lambda module, _: calls.append((networks[id(module)], made)))
+            module.register_forward_pre_hook(lambda module, _: calls.append((networks[id(module)], done)))
     last: list[Tensor] = []
 
     def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        nonlocal made
-        made, last[:] = step + 1, [tensors["latents"]]
+        nonlocal done
+        done, last[:] = step + 1, [tensors["latents"]]
         return card["switch"](pipe, step, timestep, tensors) if "switch" in card else tensors
 
     given: dict[str, Any] = load_file(folder / "given.safetensors")
