@@ -123,7 +123,13 @@ def explain_in(given: Recipe, text: str, key: str) -> Explained:
     assert field is not None
     required = field.is_required()
     default = None if required else _shown(_plain(field.get_default(call_default_factory=True)))
-    return Explained(key, str(field.description), _kind(field), default, _shown(_plain(value)), comment)
+    return Explained(key, description(type(section), path[-1]), _kind(field), default, _shown(_plain(value)), comment)
+
+
+def description(section: type[BaseModel], name: str) -> str:
+    """Return what a section's field means; one that only has another default means what its parent's does."""
+    fields = [each.model_fields.get(name) for each in section.__mro__ if issubclass(each, BaseModel)]
+    return next((field.description for field in fields if field is not None and field.description), "")
 
 
 def _completed(recipe: Recipe) -> Recipe:
