@@ -31,16 +31,16 @@ def load_recipe(
 
     Args:
         name_or_path: a YAML file, or the name of a shipped recipe, as `raydmd recipes` lists them.
-        overrides: values by key (``{"method.name": "dmd", "batch.size": 64}``), or ``key=value`` texts as of ``--set``.
+        overrides: values by key (``{"iterations": 20, "batch.size": 64}``), or ``key=value`` texts as of ``--set``.
         plugins: modules and files to import first, besides those that the recipe names.
 
     Raises:
         UserError: no such recipe or plugin, an unknown key or a value out of range.
 
     Examples:
-        >>> recipe = load_recipe("digits", {"iterations": 20, "method.phases": 1})
-        >>> recipe.method.name, recipe.iterations
-        ('phased', 20)
+        >>> recipe = load_recipe("digits", {"iterations": 20, "batch.size": 32})
+        >>> recipe.iterations, recipe.batch.size
+        (20, 32)
     """
     if isinstance(overrides, Mapping):
         overrides = [f"{key}={_yaml(key, value)}" for key, value in overrides.items()]

@@ -49,12 +49,12 @@ def test_processes_that_compute_nothing_do_not_import_torch(module: str) -> None
 
 @pytest.mark.parametrize(
     ("name", "users"),
-    [("euler_step", {"sampling/student.py", "training/score_network.py"}), ("renoise_step", {"sampling/student.py"}),
+    [("euler_step", {"sampling/student.py", "training/score_network.py", "export/schedulers.py"}), ("renoise_step", {"sampling/student.py"}),
      ("integrate", {"sampling/teacher.py"})],
 )  # fmt: skip
 def test_there_is_one_few_step_and_one_many_step_loop(name: str, users: set[str]) -> None:
     """Training, previews, generate, evaluation and serving all go through them; what else takes steps is no sampler:
-    a score network's own, from each sample's t, which ADM compares."""
+    a score network's own, from each sample's t, which ADM compares, and what a scheduler's steps are held against."""
     package = ROOT / "raydmd"
     found = {str(p.relative_to(package)) for p in package.rglob("*.py") if re.search(rf"\b{name}\(", p.read_text())}
     assert found - {"diffusion/solvers.py"} == users
