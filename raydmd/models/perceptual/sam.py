@@ -60,7 +60,7 @@ def sam_is_here(source: str, key: str) -> bool:
 def _tiny() -> Any:
     from transformers import SamVisionConfig, SamVisionModel
 
-    vision = dict(
+    vision: dict[str, Any] = dict(
         hidden_size=16, output_channels=8, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8,
         mlp_dim=16, window_size=2, global_attn_indexes=[1],
     )  # fmt: skip
