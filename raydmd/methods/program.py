@@ -173,6 +173,15 @@ class MethodTrace:
         begin = self.updates_before(self.ends[phase - 1] if phase else 0)
         return {role: made - begin[role] for role, made in self.updates_before(self.ends[phase]).items()}
 
+    def updates_up_to(self, phase: int, limits: Mapping[str, int]) -> dict[str, int]:
+        """Return `updates_in`, counted no further once every role of ``limits`` has made more than is said there."""
+        made = dict.fromkeys(self.method.trained(), 0)
+        for n in range(self.ends[phase - 1] if phase else 0, self.ends[phase]):
+            made = Tracer(self.method, self.phases, self.ends, made).iteration(n).updates
+            if all(made[role] > limit for role, limit in limits.items()):
+                break
+        return made
+
     def iteration(self, n: int) -> Trace:
         """Return the calls of iteration ``n``."""
         return self._tracer(n).iteration(n)
@@ -258,10 +267,11 @@ def check_warmups(recipe: Recipe, t_max: float = 1.0) -> None:
     Raises:
         UserError: a role's warm-up takes all of its updates in a phase.
     """
-    warm = [role for role in build_method(recipe).trained() if recipe.optimizer.of(role).warmup]
-    for phase in range(len(trace_method(recipe, t_max).ends)) if warm else ():
-        made = trace_method(recipe, t_max).updates_in(phase)
-        for role in warm:
-            if 0 < made[role] <= (warmup := recipe.optimizer.of(role).warmup):
+    warmups = {role: recipe.optimizer.of(role).warmup for role in build_method(recipe).trained()}
+    warmups = {role: updates for role, updates in warmups.items() if updates}
+    for phase in range(len(trace_method(recipe, t_max).ends)) if warmups else ():
+        made = trace_method(recipe, t_max).updates_up_to(phase, warmups)
+        for role, warmup in warmups.items():
+            if 0 < made[role] <= warmup:
                 raise UserError(f"optimizer.{role}.warmup: {warmup} of the {made[role]} updates of phase {phase + 1} "
                                 f"leave none at the whole lr; at most {made[role] - 1}")  # fmt: skip

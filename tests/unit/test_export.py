@@ -60,7 +60,7 @@ KINDS = {  # overrides of the recipe; two LoRA experts of two steps each, but fo
 }  # fmt: skip
 SHIFTED = ("qwen_image", "wan", "wan_i2v", "flux", "flux2_klein", "sd3", "z_image")  # by 3, where no times are given
 ALL, PLAIN = tuple(FORMATS), ("diffusers", "lora", "peft")
-USUAL = {"lora": ("diffusers", "peft"), "full": ("diffusers",), "one": ("lora",)}
+USUAL = {"lora": ("diffusers",), "one-full": ("diffusers",), "one": ("lora",)}
 EXPORTED: dict[str, dict[str, tuple[str, ...]]] = {  # formats by tiny model and kind
     "qwen_image": {"lora": ALL, "full": ("diffusers",), "uneven": ("diffusers",)},
     "wan": {"lora": ALL, "own": ("diffusers",), "uneven": ("diffusers", "lora")},
@@ -187,7 +187,7 @@ def test_which_network_ran_at_which_step(
 
 
 def plain_wan(exports: Exports, key: Key, **changed: Any) -> tuple[torch.Tensor, list[str]]:
-    """Return how far WanPipeline, as the folder itself has it, is from the run, and the network that ran at each step."""
+    """Return how far WanPipeline, as the folder has it, is from the run, and the network that ran at each step."""
     latents, ran = plain_wan_latents(exports, key, **changed)
     plan = exports.plans[key]
     return (latents - checking._own(plan, checking._inputs(plan)[0])).abs().max(), ran
@@ -225,9 +225,7 @@ def test_the_scheduler_in_wans_folder(exports: Exports) -> None:
         assert config["_class_name"] == scheduler
         apart, _ = plain_wan(exports, key)
         assert (apart > 1e-5) == (kind == "uneven"), (kind, apart)  # else the card's lines on it were for nothing
-        if (
-            kind == "uneven"
-        ):  # what is left is the network's time alone, which this scheduler gives in whole thousandths
+        if kind == "uneven":  # what is left is the network's time, which it gives in whole thousandths
             assert (plain_wan_latents(exports, key)[0] - at_whole_timesteps(exports.plans[key])).abs().max() <= 5e-5
 
 

@@ -49,7 +49,8 @@ def test_processes_that_compute_nothing_do_not_import_torch(module: str) -> None
 
 @pytest.mark.parametrize(
     ("name", "users"),
-    [("euler_step", {"sampling/student.py", "training/score_network.py", "export/schedulers.py"}), ("renoise_step", {"sampling/student.py"}),
+    [("euler_step", {"sampling/student.py", "training/score_network.py", "export/schedulers.py"}),
+     ("renoise_step", {"sampling/student.py"}),
      ("integrate", {"sampling/teacher.py"})],
 )  # fmt: skip
 def test_there_is_one_few_step_and_one_many_step_loop(name: str, users: set[str]) -> None:
