@@ -435,7 +435,7 @@ def test_what_cannot_be_exported_is_refused(
     refused("--format peft: the run's experts are whole networks", full, "--format", "peft")
     refused("'float8' is not one of 'float32', 'bfloat16'", lora, "--format", "lora", "--dtype", "float8")
     assert exported(lora, "--out", out, "--format", "loras") == 2 and not out.exists()
-    assert "did you mean 'lora'" in capsys.readouterr().err
+    assert "'loras' is not one of 'diffusers', 'lora'" in capsys.readouterr().err
     for name in [name for name, kinds in EXPORTED.items() if kinds is USUAL]:
         words = "--format lightning: the names of this family's layers outside diffusers are not known"
         refused(words, exports.runs[name, "one"].folder, "--format", "lightning")
