@@ -41,10 +41,11 @@ def find_tiny(family: str, name: str | None = None) -> TinyModel | None:
         raise UserError(f"teacher.family: no family '{family}'{nearest(family, FAMILIES)}")
     if name in (None, family) and issubclass(FAMILIES.get(family, object), EmbeddedFamily):
         return None
+    families = dict.fromkeys(model.family for model in known.values())
+    if family not in families:
+        raise UserError(f"teacher.path: there is no tiny model of family '{family}'{nearest(family, families)}")
     if name is not None and name not in known:
         raise UserError(f"teacher.tiny: no tiny model '{name}'{nearest(name, known)}")
-    if name is None and family not in known:
-        raise UserError(f"teacher.path: there is no tiny model of family '{family}'{nearest(family, known)}")
     found = known[name or family]
     if found.family != family:
         raise UserError(f"teacher.tiny: '{name}' is of family '{found.family}', not of '{family}'")
