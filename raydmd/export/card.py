@@ -142,9 +142,9 @@ def _remarks(plan: Plan) -> Iterator[str]:
     if plan.sampler.scheduler == FLOW_MAP:
         yield (f"- {FLOW_MAP} makes the trained steps exactly; an older diffusers does not have it, and an export "
                f"made with that one has others.")  # fmt: skip
-    if plan.format == "diffusers" and plan.sampler.shipped is not None:
-        yield (f"- The folder's own {plan.sampler.shipped.scheduler} has the trained noise levels, but cuts timesteps "
-               f"to whole numbers; the two lines on `pipe.scheduler` make the trained steps exactly.")  # fmt: skip
+    if plan.sampler.sigmas:
+        yield (f"- No {plan.sampler.scheduler} has the trained times by itself: the line on `set_timesteps` gives them "
+               f"to it.")  # fmt: skip
     if plan.boundary_ratio is not None:
         yield f"- `boundary_ratio` {plan.boundary_ratio:.4g} lies between the times of the two networks."
 

@@ -39,7 +39,7 @@ def loading_code(
         variant = plan.family.options["variant"]
         more = f", variant={_quoted(variant)}{absent}" if variant else absent
         lines.append(f"pipe = {plan.pipeline}.from_pretrained(base, torch_dtype=dtype{more}{_networks(plan)})")
-    if _sets_scheduler(plan):
+    if plan.format != "diffusers":
         config = ", ".join(f"{key}={value!r}" for key, value in plan.sampler.config.items())
         lines.append(f"pipe.scheduler = {plan.sampler.scheduler}({config})")
     if plan.sampler.sigmas:
@@ -90,14 +90,9 @@ def pipeline_arguments(plan: Plan) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(getattr(diffusers, plan.pipeline).__call__).parameters
 
 
-def _sets_scheduler(plan: Plan) -> bool:
-    """Whether the scheduler is made by these lines: the folder has another one."""
-    return plan.format != "diffusers" or plan.sampler.shipped is not None
-
-
 def _classes(plan: Plan, swapped: Sequence[str]) -> set[str]:
     found = {plan.pipeline}
-    if _sets_scheduler(plan):
+    if plan.format != "diffusers":
         found.add(plan.sampler.scheduler)
     if swapped or f"{plan.family.network_class}." in _networks(plan):
         found.add(plan.family.network_class)

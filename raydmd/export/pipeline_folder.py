@@ -53,7 +53,7 @@ def write_pipeline(plan: Plan, folder: Path, networks: Mapping[str, str], config
         elif argument.default is inspect.Parameter.empty:
             index[part] = [None, None]  # diffusers' form of a part that is not there
     index |= {part: ["diffusers", kind] for part, kind in networks.items()}
-    sampler = plan.sampler.shipped or plan.sampler
+    sampler = plan.sampler
     index |= {"scheduler": ["diffusers", sampler.scheduler], **config}
     with writing(folder / INDEX):
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

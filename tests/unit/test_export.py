@@ -3,13 +3,12 @@
 import json
 import shutil
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from run_folders import draw_run
 from safetensors.torch import load_file, save_file
 from test_every_family import recipe_of
@@ -26,8 +25,8 @@ from raydmd.export.formats import FORMATS
 from raydmd.export.loading_code import call_arguments
 from raydmd.export.plan import Plan, choose_sampler, make_plan
 from raydmd.methods.loading import load_recipe
-from raydmd.models.diffusers.sampler_grid import EULER, UNIPC
-from raydmd.models.diffusers.student_sampler import FLOW_MAP, Sampler, euler_shift, even_shift, unipc_config
+from raydmd.models.diffusers.sampler_grid import EULER
+from raydmd.models.diffusers.student_sampler import FLOW_MAP, Sampler, euler_shift, euler_stretch, even_shift
 from raydmd.models.diffusers.variance_preserving import VariancePreservingFamily
 from raydmd.models.experts import Experts
 from raydmd.models.registry import FAMILIES as FAMILIES_BY_NAME
@@ -54,6 +53,7 @@ KINDS = {  # overrides of the recipe; two LoRA experts of two steps each, but fo
     "lora": (), "full": ("method.experts.kind=full",), "one": ("method.phases=1",),
     "one-full": ("method.phases=1", "method.experts.kind=full"),
     "uneven": ("method.phases=1", "method.times=[1.0, 0.8, 0.3]"),
+    "lawless": ("method.phases=1", "method.times=[1.0, 0.9, 0.5, 0.45]"),
     "own": (f"method.times={own_times(5.0)}", "method.experts.kind=full"),
     "boundary": ON_THE_BOUNDARY, "boundary-full": (*ON_THE_BOUNDARY, "method.experts.kind=full"),
     "first": ("teacher.options.subfolder=transformer",), "second": ("teacher.options.subfolder=transformer_2",),
@@ -63,7 +63,7 @@ ALL, PLAIN = tuple(FORMATS), ("diffusers", "lora", "peft")
 USUAL = {"lora": ("diffusers",), "one-full": ("diffusers",), "one": ("lora",)}
 EXPORTED: dict[str, dict[str, tuple[str, ...]]] = {  # formats by tiny model and kind
     "qwen_image": {"lora": ALL, "full": ("diffusers",), "uneven": ("diffusers",)},
-    "wan": {"lora": ALL, "own": ("diffusers",), "uneven": ("diffusers", "lora")},
+    "wan": {"lora": ALL, "own": ("diffusers",), "uneven": ("diffusers", "lora"), "lawless": ("diffusers",)},
     "wan22": {
         "boundary": ALL, "boundary-full": ("diffusers",), "lora": ALL, "full": ("diffusers",),
         "one": ("diffusers", "lora"), "one-full": ("diffusers",), "first": ("lora",), "second": ("peft",),
@@ -188,22 +188,16 @@ def test_which_network_ran_at_which_step(
 
 def plain_wan(exports: Exports, key: Key, **changed: Any) -> tuple[torch.Tensor, list[str]]:
     """Return how far WanPipeline, as the folder has it, is from the run, and the network that ran at each step."""
-    latents, ran = plain_wan_latents(exports, key, **changed)
-    plan = exports.plans[key]
-    return (latents - checking._own(plan, checking._inputs(plan)[0])).abs().max(), ran
-
-
-def plain_wan_latents(exports: Exports, key: Key, **changed: Any) -> tuple[torch.Tensor, list[str]]:
-    """Return the latents by WanPipeline as the folder itself has it, and the network that ran at each step."""
     plan, ran = exports.plans[key], list[str]()
     pipe = WanPipeline.from_pretrained(exports.folders[key], text_encoder=None, tokenizer=None, **changed)
     pipe.set_progress_bar_config(disable=True)
     for name in (HIGH, LOW):
         if (network := getattr(pipe, name)) is not None:
             network.register_forward_pre_hook(lambda module, given, name=name: ran.append(name))
-    _, given = checking._inputs(plan)
+    conditions, given = checking._inputs(plan)
     noise = checking.initial_noise(plan.family, checking.SEED, 0, checking.SAMPLES)
-    return pipe(**given, **call_arguments(plan), latents=noise, output_type="latent").frames, ran
+    made = pipe(**given, **call_arguments(plan), latents=noise, output_type="latent").frames
+    return (made - checking._own(plan, conditions)).abs().max(), ran
 
 
 def test_a_boundary_on_the_other_side_of_a_step_runs_another_network(exports: Exports) -> None:
@@ -218,26 +212,13 @@ def test_a_boundary_on_the_other_side_of_a_step_runs_another_network(exports: Ex
 
 
 def test_the_scheduler_in_wans_folder(exports: Exports) -> None:
-    """Its own samples are the run's where the times are its own, and come near them elsewhere."""
-    for kind, scheduler in (("own", EULER), ("uneven", UNIPC)):
+    """Without the card's lines its samples are the run's where a law has the times; else the lines are needed."""
+    for kind, scheduler in (("own", EULER), ("lora", FLOW_MAP), ("uneven", EULER), ("lawless", EULER)):
         key = "wan", kind, "diffusers"
         config = json.loads((exports.folders[key] / "scheduler/scheduler_config.json").read_text())
         assert config["_class_name"] == scheduler
         apart, _ = plain_wan(exports, key)
-        assert (apart > 1e-5) == (kind == "uneven"), (kind, apart)  # else the card's lines on it were for nothing
-        if kind == "uneven":  # what is left is the network's time, which it gives in whole thousandths
-            assert (plain_wan_latents(exports, key)[0] - at_whole_timesteps(exports.plans[key])).abs().max() <= 5e-5
-
-
-def at_whole_timesteps(plan: Plan) -> torch.Tensor:
-    """Return a run's latents where its network is given UniPC's timesteps: whole, and 999 for the noisiest."""
-    expert = plan.run.experts(plan.run.teacher()).expert(0)
-    conditions, x = checking._inputs(plan)[0], checking.initial_noise(plan.family, checking.SEED, 0, checking.SAMPLES)
-    for t, after in pairwise(plan.times):
-        given = torch.full((len(x),), min(round(1000 * t), 999) / 1000, dtype=torch.float64)
-        with torch.no_grad():
-            x = x + (after - t) * expert(x, given, conditions)
-    return x
+        assert apart > 1e-2 if kind == "lawless" else apart <= 1e-5, (kind, apart)
 
 
 def test_the_modular_pipeline_takes_the_trained_times(exports: Exports) -> None:
@@ -268,16 +249,19 @@ def test_the_modular_pipeline_takes_the_trained_times(exports: Exports) -> None:
         assert (made - checking._own(plan, conditions)).abs().max() <= 1e-5, (name, kind)
 
 
-@pytest.mark.parametrize("times", [step_grid(4, 5.0), step_grid(8, 3.0), step_grid(1), [1.0, 0.8, 0.3, 0.0]])
-def test_unipc_visits_the_trained_noise_levels(times: list[float]) -> None:
-    config = unipc_config(times)
+@pytest.mark.parametrize(
+    "times", [[1.0, 0.8, 0.3, 0.0], [1.0, 0.2, 0.0], [1.0, 0.875, 2 / 3, 0.25, 0.0], step_grid(8, 3.0)]
+)
+def test_eulers_own_times_are_stretched_to_the_trained_ones(times: list[float]) -> None:
+    config = euler_stretch(times)
     assert config is not None
-    scheduler = UniPCMultistepScheduler(**config)
+    scheduler = FlowMatchEulerDiscreteScheduler(**config)
     scheduler.set_timesteps(len(times) - 1)
     assert torch.allclose(scheduler.sigmas, torch.tensor(times), atol=2e-6)
-    plain = UniPCMultistepScheduler(**{**config, "flow_shift": 5.0, "shift_terminal": None})
+    plain = FlowMatchEulerDiscreteScheduler(shift=config["shift"])
     plain.set_timesteps(len(times) - 1)
-    assert len(times) == 2 or not torch.allclose(plain.sigmas, torch.tensor(times), atol=1e-4)
+    assert not torch.allclose(plain.sigmas, torch.tensor(times), atol=1e-3)
+    assert euler_stretch([1.0, 0.9, 0.5, 0.45, 0.0]) is None
 
 
 def test_each_law_of_times_has_its_scheduler(exports: Exports) -> None:
@@ -288,14 +272,12 @@ def test_each_law_of_times_has_its_scheduler(exports: Exports) -> None:
     assert own[1] == pytest.approx(0.910, abs=1e-3)  # and not .9375: it shifts twice
     assert euler_shift(own) == pytest.approx(5.0, abs=1e-4) and euler_shift(GRID) is None
     assert even_shift(GRID) == pytest.approx(3.0) and even_shift(own) is None and even_shift([1.0, 0.0]) == 1.0
-    for times, name, sigmas, shipped in (
-        (own, EULER, (), None), (GRID, FLOW_MAP, (), None),
-        ([1.0, 0.8, 0.3, 0.0], EULER, (1.0, 0.8, 0.3), UNIPC),
-        ([1.0, 0.9, 0.5, 0.45, 0.0], EULER, (1.0, 0.9, 0.5, 0.45), None),
+    for times, name, sigmas in (
+        (own, EULER, ()), (GRID, FLOW_MAP, ()), ([1.0, 0.8, 0.3, 0.0], EULER, ()),
+        ([1.0, 0.9, 0.5, 0.45, 0.0], EULER, (1.0, 0.9, 0.5, 0.45)),
     ):  # fmt: skip
         sampler = choose_sampler(family.student_samplers(times), times, family)
         assert (sampler.scheduler, sampler.sigmas) == (name, sigmas)
-        assert (sampler.shipped and sampler.shipped.scheduler) == shipped
     wrong = Sampler(EULER, {"shift": 3.0}, {"num_inference_steps": 4})
     with pytest.raises(UserError, match="no scheduler that WanPipeline takes visits the trained times 1, 0.9, 0.75"):
         choose_sampler([wrong], GRID, family)
@@ -422,7 +404,7 @@ def test_what_cannot_be_exported_is_refused(
         assert words in said and said.count("\n") == 1, said
         assert list(tmp_path.glob("*out*")) + list(tmp_path.glob(".*")) == []
 
-    lora, full = exports.runs["wan", "lora"].folder, exports.runs["qwen_image", "full"].folder
+    lora, full = exports.runs["wan", "lora"].folder, exports.runs["wan", "own"].folder
     digits = tmp_path / "digits"
     digits.mkdir()
     (digits / "recipe.yaml").write_text(dump_recipe(load_recipe("digits")))

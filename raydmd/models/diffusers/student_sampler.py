@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar
 
-import numpy as np
 from torch import Tensor
 
 from raydmd.diffusion.times import shift_time, step_grid
@@ -13,7 +12,7 @@ from raydmd.errors import UserError
 from raydmd.models.base import Conditions
 from raydmd.models.diffusers.denoiser import PretrainedDenoiser
 from raydmd.models.diffusers.prompts_by_pipeline import NEGATIVE
-from raydmd.models.diffusers.sampler_grid import EULER, TIMESTEPS, UNIPC
+from raydmd.models.diffusers.sampler_grid import EULER, TIMESTEPS
 
 FLOW_MAP = (
     "FlowMapEulerDiscreteScheduler"  # Euler's steps at n shifted times, evenly from 1 to 1/n; newer diffusers have it
@@ -33,15 +32,12 @@ class Sampler:
         config: of it; what is not there is the class's default.
         call: the pipeline's arguments, as ``num_inference_steps`` and ``sigmas``.
         sigmas: given to the scheduler itself, where the pipeline takes none; empty: the scheduler has its own.
-        shipped: another sampler, whose scheduler a folder has instead where ``sigmas`` are needed: it comes near
-            without them.
     """
 
     scheduler: str
     config: Mapping[str, Any] = field(default_factory=dict)
     call: Mapping[str, Any] = field(default_factory=dict)
     sigmas: tuple[float, ...] = ()
-    shipped: "Sampler | None" = None
 
 
 class SampledByDiffusers:
@@ -127,39 +123,42 @@ def euler_shift(times: Sequence[float]) -> float | None:
     if count == 1:
         return 1.0 if times[0] == 1.0 else None
 
-    def visited(shift: float) -> list[float]:
-        last = shift_time(1.0 / TIMESTEPS, shift)
-        return [shift_time(1.0 + (last - 1.0) * i / (count - 1), shift) for i in range(count)] + [0.0]
-
     low, high = 1e-3, 1e3  # the last time rises with the shift
     for _ in range(60):
         middle = (low * high) ** 0.5
-        low, high = (middle, high) if visited(middle)[-2] < times[-2] else (low, middle)
+        low, high = (middle, high) if _euler_times(middle, count)[-2] < times[-2] else (low, middle)
     shift = round(low, 6)
-    return shift if _same(visited(shift), times) else None
+    return shift if _same(_euler_times(shift, count), times) else None
 
 
-def unipc_config(times: Sequence[float]) -> dict[str, Any] | None:
-    """Return a UniPCMultistepScheduler's config with which n steps visit falling times [1, ..., 0].
+def euler_stretch(times: Sequence[float]) -> dict[str, float] | None:
+    """Return the config with which FlowMatchEulerDiscreteScheduler visits falling times [1, ..., 0], stretched.
 
-    It shifts times at x_i = .999 i / n from 1, and stretches them so that the last is ``shift_terminal``:
-    1 - t_i = c x_i / (s - (s - 1) x_i). So 1 / (1 - t_i) is a line in 1 / x_i with slope s / c and intercept
-    (1 - s) / c, from which s and c come. Its first order without the corrector is Euler's method; its timesteps are
-    cut to whole numbers (and 1000 becomes 999), which no config changes. None where the times are not of this law.
+    Its own times for a ``shift`` are stretched from 1, so that the last is ``shift_terminal``. Times of two or three
+    steps are all of this law. None where no shift gives them.
     """
-    count = len(times) - 1
-    config = {
-        "prediction_type": "flow_prediction", "use_flow_sigmas": True, "final_sigmas_type": "zero", "solver_order": 1,
-        "disable_corrector": list(range(count)),
-    }  # fmt: skip
-    if count == 1:
-        return {**config, "flow_shift": 1.0}
-    x = np.array([(1.0 - 1.0 / TIMESTEPS) * i / count for i in range(1, count)])
-    y = 1.0 / (1.0 - np.array(times[1:-1]))
-    slope, intercept = np.polyfit(1.0 / x, y, 1) if count > 2 else (y[0] * x[0], 0.0)
-    if slope + intercept <= 0.0 or not np.allclose(slope / x + intercept, y, rtol=1e-6):
+    count, last = len(times) - 1, times[-2]
+    if count == 1 or times[0] != 1.0:
         return None
-    return {**config, "flow_shift": float(slope / (slope + intercept)), "shift_terminal": float(times[-2])}
+
+    def visited(shift: float) -> list[float]:
+        own = _euler_times(shift, count)
+        scale = (1.0 - last) / (1.0 - own[-2])
+        return [*(1.0 - (1.0 - t) * scale for t in own[:-1]), 0.0]
+
+    if count == 2:
+        return {"shift": 1.0, "shift_terminal": last}
+    low, high = 1e-3, 1e3  # the second time rises with the shift
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if visited(middle)[1] < times[1] else (low, middle)
+    return {"shift": low, "shift_terminal": last} if _same(visited(low), times) else None
+
+
+def _euler_times(shift: float, count: int) -> list[float]:
+    """Return the times of ``count`` steps, 2 or more, that FlowMatchEulerDiscreteScheduler has for a shift."""
+    last = shift_time(1.0 / TIMESTEPS, shift)
+    return [shift_time(1.0 + (last - 1.0) * i / (count - 1), shift) for i in range(count)] + [0.0]
 
 
 def _same(one: Sequence[float], other: Sequence[float]) -> bool:
@@ -171,14 +170,13 @@ def wan_samplers(times: Sequence[float]) -> list[Sampler]:
     """Return samplers for a pipeline that gives its scheduler the number of steps alone, as Wan's does.
 
     FlowMatchEulerDiscreteScheduler where the times are its own, FlowMapEulerDiscreteScheduler where they are evenly
-    spaced before a shift. Any other times are given to FlowMatchEulerDiscreteScheduler; in a folder UniPC stands for
-    it, where it can be, whose noise levels are right and whose timesteps are cut.
+    spaced before a shift, the first again where its own can be stretched to them. Any other times are given to it.
     """
     call, found = {"num_inference_steps": len(times) - 1}, []
     if (shift := euler_shift(times)) is not None:
         found.append(Sampler(EULER, {"shift": shift}, call))
     if (shift := even_shift(times)) is not None:
         found.append(Sampler(FLOW_MAP, {"shift": shift}, call))
-    config = unipc_config(times)
-    near = None if config is None else Sampler(UNIPC, config, call)
-    return [*found, Sampler(EULER, {"shift": 1.0}, call, tuple(times[:-1]), near)]
+    if (stretched := euler_stretch(times)) is not None:
+        found.append(Sampler(EULER, stretched, call))
+    return [*found, Sampler(EULER, {"shift": 1.0}, call, tuple(times[:-1]))]

@@ -37,8 +37,6 @@ def find_tiny(family: str, name: str | None = None) -> TinyModel | None:
         UserError: there is none, or it is another family's.
     """
     known = {**TINY_MODELS, **TINY_VARIANTS}
-    if family not in FAMILIES and family not in known:
-        raise UserError(f"teacher.family: no family '{family}'{nearest(family, FAMILIES)}")
     if name in (None, family) and issubclass(FAMILIES.get(family, object), EmbeddedFamily):
         return None
     families = dict.fromkeys(model.family for model in known.values())
