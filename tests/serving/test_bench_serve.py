@@ -425,7 +425,7 @@ def test_bad_input_is_one_line(capsys, tmp_path, folder, monkeypatch):
             ((*url, "--plot", "load.txt"), "--plot load.txt: it ends in"),
             ((*url, "--save-detailed"), "give --json FILE"),
             ((*url, "--json", tmp_path), "cannot be written"),
-            (("--run", tmp_path), "has no recipe.yaml"),
+            (("--run", tmp_path), "neither recipe.yaml nor export.json"),
             ((*url, "--requests", "0"), "--requests"),
         ]  # fmt: skip
         for arguments, words in cases:
