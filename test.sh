@@ -17,9 +17,12 @@ wait "$types"
 [ $# -eq 0 ] || exit 0
 
 oldest=$(sed -n 's/.*"ray\[.*\]>=\([0-9.]*\),.*/\1/p' pyproject.toml)
-packages=$("$ENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-"$ENV/bin/python" -m venv "$ENV/oldest-ray"  # Ray alone is in it; all else is the environment's
-own=$("$ENV/oldest-ray/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-echo "import site; site.addsitedir('$packages')" > "$own/base.pth"
-"$ENV/oldest-ray/bin/python" -m pip install --quiet --no-deps "ray==$oldest"
-"$ENV/oldest-ray/bin/python" -m pytest -q -n "${JOBS:-2}" -m ray_private
+own=$ENV/oldest-ray  # Ray alone is in it; all else is the environment's
+place='import sysconfig; print(sysconfig.get_path("purelib"))'
+"$ENV/bin/python" -m venv --without-pip "$own"
+echo "import site; site.addsitedir('$("$ENV/bin/python" -c "$place")')" > "$("$own/bin/python" -c "$place")/base.pth"
+"$ENV/bin/uv" pip install --quiet --python "$own/bin/python" --no-deps "ray==$oldest" ||
+  "$ENV/bin/python" -m pip --python "$own/bin/python" install --quiet --no-deps "ray==$oldest"
+# Files without such a test are not even imported.
+grep -rlZ --include='test_*.py' 'mark\.ray_private' tests |
+  xargs -0 "$own/bin/python" -m pytest -q -n "${JOBS:-2}" -m ray_private

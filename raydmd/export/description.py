@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from raydmd import __version__
 from raydmd.atomic import write_text
 from raydmd.config.overrides import explain
-from raydmd.config.recipe import Experts, Section, Teacher
+from raydmd.config.recipe import Bucket, Experts, Section, Teacher
 from raydmd.errors import UserError
 from raydmd.export.formats import FORMATS
 from raydmd.export.plan import Plan
@@ -53,6 +53,7 @@ class Description(Section):
     dtype: str
     experts: tuple[ExpertPlace, ...] = Field(min_length=1)
     adapter: Experts = Field(description="what the experts are: full, or lora with rank and alpha")
+    buckets: tuple[Bucket, ...] | None = Field(None, description="the sizes that the run trained on; null: one")
     scheduler: dict[str, Any] | None = Field(description=f"of a pipeline's folder, what {SCHEDULER} says")
     files: dict[str, File] = Field(min_length=1, description="the experts' files")
     check: dict[str, Any] | None = Field(None, description="how far plain diffusers' samples are from the run's")
@@ -143,7 +144,7 @@ def describe(plan: Plan, folder: Path) -> Description:
             ExpertPlace(name=segment.name, times=(*segment.times, end), place=place)
             for segment, end, place in zip(plan.segments, ends, places, strict=True)
         ),
-        adapter=method.experts if adapters else Experts(kind="full"),
+        adapter=method.experts if adapters else Experts(kind="full"), buckets=plan.run.recipe.prompts.buckets,
         scheduler=scheduler_of(folder) if plan.format == "diffusers" else None,
         files={name: _entry(folder / name) for place in places for name in _names(folder, place)},
     )  # fmt: skip

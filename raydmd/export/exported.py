@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from raydmd.config.recipe import MethodOptions, Recipe
+from raydmd.config.recipe import MethodOptions, Prompts, Recipe
 from raydmd.errors import UserError
 from raydmd.export.adapter_reading import Layers, read_state
 from raydmd.export.description import check_scheduler, read_description
@@ -60,7 +60,7 @@ class Export(Student):
             self.family: Family = self._build(path)
         self.recipe = Recipe(
             name=said.run, teacher=said.teacher.model_copy(update={"path": path}),
-            method=MethodOptions(name=said.method, experts=said.adapter),
+            method=MethodOptions(name=said.method, experts=said.adapter), prompts=Prompts(buckets=said.buckets),
         )  # fmt: skip
         t_max = self.family.schedule.t_max
         self.phases = [

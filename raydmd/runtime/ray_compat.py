@@ -31,7 +31,7 @@ def check_version() -> None:
     found = tuple(int(part) for part in re.findall(r"\d+", ray.__version__)[:2])
     if not OLDEST <= found <= NEWEST:
         (major, first), (_, last) = OLDEST, NEWEST
-        wanted = f"'ray[train,data,serve]>={major}.{first},<{major}.{last + 1}'"
+        wanted = f"'ray[default,train,data]>={major}.{first},<{major}.{last + 1}'"
         raise UserError(f"Ray {ray.__version__}: it is to be {major}.{first} to {major}.{last}; pip install {wanted}")
 
 

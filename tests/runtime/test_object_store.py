@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUICK, SMALL
+from disturbed import head_alone
 from mortal import Save, SaveExpert, at, dying_there, expert, is_of, killed_at, manifest, same, shards
 from ports import free_ports
 from pyarrow import fs
@@ -33,7 +34,7 @@ from raydmd.locations import absolute_location, parse_location
 from raydmd.methods.loading import load_recipe
 from raydmd.methods.local import train
 from raydmd.runs.folders import expert_file
-from raydmd.runs.run import Run, recipe_family
+from raydmd.runs.run import Run
 from raydmd.runtime.checkpoint import lock as locks
 from raydmd.runtime.checkpoint import storage
 from raydmd.runtime.checkpoint.lock import LOCK, Claim
@@ -348,36 +349,31 @@ def test_a_good_uri() -> None:
     assert absolute_location("~/x") == str(Path.home() / "x")
 
 
-def test_a_new_head_goes_on_from_the_store(uri: str, quick: Any, prompts: Any, tmp_path: Path) -> None:
-    """Stopped in the second phase; the same command with an empty folder ends with the bits of an undisturbed run."""
-    quiet, recipe = Console(quiet=True), quick("ring", "iterations=[5, 4]", "checkpoint.every=2")
+@pytest.fixture(scope="module")
+def here(server: int) -> Iterator[None]:
+    """A Ray whose processes know the server's credentials."""
+    with head_alone(4):
+        yield
+
+
+def test_a_new_head_goes_on_from_the_store(here: None, uri: str, prompts: Any, tmp_path: Path) -> None:
+    """Stopped in the second phase; the same command with an empty folder gets the teacher that the run trained, and
+    ends with the bits of an undisturbed run. After the end it gets the experts; then everything else works there, too.
+    """
+    quiet = Console(quiet=True)
+    recipe = load_recipe(
+        "ring", [*SMALL["ring"], "pretrain.iterations=20", *QUICK, "iterations=[5, 4]", "checkpoint.every=2"]
+    )
     recipe = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"path": uri})})
-    assert distill(recipe, tmp_path / "first", console=quiet, until=8) is False
-    saved = [e["iteration"] for e in read_lines(tmp_path / "first/events.jsonl") if e["event"] == "checkpoint"]
+    folders = first, second, third = [tmp_path / name for name in ("first", "second", "third")]
+    assert distill(recipe, first, console=quiet, until=8) is False
+    saved = [e["iteration"] for e in read_lines(first / "events.jsonl") if e["event"] == "checkpoint"]
     assert saved == sorted(set(saved)) and saved[-1] == 8  # the last once, though the run stopped there
-    assert not (tmp_path / "first/checkpoints").exists()
+    assert not (first / "checkpoints").exists()
     with pytest.raises(UserError, match="checkpoint.path: it holds a run of another recipe .seed: 0 there, 1 here"):
         distill(recipe.model_copy(update={"seed": 1}), tmp_path / "other", console=quiet)
     with pytest.raises(UserError, match="checkpoint.path: it already holds a run"):
         distill(recipe, tmp_path / "other", resume="never", console=quiet)
-    assert distill(recipe, tmp_path / "second", console=quiet) is True
-    family = recipe_family(recipe)
-    expected = train(recipe, family, family.load_teacher(), prompts("ring")).experts
-    for index, weights in enumerate(expected):
-        found = load_file(expert_file(tmp_path / "second", index))
-        assert all(torch.equal(found[name], weights[name]) for name in weights)
-    assert [e["resumed"] for e in read_lines(tmp_path / "second/events.jsonl") if "resumed" in e] == [8]
-    kept = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
-    assert kept and not any(SECRET.encode() in content for content in kept)
-
-
-def test_a_new_head_gets_the_runs_own_teacher_and_a_finished_runs_experts(uri: str, tmp_path: Path) -> None:
-    """The same command with an empty folder, in the middle and after the end; then everything else works there, too."""
-    quiet = Console(quiet=True)
-    recipe = load_recipe("ring", [*SMALL["ring"], "pretrain.iterations=20", *QUICK, "checkpoint.every=2"])
-    recipe = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"path": uri})})
-    folders = first, second, third = [tmp_path / name for name in ("first", "second", "third")]
-    assert distill(recipe, first, console=quiet, until=3) is False
     archive, config = Archive(uri), "teacher/config.json"
     kept = archive.store.read(config)
     archive.store.delete(config)
@@ -385,8 +381,15 @@ def test_a_new_head_gets_the_runs_own_teacher_and_a_finished_runs_experts(uri: s
         distill(recipe, tmp_path / "other", console=quiet)
     assert "\n" not in str(error.value)
     archive.write_bytes(config, kept)
+
     assert distill(recipe, second, console=quiet) is True
+    assert [e["resumed"] for e in read_lines(second / "events.jsonl") if "resumed" in e] == [8]
     assert not (second / "teacher/pretrain.jsonl").exists()
+    run = Run(second)
+    for index, weights in enumerate(train(recipe, run.family, run.teacher(), prompts("ring")).experts):
+        found = load_file(expert_file(second, index))
+        assert all(torch.equal(found[name], weights[name]) for name in weights)
+
     assert distill(recipe, third, console=quiet) is True
     assert not (third / "events.jsonl").exists()  # there was nothing to do
     for name in ("model.safetensors", "config.json"):
@@ -397,6 +400,8 @@ def test_a_new_head_gets_the_runs_own_teacher_and_a_finished_runs_experts(uri: s
     assert len(run.trained_phases()) == 2 and run.experts(run.teacher())
     expert_file(third, 1).unlink()
     assert distill(recipe, third, console=quiet) is True and expert_file(third, 1).is_file()
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert written and not any(SECRET.encode() in content for content in written)
 
 
 def test_texts_and_their_embeddings(server: int) -> None:

@@ -1,7 +1,5 @@
 """Workers of every role come and go while a run goes on, and it ends with the bits of one that nothing happened to."""
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +45,27 @@ def nodes():
         yield cluster
 
 
-def test_every_role_is_killed_at_any_moment(nodes: Any, quick: Any, prompts: Any, tmp_path: Path) -> None:
-    """Each role's process, two at once, one after another within a recovery, a whole group, and the helpers."""
+def test_every_role_and_helper_is_killed_at_any_moment(nodes: Any, quick: Any, prompts: Any, tmp_path: Path) -> None:
+    """The helpers, each role's process, two at once, one after another within a recovery, and a whole group.
+
+    Helpers come back by themselves, and what they were asked is done.
+    """
 
     def plot(story: Story) -> None:
         story.go_on(8)  # into the second phase
+        for name in ("PromptStream", "CheckpointWriter", "ControlCaller"):
+            (process,) = story.processes(name)
+            process.kill()
+            story.until(lambda name=name, old=process: [p for p in story.processes(name) if p.pid != old.pid])
+            story.go_on(15)  # over a checkpoint
+        for helper in ("checkpoint writer", "control caller"):  # each was heard of before it was killed
+            story.until(lambda helper=helper: story.events("helper-recovered", helper=helper))
+        told = {event["helper"]: event["why"] for event in story.events("helper-lost")}
+        assert told["checkpoint writer"] == told["control caller"] == "its process was killed or crashed"
+        story.until(lambda: len(story.events("checkpoint")) >= 4)
+        saved = [event["iteration"] for event in story.events("checkpoint")]
+        assert len(saved) == len(set(saved))
+        # and they are needed for all of these
         for count, role in enumerate(("teacher", "generator", "fake"), start=1):
             story.kill(role)
             (recovered,) = story.lost_and_recovered(count)[-1:]
@@ -83,46 +97,6 @@ def test_every_role_is_killed_at_any_moment(nodes: Any, quick: Any, prompts: Any
     assert_bits_of_the_reference(story, prompts)
     for event in story.events("worker-lost"):
         assert event["why"] and event["node"] and event["left"] in (0, 1)
-
-
-def test_helpers_are_killed(nodes: Any, quick: Any, prompts: Any, tmp_path: Path) -> None:
-    """Prompt stream, checkpoint writer and control caller come back by themselves, and what they were asked is done."""
-
-    def plot(story: Story) -> None:
-        story.go_on(8)
-        for name in ("PromptStream", "CheckpointWriter", "ControlCaller"):
-            (process,) = story.processes(name)
-            process.kill()
-            story.until(lambda name=name, old=process: [p for p in story.processes(name) if p.pid != old.pid])
-            story.go_on(15)  # over a checkpoint
-        for helper in ("checkpoint writer", "control caller"):  # each was heard of before it was killed
-            story.until(lambda helper=helper: story.events("helper-recovered", helper=helper))
-        told = {event["helper"]: event["why"] for event in story.events("helper-lost")}
-        assert told["checkpoint writer"] == told["control caller"] == "its process was killed or crashed"
-        story.kill("fake")  # and the control caller is needed for this
-        story.lost_and_recovered(1)
-
-    story = Story(quick("ring", *workers(2)), tmp_path / "run", plot).run()
-    assert_bits_of_the_reference(story, prompts)
-    saved = [event["iteration"] for event in story.events("checkpoint")]
-    assert len(saved) == len(set(saved)) >= 4
-
-
-def test_a_stopped_process_is_treated_as_dead(nodes: Any, quick: Any, prompts: Any, tmp_path: Path) -> None:
-    """SIGSTOP: no connection closes, nobody is told; a scorer, then a trainer, for whom its peer waits."""
-
-    def plot(story: Story) -> None:
-        story.go_on(8)
-        for count, role in enumerate(("teacher", "fake", "generator"), start=1):
-            pid = story.pids(role)[0]
-            os.kill(pid, signal.SIGSTOP)
-            (recovered,) = story.lost_and_recovered(count)[-1:]
-            assert recovered["roles"] == [role] and recovered["steps_lost"] == 0
-            assert "did not answer for over 5 s" in story.events("worker-lost")[-1]["why"]
-            story.go_on(3)
-
-    story = Story(quick("ring", *workers(2, "runtime.dead_after=5")), tmp_path / "run", plot).run()
-    assert_bits_of_the_reference(story, prompts)
 
 
 def test_nodes_vanish_and_appear(nodes: Any, quick: Any, prompts: Any, tmp_path: Path) -> None:
@@ -206,7 +180,8 @@ def test_a_fake_score_that_is_ahead_on_stale_rollouts_is_no_reason_to_go_back(
         story.until(lambda: story.events("checkpoint", iteration=40))
         story.go_on(3)
 
-    recipe = quick("ring", *workers(2, "checkpoint.every=40", "runtime.max_staleness=1", "runtime.fake.max_workers=1"))
+    alone = ["runtime.fake.max_workers=1", "runtime.teacher.max_workers=1"]
+    recipe = quick("ring", *workers(2, "checkpoint.every=40", "runtime.max_staleness=1", *alone))
     parts = {
         "fake": held.held(Fake, "update", tmp_path / "fake"),
         "generator": held.held(Generator, "update", tmp_path / "generator"),

@@ -336,10 +336,29 @@ def test_the_api_in_the_experts_replicas(folder: Path, tmp_path: Path) -> None:
     assert code == -signal.SIGKILL and alive == [] and not listens(started.port)
 
 
-def test_behind_serves_own_proxy_and_more_replicas_when_there_is_a_queue(folder: Path, tmp_path: Path) -> None:
-    right = pictures_of(folder)
+@pytest.fixture
+def plugins_run(folder: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A run whose method is a plugin's, and the plugin's file."""
+    plugin, run = tmp_path / "own_phased.py", Path(shutil.copytree(folder, tmp_path / "run"))
+    plugin.write_text(
+        "from raydmd.methods.phased import PhasedDMD\nfrom raydmd.methods.registry import register_method\n\n\n"
+        "@register_method\nclass Own(PhasedDMD):\n    name = 'own-phased'\n"
+    )
+    tree = yaml.safe_load((run / "recipe.yaml").read_text())
+    tree["method"]["name"], tree["plugins"] = "own-phased", [str(plugin)]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    return run, plugin
+
+
+def test_behind_serves_own_proxy_and_more_replicas_when_there_is_a_queue(
+    folder: Path, plugins_run: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """With a plugin's method, whose file is given: the replicas import it, too, for Ray sends it to them."""
+    right, (run, plugin) = pictures_of(folder), plugins_run
     growing = ["--set", "stages.expert.max=2", "--set", "max_batch=1", "--set", "stages.expert.cpus=0.1"]
-    with server(folder, tmp_path / "log", "--proxy", "serve", "--host", "0.0.0.0", "--no-keys", *growing) as started:
+    public = ["--host", "0.0.0.0", "--no-keys"]
+    arguments = ["--plugin", str(plugin), "--proxy", "serve", *public, *growing]
+    with server(run, tmp_path / "log", *arguments) as started:
         ((_, host, port),) = listening_elsewhere(started)
         assert (host, port) == ("0.0.0.0", started.port)
         assert not any(process.name() == "haproxy" for process in started.family())
@@ -373,25 +392,10 @@ def test_a_config_for_serve_deploy(folder: Path, tmp_path: Path, capsys: pytest.
     assert application.args["run"] == str(folder) and application.args["stages"] == {"expert": {"max": 3}}
 
 
-def test_a_plugins_method_is_served_where_its_file_is_given(
-    quick: Callable[..., Recipe], prompts: Any, tmp_path: Path
-) -> None:
-    """The replicas import it, too: Ray sends them the file; a configuration names it for nodes that have it."""
-    plugin = tmp_path / "own_phased.py"
-    plugin.write_text(
-        "from raydmd.methods.phased import PhasedDMD\nfrom raydmd.methods.registry import register_method\n\n\n"
-        "@register_method\nclass Own(PhasedDMD):\n    name = 'own-phased'\n"
-    )
-    run = make_run(quick("digits"), tmp_path / "run", prompts("digits")).folder
-    tree = yaml.safe_load((run / "recipe.yaml").read_text())
-    tree["method"]["name"], tree["plugins"] = "own-phased", [str(plugin)]
-    (run / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    with server(run, tmp_path / "log", "--plugin", str(plugin)) as started:
-        assert ask(started.url, 3, 7).status_code == 200
-        assert started.stop() == (0, [])
+def test_a_config_names_a_plugins_file_for_nodes_that_have_it(plugins_run: tuple[Path, Path], tmp_path: Path) -> None:
+    run, plugin = plugins_run
     words = ["serve", str(run), "--plugin", str(plugin), "--config-out", str(tmp_path / "serve.yaml")]
-    done = subprocess.run([sys.executable, "-m", "raydmd", *words], env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0
+    assert command(words) == 0
     config = ServeDeploySchema.model_validate(yaml.safe_load((tmp_path / "serve.yaml").read_text()))
     assert config.applications[0].runtime_env == {"env_vars": {"RAYDMD_PLUGINS": str(plugin)}}
 

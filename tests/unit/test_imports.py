@@ -68,3 +68,9 @@ def test_only_its_own_file_knows_a_methods_name() -> None:
     found = {str(p.relative_to(package)) for p in package.rglob("*.py") if text.search(p.read_text())}
     assert found <= {"methods/phased.py", "methods/dmd_sgts.py", "methods/dmd_fewstep.py", "methods/dmd.py"}
     assert found
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """They are imported by it."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert len(names) > 100 and sorted(names) == sorted(set(names))

@@ -20,6 +20,7 @@ from raydmd import cli
 from raydmd.data.prompts import PromptTable
 from raydmd.errors import UserError
 from raydmd.evaluation.prompts import in_turn
+from raydmd.evaluation.sizes import size_words, trained_sizes
 from raydmd.export.export import export_run
 from raydmd.export.exported import Export, open_student
 from raydmd.export.formats import FORMATS
@@ -33,8 +34,10 @@ from raydmd.models.tiny.text_encoders import put_text_encoder
 from raydmd.runs.run import Run, recipe_family
 from raydmd.runs.student import Student
 from raydmd.sampling.student import sample_student
+from raydmd.serving.card import read_card
 from raydmd.serving.contract import GenerationRequest
 from raydmd.serving.local import local_pipeline
+from raydmd.serving.settings import Serving
 
 torch.set_num_threads(1)
 
@@ -43,7 +46,10 @@ RUNS = {  # family, overrides of the recipe
     "qwen_image": ("qwen_image", ("method.timestep_shift=3",)),
     "wan": ("wan", ("method.timestep_shift=3",)),
     "wan-full": ("wan", ("method.timestep_shift=3", "method.experts.kind=full")),
-    "qwen_image-full": ("qwen_image", ("method.timestep_shift=3", "method.experts.kind=full")),
+    "qwen_image-full": (
+        "qwen_image",
+        ("method.timestep_shift=3", "method.experts.kind=full", "prompts.buckets=[[64, 48], [64, 64]]"),
+    ),
     "stable_diffusion": ("stable_diffusion", ("method.phases=1", "iterations=1")),
 }
 EXPORTS = [
@@ -115,6 +121,21 @@ def test_an_export_makes_what_its_run_makes(made: Made) -> None:
                             ((run.family, right), (student.family, latents)))  # fmt: skip
             assert (ours - theirs).abs().max() <= 1, (name, format)
             student.check_content()
+
+
+def test_a_size_of_the_runs_buckets(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, student = made.runs["qwen_image-full"], Export(made.exports["qwen_image-full", "diffusers"])
+    sizes = [size_words(sized) for sized in trained_sizes(student.recipe, student.family)]
+    assert sizes == [size_words(sized) for sized in trained_sizes(run.recipe, run.family)] == ["48x64", "64x64"]
+    assert read_card(Serving(run=str(student.folder)), student).sizes == ((48, 64), (64, 64))
+    right = pictures(run.folder, tmp_path / "run", "--size", "64x64")
+    found = pictures(student.folder, tmp_path / "export", "--size", "64x64")
+    for one, other in zip(right, found, strict=True):
+        height, width, _ = pixels(one).shape  # enlarged
+        assert width == height and abs(pixels(one) - pixels(other)).max() <= 1
+    of_one = ["generate", str(made.exports["qwen_image", "lora"]), "--prompt", TEXT, "--size", "64x64"]
+    assert cli.run(of_one) == 2
+    assert "--size 64x64: the students were not trained for it" in capsys.readouterr().err
 
 
 def test_the_experts_matter(made: Made) -> None:
