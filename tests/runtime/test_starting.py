@@ -18,8 +18,7 @@ from rich.console import Console
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.errors import RunError, UserError
 from raydmd.runtime.launch import distill
-from raydmd.runtime.membership import placement
-from raydmd.runtime.membership import role_workers as workers
+from raydmd.runtime.membership import placement, start_patience
 from raydmd.runtime.workers.base import make_part
 from raydmd.training.fake_score import Fake
 
@@ -53,15 +52,15 @@ def test_a_worker_that_is_stuck_in_its_start_holds_nobody(
 ) -> None:
     """The second of two is stuck at launch, and the one that comes for a lost one is stuck later."""
     monkeypatch.setattr(placement, "START_PATIENCE_S", 1.0)
-    monkeypatch.setattr(workers, "LEAST_START_S", 600.0)  # nobody is taken for stuck before the run has begun
-    monkeypatch.setattr(workers, "SLOWER", 1.5)
+    monkeypatch.setattr(start_patience, "LEAST_START_S", 600.0)  # nobody is taken for stuck before the run has begun
+    monkeypatch.setattr(start_patience, "SLOWER", 1.5)
     (tmp_path / "stuck").touch()
 
     def plot(story: Story) -> None:
         assert (tmp_path / "taken").exists()
         assert story.events("started")[0]["workers"]["fake"] == 1
         story.go_on(3)
-        monkeypatch.setattr(workers, "LEAST_START_S", 5.0)
+        monkeypatch.setattr(start_patience, "LEAST_START_S", 5.0)
         story.until(lambda: story.events("start-failed", role="fake"))
         assert "it was starting for over" in story.events("start-failed")[0]["why"]
         story.complete()
@@ -89,8 +88,8 @@ def test_a_worker_whose_process_is_stopped_in_its_start_holds_nobody(
 ) -> None:
     """SIGSTOP to one of two as soon as it is seen: the run begins without it, and takes another in its place."""
     monkeypatch.setattr(placement, "START_PATIENCE_S", 1.0)
-    monkeypatch.setattr(workers, "LEAST_START_S", 600.0)
-    monkeypatch.setattr(workers, "SLOWER", 1.5)
+    monkeypatch.setattr(start_patience, "LEAST_START_S", 600.0)
+    monkeypatch.setattr(start_patience, "SLOWER", 1.5)
     recipe = quick(
         "ring", "iterations=[6, 100000]", "runtime.fake={min_workers: 1, max_workers: 2}", "runtime.dead_after=10",
         "runtime.placement_timeout=120",
@@ -100,7 +99,7 @@ def test_a_worker_whose_process_is_stopped_in_its_start_holds_nobody(
         catcher.join(60)
         assert len(caught) == 1 and story.events("started")[0]["workers"]["fake"] == 1
         story.go_on(3)
-        monkeypatch.setattr(workers, "LEAST_START_S", 5.0)
+        monkeypatch.setattr(start_patience, "LEAST_START_S", 5.0)
         story.until(lambda: story.events("start-failed", role="fake"))
         story.complete()
 

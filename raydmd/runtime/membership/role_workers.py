@@ -13,14 +13,13 @@ from raydmd.config.recipe import Recipe
 from raydmd.errors import RunError, UserError
 from raydmd.methods.registry import build_method
 from raydmd.runtime.membership.placement import actor_options, describe, worker_device
+from raydmd.runtime.membership.start_patience import StartPatience
 from raydmd.runtime.recovery.faults import cause_of
 from raydmd.runtime.workers.base import Factory, Heartbeat, Identity, worker_type
 from raydmd.runtime.workers.helpers import BESIDE
 
 AGAIN = 1.0  # seconds until a worker that failed while starting is asked for again; doubles each time...
 RARELY = 600.0  # ...up to this
-SLOWER = 3.0  # times the role's slowest start so far, after which a start counts as stuck...
-LEAST_START_S = 30.0  # ...and at least this many seconds
 
 
 @dataclass(eq=False)
@@ -89,7 +88,7 @@ class RoleWorkers:
         self._coming: dict[Any, asyncio.Task[None]] = {}
         self._since: dict[Any, float] = {}
         self._placed: dict[Any, float] = {}  # those that Ray does not lack room for, since when
-        self._slowest_start: float | None = None  # seconds
+        self._patience = StartPatience(self.recipe.runtime.placement_timeout, self.recipe.runtime.dead_after)
         self._needed = True  # at the last failed start
         self._failed_starts, self._pause = 0, AGAIN  # in a row
         self._begun = self._closed = False  # whether one has ever been up
@@ -130,20 +129,21 @@ class RoleWorkers:
         now, runtime = time.monotonic(), self.recipe.runtime
         for actor in unplaced:
             self._placed.pop(actor, None)
-        slowest = runtime.placement_timeout if self._slowest_start is None else SLOWER * self._slowest_start
-        limit = max(runtime.dead_after, slowest, LEAST_START_S)
-        for actor in [actor for actor in self._coming if actor not in unplaced]:
-            if now - self._placed.setdefault(actor, now) > limit:
-                self._coming[actor].cancel()
-                self._forget(actor)
-                ray.kill(actor)
-                self._failed_starts += 1
-                self.trouble = RunError(f"it was starting for over {limit:g} s, and is started again")
-                if self._failed_starts >= runtime.max_failures and self._is_short():
-                    self.failure = RunError(f"{self.role}: its workers do not come up within {limit:g} s")
-                    self.changed()
-                else:
-                    self.fill()
+        limit = self._patience.seconds
+        starting = [actor for actor in self._coming if actor not in unplaced]
+        if stuck := [actor for actor in starting if now - self._placed.setdefault(actor, now) > limit]:
+            self._patience.gave_up()
+        for actor in stuck:
+            self._coming[actor].cancel()
+            self._forget(actor)
+            ray.kill(actor)
+            self._failed_starts += 1
+            self.trouble = RunError(f"it was starting for over {limit:g} s, and is started again")
+            if self._failed_starts >= runtime.max_failures and self._is_short():
+                self.failure = RunError(f"{self.role}: its workers do not come up within {limit:g} s")
+                self.changed()
+            else:
+                self.fill()
 
     def fill(self) -> None:
         """Request workers until the role has its max of those that stay."""
@@ -219,8 +219,7 @@ class RoleWorkers:
             await asyncio.sleep(pause)
             self.fill()
             return
-        took = time.monotonic() - self._placed.get(actor, time.monotonic())
-        self._slowest_start = max(took, self._slowest_start or 0.0)
+        self._patience.came_up(time.monotonic() - self._placed.get(actor, time.monotonic()))
         self._forget(actor)
         self._begun = True
         self._failed_starts, self._pause = 0, AGAIN
