@@ -35,6 +35,7 @@ class ExpertPlace(Section):
 
     name: str
     times: tuple[float, ...] = Field(min_length=2, description="its step grid, falling, with its end")
+    network: str = Field(description="the part of the base model's pipeline that it is, or has adapters for")
     place: str = Field(description="below the export's folder: a file, or a folder of one network or adapter")
 
 
@@ -141,7 +142,7 @@ def describe(plan: Plan, folder: Path) -> Description:
         fingerprint=plan.run.fingerprint() if teacher.lora is None else None,
         format=plan.format, dtype=plan.dtype,
         experts=tuple(
-            ExpertPlace(name=segment.name, times=(*segment.times, end), place=place)
+            ExpertPlace(name=segment.name, times=(*segment.times, end), network=segment.component, place=place)
             for segment, end, place in zip(plan.segments, ends, places, strict=True)
         ),
         adapter=method.experts if adapters else Experts(kind="full"), buckets=plan.run.recipe.prompts.buckets,

@@ -97,8 +97,15 @@ class Export(Student):
 
     @property
     def intervals(self) -> list[tuple[float, float]]:
-        """The first and the last time that each expert visits: of a teacher of two networks they are one's."""
-        return [(phase.times[0], phase.times[-2]) for phase in self.phases]
+        """Times of each expert between which its network, where the base model has two, is the one that scores them.
+
+        They end with the last that the first network visits, and with that which the second one reaches: a step from
+        their boundary may be either's.
+        """
+        second = self._pretrained.second_network
+        return [
+            (expert.times[0], expert.times[-1 if expert.network == second else -2]) for expert in self.said.experts
+        ]
 
     def trained_phases(self) -> list[Phase]:
         """Return all phases."""
