@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 
@@ -77,37 +77,78 @@ def flush_streams() -> None:
             stream.flush()
 
 
+FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+class MadeWhenWritten(io.TextIOBase):
+    """A text file that is appended to, and made, with its folder, by the first thing that is written.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+
+    def write(self, text: str) -> int:
+        """Write text; a line is there at once."""
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        return self._file.write(text)
+
+    def close(self) -> None:
+        """Close the file, if there is one."""
+        if self._file is not None:
+            self._file.close()
+        super().close()
+
+
+@contextmanager
+def _rays_logger(*handlers: logging.Handler) -> Iterator[None]:
+    """While inside, have what Ray's logger says go to handlers, or without any to the root's, and not to stderr."""
+    rays = logging.getLogger("ray")  # has a handler of its own, for stderr, since Ray was imported
+    before = rays.handlers, rays.propagate
+    rays.handlers, rays.propagate = list(handlers), not handlers
+    try:
+        yield
+    finally:
+        rays.handlers, rays.propagate = before
+
+
 @contextmanager
 def notices_to(file: Path) -> Iterator[TextIO | None]:
     """While inside, append to ``file`` what libraries say: their loggers, warnings and native code's stderr.
 
-    The terminal so has the command's own lines only. Yields the open file; None, and nothing is done, in a process
-    whose streams are not held. After an
-    exception native code goes on writing there: threads of a Ray that was lost may have more to say.
+    The terminal so has the command's own lines only. Yields the open file. After an exception native code goes on
+    writing there: threads of a Ray that was lost may have more to say. In a process whose streams are not held (a
+    notebook, another program) only Ray's own logger is taken, and the file made when there is something to write.
     """
     if not _held:
-        yield None
+        with MadeWhenWritten(file) as later:
+            handler = logging.StreamHandler(later)
+            handler.setFormatter(FORMAT)
+            with _rays_logger(handler):
+                yield cast(TextIO, later)
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     log = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
     before = os.dup(2)
     os.dup2(log, 2)
     stream = io.TextIOWrapper(io.BufferedWriter(Outlet(log, "w")), "utf-8", "backslashreplace", line_buffering=True)
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    rays = logging.getLogger("ray")  # has a handler of its own, for stderr, since Ray was imported
-    before_ray, rays.handlers, rays.propagate = (rays.handlers, rays.propagate), [], True
+    handler, root = logging.StreamHandler(stream), logging.getLogger()
+    handler.setFormatter(FORMAT)
     root.addHandler(handler)
     logging.getLogger("raydmd").setLevel(logging.INFO)
     logging.captureWarnings(True)
     try:
-        yield stream
+        with _rays_logger():
+            yield stream
         os.dup2(before, 2)
     finally:
         logging.captureWarnings(False)
         root.removeHandler(handler)
-        rays.handlers, rays.propagate = before_ray
         os.close(before)
         stream.close()
         if file.stat().st_size == 0:

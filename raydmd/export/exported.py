@@ -103,9 +103,7 @@ class Export(Student):
         their boundary may be either's.
         """
         second = self._pretrained.second_network
-        return [
-            (expert.times[0], expert.times[-1 if expert.network == second else -2]) for expert in self.said.experts
-        ]
+        return [(expert.times[0], expert.times[-1 if expert.network == second else -2]) for expert in self.said.experts]
 
     def trained_phases(self) -> list[Phase]:
         """Return all phases."""
