@@ -127,9 +127,9 @@ def notices_to(file: Path) -> Iterator[TextIO | None]:
     """
     if not _held:
         with MadeWhenWritten(file) as later:
-            handler = logging.StreamHandler(later)
-            handler.setFormatter(FORMAT)
-            with _rays_logger(handler):
+            to_later = logging.StreamHandler(later)
+            to_later.setFormatter(FORMAT)
+            with _rays_logger(to_later):
                 yield cast(TextIO, later)
         return
     file.parent.mkdir(parents=True, exist_ok=True)
