@@ -66,7 +66,7 @@ def test_the_same_bits_with_several_workers(
     roles = build_method(quick(data, *settings(name))).trained()
     several = [f"runtime.{role}={{max_workers: 2, cpus: 0.1}}" for role in roles]
     recipe = quick(data, *settings(name, *several, *MORE_THAN_MICRO_BATCHES.get(name, ())))
-    alone = quick(data, *settings(name))
+    alone = quick(data, *settings(name, *(f"runtime.{role}.cpus=0.1" for role in roles)))
     family, quiet, folder = recipe_family(recipe), Console(quiet=True), tmp_path / "run"
 
     def reference(iterations: int | None = None) -> Reference:

@@ -7,22 +7,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_every_family import recipe_of
 
 from raydmd.config.buckets import shipped_buckets
 from raydmd.config.recipe import Recipe
+from raydmd.data.pictures import PictureFolder
 from raydmd.data.prompts import PromptTable, write_prompts
 from raydmd.errors import UserError
 from raydmd.evaluation.sizes import choose_size, size_words, trained_sizes
 from raydmd.methods.loading import load_recipe, parse_recipe
 from raydmd.methods.local import LocalProgram, train
-from raydmd.methods.registry import build_method
+from raydmd.methods.registry import build_method, plan_phases
 from raydmd.models.base import IMAGE_COLUMN, Family, bucket_column
 from raydmd.models.buckets import Buckets, draw_bucket
 from raydmd.models.heads import Heads
 from raydmd.models.tiny import TINY_MODELS, TinyModel
 from raydmd.recipe_check import check
 from raydmd.runs.run import recipe_family
+from raydmd.training.gan import ReferencedGenerator
+from raydmd.training.messages import PromptBatch
 from raydmd.training.trial import try_row
 
 torch.set_num_threads(1)
@@ -210,6 +214,35 @@ def test_sizes_that_the_teacher_does_not_make(name: str, sizes: str, words: str,
     with pytest.raises(UserError) as caught:
         check(recipe)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_dmd2s_real_pictures_are_of_the_batchs_size(folders: dict[str, Path], tmp_path: Path) -> None:
+    tiny, folder, real = TINY_MODELS["qwen_image"], folders["qwen_image"], tmp_path / "real"
+    real.mkdir()
+    rows, draw, lines = tiny.rows(3), np.random.default_rng(0), []
+    for number in range(3):
+        Image.fromarray(draw.integers(0, 256, (80, 96, 3), dtype=np.uint8)).save(real / f"{number}.png")
+        lines.append({"file_name": f"{number}.png", **{name: column[number].tolist() for name, column in rows.items()}})
+    (real / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sizes = two_sizes(recipe_family(recipe_of(tiny, folder)))
+    dmd2 = ["method.name=dmd2", "method.phases=null", f"method.dmd2.pictures={real}", "method.discriminator.width=16"]
+    recipe = bucket_recipe(tiny, folder, sizes, *dmd2)
+    family = recipe_family(recipe)
+    check(recipe)
+    teacher = family.load_teacher()
+    generator = ReferencedGenerator(recipe, family, teacher, plan_phases(recipe))
+    generator.start_phase(0, 0)
+    buckets, seen = Buckets(recipe, family), set()
+    for iteration in range(6):
+        made = generator.references(iteration, 0, PromptBatch(0, 1, {}))
+        sized = buckets.family_of(iteration, 0)
+        pictures = PictureFolder(real, sized.picture_shape, [], "key")
+        each = [sized.encode_pixels(pictures.take(np.array([number]))) for number in range(3)]
+        assert sum(torch.equal(made.x_s, latents) for latents in each) == 1
+        seen.add(tuple(made.x_s.shape[1:]))
+    assert seen == set(buckets.shapes)
+    run = train(recipe, family, teacher, table_of(recipe, tiny, family, folder))
+    assert all(value.isfinite().all() for value in run.experts[0].values())
 
 
 def test_own_networks_and_pairs_have_no_buckets(folders: dict[str, Path]) -> None:
