@@ -11,6 +11,7 @@ import pytest
 import torch
 from commands import beyond_loopback
 from run_folders import make_run
+from worker_forks import forked_workers
 
 import raydmd.runtime  # before Ray: what it starts here then listens on loopback only  # noqa: F401
 from raydmd.config import plugins
@@ -28,6 +29,16 @@ from raydmd.training.pretraining import Pretraining
 torch.set_num_threads(1)
 
 _looked_at: set[str] = set()  # Rays of this process
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rays_workers_are_forked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fork the workers of every Ray that these tests start in their own process, where some test does."""
+    if all("unit" in item.keywords for item in request.session.items):
+        yield
+    else:
+        with forked_workers(tmp_path_factory.mktemp("forks")):
+            yield
 
 
 @pytest.fixture(autouse=True)
