@@ -12,7 +12,7 @@ ENV=${ENV:-.venv}
 "$ENV/bin/ruff" check .
 "$ENV/bin/ruff" format --check .
 "$ENV/bin/mypy" & types=$!
-"$ENV/bin/python" -m pytest -q -n "${JOBS:-2}" --dist loadfile --no-loadscope-reorder "$@"
+"$ENV/bin/python" -m pytest -q -n "${JOBS:-2}" --dist loadfile --no-loadscope-reorder --instafail "$@"
 wait "$types"
 [ $# -eq 0 ] || exit 0
 
@@ -25,4 +25,4 @@ echo "import site; site.addsitedir('$("$ENV/bin/python" -c "$place")')" > "$("$o
   "$ENV/bin/python" -m pip --python "$own/bin/python" install --quiet --no-deps "ray==$oldest"
 # Files without such a test are not even imported.
 grep -rlZ --include='test_*.py' 'mark\.ray_private' tests |
-  xargs -0 "$own/bin/python" -m pytest -q -n "${JOBS:-2}" -m ray_private
+  xargs -0 "$own/bin/python" -m pytest -q -n "${JOBS:-2}" --instafail -m ray_private

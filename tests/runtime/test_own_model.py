@@ -10,6 +10,7 @@ import pytest
 from commands import ROOT, command
 from documents import Block, blocks_of
 from ports import free_ports
+from worker_forks import PRELOADED
 
 from raydmd.cli import run
 
@@ -29,7 +30,7 @@ def shell(text: str, here: Path) -> None:
 def environment(here: Path) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     path = f"{here / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(here), "PATH": path}
+    return {**kept, "PYTHONPATH": f"{PRELOADED}:{ROOT}", "OMP_NUM_THREADS": "1", "HOME": str(here), "PATH": path}
 
 
 @pytest.fixture

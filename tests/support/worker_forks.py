@@ -6,6 +6,7 @@ Nothing of Ray is imported before the fork, and no thread is there.
 """
 
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -20,7 +21,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-FOLDER = Path(__file__).parent / "preloaded"
+MODULES = (
+    "numpy", "pandas", "pyarrow.parquet", "pyarrow.dataset", "torch", "diffusers", "transformers", "peft",
+    "safetensors.torch", "fastapi", "uvicorn", "PIL.Image", "raydmd.methods.loading",
+)  # fmt: skip
+CLASSES = (
+    "diffusers.WanTransformer3DModel", "diffusers.AutoencoderKLWan", "diffusers.WanPipeline",
+    "diffusers.QwenImageTransformer2DModel", "diffusers.AutoencoderKLQwenImage", "diffusers.QwenImagePipeline",
+    "diffusers.FlowMatchEulerDiscreteScheduler", "transformers.AutoTokenizer", "transformers.UMT5EncoderModel",
+)  # fmt: skip
+PRELOADED = Path(__file__).parent / "preloaded"
 SOCKET = "RAYDMD_TESTS_WORKER_FORKS"  # the variable that sitecustomize.py reads
 
 
@@ -37,7 +47,7 @@ def forked_workers(folder: Path) -> Iterator[None]:
         )  # fmt: skip
     before = {key: os.environ.get(key) for key in (SOCKET, "PYTHONPATH")}
     os.environ[SOCKET] = str(name)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(FOLDER), before["PYTHONPATH"])))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(PRELOADED), before["PYTHONPATH"])))
     try:
         yield
     finally:
@@ -49,13 +59,11 @@ def forked_workers(folder: Path) -> Iterator[None]:
 
 def _serve(listener: socket.socket) -> None:
     """Fork a process for each start that is asked for, until the tests that started this are gone."""
-    import numpy  # noqa: F401
-    import pandas  # noqa: F401
-    import pyarrow.parquet  # noqa: F401
-    import torch  # noqa: F401
-
-    import raydmd.methods.loading  # noqa: F401
-
+    for name in MODULES:
+        importlib.import_module(name)
+    for name in CLASSES:
+        module, _, name = name.rpartition(".")
+        getattr(importlib.import_module(module), name)  # diffusers and transformers import a class' module then
     assert "ray" not in sys.modules and threading.active_count() == 1
     gc.collect()
     gc.freeze()
