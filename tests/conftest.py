@@ -31,10 +31,17 @@ torch.set_num_threads(1)
 _looked_at: set[str] = set()  # Rays of this process
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let Ray's workers be started as Ray does it, five seconds of imports each."""
+    words = "start Ray's workers as Ray does, not as forks of a process that has torch and diffusers imported"
+    parser.addoption("--spawn-workers", action="store_true", help=words)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def rays_workers_are_forked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Fork the workers of every Ray that these tests start in their own process, where some test does."""
-    if all("unit" in item.keywords for item in request.session.items):
+    own = request.config.getoption("--spawn-workers")
+    if own or all("unit" in item.keywords for item in request.session.items):
         yield
     else:
         with forked_workers(tmp_path_factory.mktemp("forks")):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from worker_forks import descendants
 
 ROOT = Path(__file__).parents[2]
 DEADLINE = 240.0
@@ -75,7 +76,7 @@ class Command:
         if self.process.poll() is not None:
             return []
         try:
-            found = [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
+            found = [psutil.Process(self.pid), *descendants(psutil.Process(self.pid))]
         except psutil.NoSuchProcess:
             return []
         self.seen |= {process.pid: process for process in found[1:]}

@@ -18,6 +18,7 @@ import torch
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 from rich.console import Console
+from worker_forks import descendants
 
 import raydmd.runtime  # before Ray  # noqa: F401
 from raydmd.config.recipe import Recipe
@@ -90,7 +91,7 @@ def freeze_node(node: Any) -> None:
 def _signal_node(node: Any, number: signal.Signals) -> None:
     (raylet,) = [info.process for info in node.all_processes["raylet"]]
     family = psutil.Process(raylet.pid)
-    for process in [family, *family.children(recursive=True)]:
+    for process in [family, *descendants(family)]:
         try:
             process.send_signal(number)
         except psutil.NoSuchProcess:

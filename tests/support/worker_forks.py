@@ -17,9 +17,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
+
+import psutil
 
 MODULES = (
     "numpy", "pandas", "pyarrow.parquet", "pyarrow.dataset", "torch", "diffusers", "transformers", "peft",
@@ -55,6 +57,16 @@ def forked_workers(folder: Path) -> Iterator[None]:
             os.environ.pop(key) if value is None else os.environ.update({key: value})
         process.kill()
         process.wait()
+
+
+def descendants(process: psutil.Process) -> list[psutil.Process]:
+    """Return all below a process: what it has started, and so on. A forked worker is below the one who asked for it."""
+    found = process.children(recursive=True)
+    if folder := os.environ.get(SOCKET):
+        for asked in [Path(folder).with_name(str(child.pid)) for child in found]:
+            with suppress(FileNotFoundError, psutil.NoSuchProcess):
+                found.append(psutil.Process(int(asked.read_text())))
+    return found
 
 
 def _serve(listener: socket.socket) -> None:
@@ -106,6 +118,8 @@ def _become_worker(connection: socket.socket, others: list[socket.socket]) -> No
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
+    (worker := Path(start["asked"])).with_suffix(".part").write_text(str(os.getpid()))
+    worker.with_suffix(".part").rename(worker)
     os.environ.clear()
     os.environ.update(start["environment"])
     os.chdir(start["folder"])

@@ -18,6 +18,7 @@ if (
         start = {
             "arguments": sys.orig_argv[1:], "environment": dict(os.environ), "path": sys.path, "folder": os.getcwd(),
             "niceness": os.getpriority(os.PRIO_PROCESS, 0),
+            "asked": os.path.join(os.path.dirname(os.environ[SOCKET]), str(os.getpid())),
         }  # fmt: skip
         socket.send_fds(connection, [len(text := json.dumps(start).encode()).to_bytes(4)], [0, 1, 2])
         connection.sendall(text)
