@@ -37,8 +37,8 @@ from raydmd.runtime.launch import distill
 
 QUIET = Console(quiet=True)
 WORKER = "PromptEncoder"  # in the class name of Ray Data's actors
-BATCH, TEXTS = 4, [f"a {'very ' * (k % 29)}small fox, number {k}" for k in range(102)]
-FILES, CAPTIONED = 26, 42  # files of the texts; captioned pictures
+BATCH, TEXTS = 20, [f"a {'very ' * (k % 29)}small fox, number {k}" for k in range(1000)]
+FILES, CAPTIONED = 50, 42  # files of the texts, one a batch; captioned pictures
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,7 +65,9 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def recipe_of(family: str, teacher: Path, options: dict[str, Any], prompts: Path, cache: Path) -> Recipe:
+def recipe_of(
+    family: str, teacher: Path, options: dict[str, Any], prompts: Path, cache: Path, batch: int = BATCH
+) -> Recipe:
     cpus = {role: {"cpus": 0.25} for role in ("teacher", "fake", "generator")}
     return parse_recipe(
         {
@@ -74,7 +76,7 @@ def recipe_of(family: str, teacher: Path, options: dict[str, Any], prompts: Path
             "method": {"name": "dmd", "fake_updates": 1, "experts": {"kind": "lora", "rank": 2}},
             "monitor": {"samples_every": 0, "tensorboard": False},
             "prompts": {"path": str(prompts), "cache": str(cache)},
-            "runtime": {**cpus, "encoder": {"cpus": 0.5, "batch": BATCH}},
+            "runtime": {**cpus, "encoder": {"cpus": 0.5, "batch": batch}},
         },
         "x",
     )  # fmt: skip
@@ -100,7 +102,7 @@ def recipe_of_pictures(tmp_path: Path) -> Recipe:
         Image.fromarray(pixels).save(pictures / f"{number:02}.png")
         lines.append(json.dumps({"file_name": f"{number:02}.png", "caption": text}))
     (pictures / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    return recipe_of("wan", teacher, tiny.options, pictures, tmp_path / "cache")
+    return recipe_of("wan", teacher, tiny.options, pictures, tmp_path / "cache", batch=4)
 
 
 def encoders() -> list[dict[str, Any]]:
@@ -152,7 +154,7 @@ def assert_encoded_once(recipe: Recipe, rows: int, folder: Path) -> Path:
     assert [int(actor["NumRestarts"]) for actor in begun] == [1] and begun[0]["State"] == "DEAD"
     (place,) = cache.iterdir()
     files = stamps(place)
-    assert 2 <= len(before) < len(files) == -(-rows // BATCH) and before.items() <= files.items()
+    assert 2 <= len(before) < len(files) == -(-rows // recipe.runtime.encoder.batch) and before.items() <= files.items()
 
     said = io.StringIO()
     other = encode_recipe(recipe, folder / "two", Console(file=said, width=500))  # as a run does before it trains

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from worker_forks import descendants
+from worker_forks import PRELOADED, descendants
 
 ROOT = Path(__file__).parents[2]
 DEADLINE = 240.0
@@ -57,7 +57,7 @@ class Command:
         **environment: str,
     ) -> None:  # fmt: skip
         kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        kept |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+        kept |= {"PYTHONPATH": f"{PRELOADED}:{ROOT}", "OMP_NUM_THREADS": "1", **environment}
         command = [*prefix, sys.executable, "-m", "raydmd", *arguments]
         if closed:
             command = ["bash", "-c", f'exec "$@" {closed}', "bash", *command]
