@@ -1,8 +1,8 @@
-"""Ray workers forked from a process that has torch imported: a worker's start is four fifths imports.
+"""Ray workers forked from a process that has torch imported: a worker's start is five sixths imports.
 
 Ray's own main runs in the fork, with the environment, the folder, the niceness and the output files that Ray gave the
 process that it started, which stays until the worker ends. Ray knows its workers by the process id that they register.
-Nothing of Ray is imported before the fork, and no thread is there.
+Nothing of Ray is imported before the fork, and no Python thread runs.
 """
 
 import gc
