@@ -59,7 +59,7 @@ RUNS = {  # family, overrides of the recipe
 }
 EXPORTS = [
     *(("qwen_image", format) for format in FORMATS), *(("wan", format) for format in FORMATS),
-    *(("wan22", format) for format in FORMATS), *(("wan22-one", format) for format in ("diffusers", "lora", "peft")),
+    *(("wan22", format) for format in FORMATS), *(("wan22-one", format) for format in FORMATS),
     ("wan-full", "diffusers"), ("qwen_image-full", "diffusers"),
     ("stable_diffusion", "diffusers"), ("stable_diffusion", "lora"),
 ]  # fmt: skip
@@ -77,7 +77,7 @@ class Made:
             tiny, teacher = TINY_MODELS[family], root / family
             if not teacher.is_dir():
                 tiny.save(teacher)
-                if family not in ("stable_diffusion", "wan22"):
+                if family != "stable_diffusion":
                     add_text_encoder(family, teacher)
             common = ("optimizer.generator.lr=0.1", "ema=0", "batch.size=2", "batch.micro=2")
             recipe = recipe_of(tiny, teacher, *common, *overrides)
@@ -92,12 +92,18 @@ class Made:
 
 
 def add_text_encoder(family: str, teacher: Path) -> None:
-    """Put a text encoder beside a teacher's network and VAE, and name all of them in model_index.json."""
-    put_text_encoder(family, WIDTH, teacher)
-    index = json.loads((teacher / "model_index.json").read_text())
-    for part, name in (("transformer", CONFIG), ("vae", CONFIG), ("scheduler", "scheduler_config.json")):
-        index[part] = ["diffusers", json.loads((teacher / part / name).read_text())["_class_name"]]
-    (teacher / "model_index.json").write_text(json.dumps(index))
+    """Put a text encoder beside a teacher's networks and VAE, and name all of them in model_index.json."""
+    file = teacher / "model_index.json"
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    put_text_encoder(family.removesuffix("22"), WIDTH, teacher)  # which writes the file anew
+    index = json.loads(file.read_text())
+    if "boundary_ratio" in before:
+        index["boundary_ratio"] = before["boundary_ratio"]
+    names = {"transformer": CONFIG, "transformer_2": CONFIG, "vae": CONFIG, "scheduler": "scheduler_config.json"}
+    for part, name in names.items():
+        if (teacher / part).is_dir():
+            index[part] = ["diffusers", json.loads((teacher / part / name).read_text())["_class_name"]]
+    file.write_text(json.dumps(index))
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +156,9 @@ def test_a_size_of_the_runs_buckets(made: Made, tmp_path: Path, capsys: pytest.C
 
 def test_the_experts_matter(made: Made) -> None:
     """Else an export that is read as its teacher, or with the wrong expert, would be taken for right."""
-    for key in (("wan-full", "diffusers"), ("qwen_image", "peft"), ("qwen_image", "diffusers")):
+    for key in (
+        ("wan-full", "diffusers"), ("qwen_image", "peft"), ("qwen_image", "diffusers"), ("wan22-one", "lightning"),
+    ):  # fmt: skip
         run, student = made.runs[key[0]], Export(made.exports[key])
         right, (first, second) = sampled(run, run), student.said.experts
         swapped = (first.model_copy(update={"place": second.place}), second.model_copy(update={"place": first.place}))
@@ -178,6 +186,21 @@ def test_the_command_makes_the_runs_pictures_of_a_text(made: Made, tmp_path: Pat
         for one, other in zip(right, found, strict=True):
             assert abs(pixels(one) - pixels(other)).max() <= (0 if format in EXACT else 1), format
     assert abs(pixels(right[0]) - pixels(right[1])).max() > 1
+
+
+def test_an_expert_of_two_networks_is_read_from_its_two_single_files(made: Made, tmp_path: Path) -> None:
+    run, folder = made.runs["wan22-one"], made.exports["wan22-one", "lightning"]
+    student = Export(folder)
+    assert len(run.phases) == 1 and [(each.network, each.place, each.times) for each in student.said.experts] == [
+        ("transformer", "high_noise_model.safetensors", tuple(run.phases[0].times[:3])),
+        ("transformer_2", "low_noise_model.safetensors", tuple(run.phases[0].times[2:])),
+    ]
+    for index, network in enumerate(("transformer", "transformer_2")):
+        own = {name: value for name, value in run.expert_state(0).items() if name.startswith(f"{network}.")}
+        read = student.expert_state(index)
+        assert read.keys() == own.keys() and all(torch.equal(read[name], value) for name, value in own.items())
+    right = pictures(run.folder, tmp_path / "run")
+    assert len(set(right)) == 2 and pictures(folder, tmp_path / "export") == right
 
 
 def test_it_is_served_as_its_run_is(made: Made) -> None:
