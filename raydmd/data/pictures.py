@@ -12,6 +12,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -118,7 +119,12 @@ class PictureFolder:
         return values
 
 
-def read_picture(file: Path, shape: tuple[int, int, int]) -> np.ndarray:
+def read_picture(
+    file: Path | IO[bytes],
+    shape: tuple[int, int, int],
+    formats: tuple[str, ...] = FORMATS,
+    most_pixels: int | None = None,
+) -> np.ndarray:
     """Decode one picture, uint8 [C, H, W].
 
     It is turned as its EXIF orientation says. What is transparent becomes white, as img2dataset has it. Grey of 16
@@ -127,15 +133,20 @@ def read_picture(file: Path, shape: tuple[int, int, int]) -> np.ndarray:
     Args:
         file: a PNG, JPEG, WebP or BMP.
         shape: channels (1 or 3), height and width.
+        formats: Pillow's names of those that are taken, by content.
+        most_pixels: of a picture, told by its header before it is decoded; None: ``PIL.Image.MAX_IMAGE_PIXELS``.
 
     Raises:
-        Exception: whatever Pillow raises of a file that is none, is cut short, or is larger than
+        DecompressionBombError: it has more than ``most_pixels``.
+        Exception: whatever else Pillow raises of a file that is none, is cut short, or is larger than
             ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
     channels, height, width = shape
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # what Pillow warns of, it reads nonetheless
-        with Image.open(file, formats=FORMATS) as opened:
+        with Image.open(file, formats=formats) as opened:
+            if most_pixels is not None and opened.width * opened.height > most_pixels:
+                raise Image.DecompressionBombError(f"{opened.width} x {opened.height} pixels")
             image: Image.Image = _opaque(ImageOps.exif_transpose(opened), "L" if channels == 1 else "RGB")
     values = np.asarray(
         image.resize((width, height), Image.Resampling.BICUBIC, box=_central(image.size, width, height))

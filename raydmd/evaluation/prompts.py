@@ -16,7 +16,7 @@ from raydmd.data.pictures import read_picture
 from raydmd.data.prompts import PromptTable
 from raydmd.errors import UserError, nearest_text
 from raydmd.models.base import IMAGE_COLUMN, Conditions, Family
-from raydmd.models.encoding import encode_rows, takes_pictures
+from raydmd.models.encoding import encode_rows, encodes_first_frames, takes_pictures
 
 TEXT_COLUMNS = ("prompt", "text", "caption")
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -99,8 +99,7 @@ def from_text(
             the family does not take.
     """
     if image is not None:
-        rows = _with_first_frame(family, prompt, image, device)
-        return family.conditions({name: np.repeat(values, count, axis=0) for name, values in rows.items()})
+        return from_first_frame(family, prompt, _read_first_frame(family, image), count, device)
     if family.name == "digits":
         word = prompt.strip().lower()
         if word in WORDS:
@@ -113,9 +112,11 @@ def from_text(
     if family.reads_text:
         rows = family.encode_prompts([prompt], device)
     else:
+        if recipe.prompts.path is None and encodes_first_frames(family):
+            raise UserError(f"--image: family '{family.name}' begins at a picture here; name the first frame's file")
         table = _table(recipe, family)
         try:
-            rows = table.rows(_row(table, prompt, given), 1)
+            rows = table.rows(known_row(table, prompt, given), 1)
         except UserError as error:
             more = "; a prompt of your own comes with a first frame: --image FILE" if takes_pictures(family) else ""
             raise UserError(f"{error}{more if given == '--prompt' else ''}") from None
@@ -123,20 +124,42 @@ def from_text(
 
 
 @torch.no_grad()
-def _with_first_frame(family: Family, prompt: str, image: Path, device: torch.device | str) -> dict[str, np.ndarray]:
-    """Return the row of a text and a first frame, made as those of a folder of captioned pictures are."""
+def from_first_frame(
+    family: Family,
+    prompt: str,
+    pixels: np.ndarray,
+    count: int = 1,
+    device: torch.device | str = "cpu",
+    texts: Family | None = None,
+) -> Conditions:
+    """Return conditions of ``count`` samples of a text and a first frame, as those of captioned pictures are made.
+
+    Args:
+        family: at the samples' size.
+        prompt: the text.
+        pixels: of the first frame, uint8 [3, height, width] of that size.
+        count: how many.
+        device: of the text encoder and the VAE.
+        texts: the same family where it has its text encoder loaded; default: ``family``.
+    """
+    frame = torch.from_numpy(pixels)[None].to(device).float() / 127.5 - 1
+    made = family.encode_first_frames(frame).float().cpu().numpy()
+    rows = {**(texts or family).encode_prompts([prompt], device), IMAGE_COLUMN: made}
+    one_size = family.without_buckets()
+    return one_size.conditions({name: np.repeat(values, count, axis=0) for name, values in rows.items()})
+
+
+def _read_first_frame(family: Family, image: Path) -> np.ndarray:
+    """Return a file's picture at the family's size, uint8 [3, height, width]."""
     if not takes_pictures(family):
         raise UserError(f"--image {image}: family '{family.name}' takes no first frame here; leave it out")
     family.check_encoder("--image")
     width, height = family.picture_size
     try:
-        pixels = read_picture(image, (3, height, width))
+        return read_picture(image, (3, height, width))
     except Exception as error:  # whatever Pillow's decoders make of bytes that are not what they expect
         why = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:200]
         raise UserError(f"--image {image}: it cannot be read as a picture: {why or type(error).__name__}") from None
-    frame = torch.from_numpy(pixels)[None].to(device).float() / 127.5 - 1
-    made = family.encode_first_frames(frame).float().cpu().numpy()
-    return {**family.encode_prompts([prompt], device), IMAGE_COLUMN: made}
 
 
 def read_prompt_file(path: Path, given: str = "--prompts") -> list[str]:
@@ -184,7 +207,17 @@ def _table(recipe: Recipe, family: Family) -> PromptTable:
     return PromptTable(recipe.prompts.path, family.condition_columns)
 
 
-def _row(table: PromptTable, prompt: str, given: str) -> int:
+def known_row(table: PromptTable, prompt: str, given: str) -> int:
+    """Return the number of a prompt's row in a table: its own figure, or that of its text.
+
+    Args:
+        table: the table; its columns do not matter.
+        prompt: what is asked for.
+        given: what the prompt is called in errors.
+
+    Raises:
+        UserError: there is none; the message names the nearest.
+    """
     if prompt.isascii() and prompt.isdigit():
         if len(prompt) <= 18 and int(prompt) < len(table):
             return int(prompt)

@@ -18,6 +18,7 @@ from raydmd.models.base import Denoiser, Family
 from raydmd.models.diffusers.denoiser import PretrainedDenoiser
 from raydmd.models.diffusers.hub import HUB
 from raydmd.models.diffusers.pretrained import PretrainedFamily
+from raydmd.models.encoding import encodes_first_frames
 from raydmd.models.experts import Experts, adapted_layers
 from raydmd.models.fingerprint import fingerprint_teacher, same_teacher
 from raydmd.models.registry import build_family
@@ -153,7 +154,7 @@ class Export(Student):
                 self.family.check_teacher()
             for phase in self.phases:
                 self.expert_state(phase.index)
-        if self.family.condition_columns and not self.family.reads_text:
+        if self.family.condition_columns and not (self.family.reads_text or encodes_first_frames(self.family)):
             where = "--base names a folder that has one" if self.said.needs_base else "it has no text_encoder folder"
             raise UserError(f"{self.title}: there is no text encoder for its prompts ({where}); the run takes rows of "
                             f"its table instead")  # fmt: skip

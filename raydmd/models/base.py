@@ -413,6 +413,10 @@ class Family(ABC):
         """Be told the sizes that samples have, [frames,] height and width in pixels each; by default to no effect."""
         return
 
+    def without_buckets(self) -> Self:
+        """Return the family for rows that have what they have at ``latent_shape``'s size alone; see `use_buckets`."""
+        return self
+
     def decode_video(self, latents: Tensor) -> Tensor:
         """Turn latents [B, *latent_shape] into frames [B, F, 1 or 3, H, W] in [0, 1]."""
         return self.decode(latents)[:, None]

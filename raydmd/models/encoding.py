@@ -39,6 +39,17 @@ def takes_pictures(family: Family) -> bool:
     return IMAGE_COLUMN in family.condition_columns
 
 
+def encodes_first_frames(family: Family) -> bool:
+    """Whether a text and a picture of one's own can be encoded: text encoder and VAE are there."""
+    if not takes_pictures(family):
+        return False
+    try:
+        family.check_encoder("")
+    except UserError:
+        return False
+    return True
+
+
 def encoded_facts(family: Family, texts: PromptTexts, batch: int) -> EncodedFacts:
     """Return what determines a family's embeddings of some texts. Nothing is loaded.
 

@@ -8,8 +8,9 @@ from raydmd.errors import UserError
 from raydmd.evaluation.prompts import own_prompts
 from raydmd.evaluation.sizes import trained_sizes
 from raydmd.export.exported import open_student
+from raydmd.models.encoding import encodes_first_frames
 from raydmd.runs.student import Student
-from raydmd.serving.contract import Card, StepPlan
+from raydmd.serving.contract import Card, FirstFrame, StepPlan
 from raydmd.serving.settings import Serving
 
 
@@ -20,7 +21,7 @@ class Offer:
     Attributes:
         card: what is told of them.
         shapes: of a sample's latents, for each size of the card.
-        texts: which prompts they take: those, any, or those of a file.
+        texts: which prompts they take without a first frame: those, any, or those of a file; None: none.
     """
 
     card: Card
@@ -30,7 +31,7 @@ class Offer:
     @property
     def terms(self) -> tuple[object, ...]:
         """Weights that are alike in these can stand in for each other."""
-        return self.card.kind, self.card.family, self.card.sizes, self.shapes, self.texts
+        return self.card.kind, self.card.family, self.card.sizes, self.shapes, self.texts, self.card.first_frame
 
 
 def open_served(serving: Serving, resolve: bool = False) -> Student:
@@ -59,7 +60,8 @@ def read_offer(serving: Serving, student: Student | None = None) -> Offer:
     student = student or open_served(serving)
     card, family = read_card(serving, student), student.family
     shapes = tuple(tuple(family.shape_for(*size)) for size in card.sizes)
-    return Offer(card, shapes, card.prompts or family.reads_text or student.recipe.prompts.path)
+    any_text = family.reads_text or not family.condition_columns
+    return Offer(card, shapes, card.prompts or any_text or student.recipe.prompts.path)
 
 
 def read_card(serving: Serving, student: Student | None = None) -> Card:
@@ -101,7 +103,14 @@ def read_card(serving: Serving, student: Student | None = None) -> Card:
         negative_prompts=serving.teacher and family.reads_text and null_prompt,
         null_prompt=null_prompt,
         export=student.format,
+        first_frame=_first_frame(student),
     )
+
+
+def _first_frame(student: Student) -> FirstFrame:
+    if not encodes_first_frames(student.family):
+        return "none"
+    return "required" if student.recipe.prompts.path is None else "optional"
 
 
 def experts_of(card: Card) -> int:

@@ -8,6 +8,7 @@ from raydmd.errors import PortableError
 
 Maker = Literal["student", "teacher"]
 Format = Literal["png", "jpeg", "webp", "mp4"]
+FirstFrame = Literal["none", "optional", "required"]
 Size = tuple[int, int]
 """Width and height in pixels."""
 
@@ -29,6 +30,7 @@ class GenerationRequest:
         negative_prompt: of the teacher; None for the model's own.
         steps: of the teacher; None for the server's.
         guidance_scale: of the teacher; None for the recipe's.
+        first_frame: of videos that begin at a picture: its pixels, a byte a value, [3, height, width] of ``size``.
     """
 
     prompt: str | tuple[str, ...]
@@ -43,6 +45,7 @@ class GenerationRequest:
     negative_prompt: str | None = None
     steps: int | None = None
     guidance_scale: float | None = None
+    first_frame: bytes | None = field(default=None, repr=False)
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -140,6 +143,8 @@ class Card:
         negative_prompts: the teacher can be given a negative prompt.
         null_prompt: there is a null prompt, without which the teacher cannot be guided.
         export: the format of an export that is served; None: it is a run.
+        first_frame: whether a request may, or has to, bring a video's first frame. Where it may, the prompt without one
+            is a row of the run's own prompts.
     """
 
     name: str
@@ -159,10 +164,21 @@ class Card:
     negative_prompts: bool = False
     null_prompt: bool = True
     export: str | None = None
+    first_frame: FirstFrame = "none"
 
     def names(self, maker: Maker = "student") -> tuple[str, ...]:
         """Return the ids by which a maker can be asked for, its own first."""
         return tuple(name if maker == "student" else f"{name}-teacher" for name in (self.name, *self.aliases))
+
+
+def no_first_frame(card: Card) -> str:
+    """Return why a model takes no first frame."""
+    return f"input_reference: '{card.name}' takes no first frame here; leave it out"
+
+
+def needs_first_frame(card: Card) -> str:
+    """Return why a model does not do without a first frame."""
+    return f"input_reference: the videos of '{card.name}' begin at a picture; send one"
 
 
 def no_negative_prompt(card: Card) -> str:
@@ -214,6 +230,13 @@ class Backend(Protocol):
 
     def card(self) -> Card:
         """Say what is served now."""
+
+    async def check(self, request: GenerationRequest) -> None:
+        """Refuse what is known to be wrong before anything is made, or waits: what passes may be wrong still.
+
+        Raises:
+            BadRequest: as `make`.
+        """
 
     async def make(self, request: GenerationRequest) -> GenerationResult:
         """Make pictures.

@@ -14,9 +14,10 @@ from raydmd.config.recipe import Recipe
 from raydmd.diffusion.random import normal
 from raydmd.errors import UserError
 from raydmd.evaluation.pictures import finite_samples, from_pixels, png_text
-from raydmd.evaluation.prompts import from_text, own_prompts
+from raydmd.evaluation.prompts import from_first_frame, from_text, own_prompts
 from raydmd.evaluation.videos import video
 from raydmd.models.base import Conditions, Family
+from raydmd.models.encoding import encodes_first_frames
 from raydmd.models.experts import Expert
 from raydmd.runs.student import Student
 from raydmd.sampling.noise import renoise_key, sample_key, starting_latents
@@ -60,7 +61,7 @@ class Encoder:
         self.recipe, self.family, self.device = recipe, family, device
         self._kept: dict[str, dict[str, np.ndarray]] = {}  # the oldest first
         self._bytes = 0
-        if family.reads_text:
+        if family.reads_text or encodes_first_frames(family):
             family.encode_prompts([""], device)  # so that it is loaded before anybody waits for it
         for prompt in own_prompts(family) or ():
             self.encode(prompt)
@@ -89,14 +90,45 @@ class Encoder:
         try:
             rows = from_text(self.recipe, self.family, prompt, 1, "prompt", self.device)
         except UserError as error:
-            words, place = str(error), self.recipe.prompts.path
-            raise BadRequest(words.replace(place, Path(place).name) if place else words, "prompt") from None
+            raise unknown_prompt(error, self.recipe.prompts.path, encodes_first_frames(self.family)) from None
         made = {name: row.cpu().numpy() for name, row in rows.items()}
         self._kept[prompt] = made
         self._bytes += _bytes(made)
         while self._bytes > KEPT_BYTES:
             self._bytes -= _bytes(self._kept.pop(next(iter(self._kept))))
         return made
+
+    def encode_first_frame(self, sized: Family, prompt: str, frame: bytes) -> dict[str, np.ndarray]:
+        """Return the conditions of a text and a first frame, one row each; they are not kept.
+
+        Args:
+            sized: the family at the samples' size.
+            prompt: the text.
+            frame: as `contract.GenerationRequest` has it.
+
+        Raises:
+            BadRequest: the model takes none.
+        """
+        width, height = sized.picture_size
+        pixels = np.frombuffer(bytearray(frame), np.uint8).reshape(3, height, width)
+        try:
+            rows = from_first_frame(sized, prompt, pixels, 1, self.device, self.family)
+        except UserError as error:
+            raise BadRequest(str(error), "input_reference") from None
+        return {name: row.cpu().numpy() for name, row in rows.items()}
+
+
+def unknown_prompt(error: UserError, place: str | None, takes_frame: bool) -> BadRequest:
+    """Return what a client is told of a prompt that is not among the run's.
+
+    Args:
+        error: names it.
+        place: the run's prompts, whose path is not told.
+        takes_frame: a prompt of one's own can come with a first frame.
+    """
+    words = str(error).replace(place, Path(place).name) if place else str(error)
+    more = "; a prompt of your own comes with a first frame: input_reference" if takes_frame else ""
+    return BadRequest(f"{words}{more}", "prompt")
 
 
 def _against(rows: dict[str, np.ndarray], negative: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -21,6 +21,8 @@ from raydmd.serving.contract import (
     Size,
     Step,
     Unavailable,
+    needs_first_frame,
+    no_first_frame,
     no_negative_prompt,
 )
 from raydmd.serving.settings import Serving
@@ -140,6 +142,10 @@ class Pipeline:
         except Lost:
             raise Unavailable("a replica that makes pictures was lost") from None
 
+    async def check(self, request: GenerationRequest) -> None:
+        """Refuse what is known to be wrong; see `contract.Backend.check`."""
+        self._stage_batches(request)
+
     async def make(self, request: GenerationRequest) -> GenerationResult:
         """Make pictures; see `contract.Backend.make`."""
         stage_batches = self._stage_batches(request)
@@ -188,7 +194,7 @@ class Pipeline:
         """Cut a request into batches that a network takes at once.
 
         Raises:
-            BadRequest: a size that is not served, a teacher that is not loaded.
+            BadRequest: a size that is not served, a teacher that is not loaded, a first frame that is not taken.
         """
         card = self._card
         if request.maker == "teacher" and card.teacher_steps is None:
@@ -205,6 +211,12 @@ class Pipeline:
         if request.guidance_scale not in (None, 1.0) and not card.null_prompt:
             raise BadRequest(f"guidance_scale: '{card.name}' has no null prompt here (teacher.options.null_prompt), so "
                              f"only 1 is possible", "guidance_scale")  # fmt: skip
+        if request.first_frame is None and card.first_frame == "required":
+            raise BadRequest(needs_first_frame(card), "input_reference")
+        if request.first_frame is not None and card.first_frame == "none":
+            raise BadRequest(no_first_frame(card), "input_reference")
+        if request.first_frame is not None and len(request.first_frame) != 3 * size[0] * size[1]:
+            raise BadRequest(f"input_reference: its pixels are not those of {size[0]}x{size[1]}", "input_reference")
         shape, most = self._offer.shapes[card.sizes.index(size)], self.serving.max_batch
         return [
             StageBatch(
@@ -212,6 +224,7 @@ class Pipeline:
                 request.output_format, request.previews, partial_images=request.partial_images,
                 compression=request.compression, negative_prompt=request.negative_prompt, steps=request.steps,
                 guidance_scale=request.guidance_scale, model=card.names(request.maker)[0],
+                first_frame=request.first_frame,
             )
             for prompt in request.prompts
             for start in range(0, request.n, most)

@@ -63,7 +63,9 @@ class Limits(Section):
     n: Positive = Field(16, description="pictures, of all prompts together")
     teacher_steps: Positive = Field(200, description="of the teacher, where a request says how many")
     prompt_characters: Positive = 4000
-    body_bytes: Positive = Field(64 * 1024, description="of a request")
+    body_bytes: Positive = Field(64 * 1024, description="of a request, beside a first frame")
+    image_bytes: Positive = Field(10 * 2**20, description="of a first frame's file")
+    image_pixels: Positive = Field(4096 * 4096, description="of a first frame, before it is resized")
     jobs: Positive = Field(64, description="video jobs of a model kept, waiting or done")
     stored_bytes: Positive = Field(
         256 * 2**20, description="of pictures and videos kept for response_format url and jobs"

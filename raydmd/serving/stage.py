@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -44,7 +45,8 @@ class StageBatch:
         previews: make a picture of each step.
         conditions: of its prompt, [1, ...] each; encoded by the first stage, the same from there on.
         latents: [count, ...].
-        partial_images, compression, negative_prompt, steps, guidance_scale: as `contract.GenerationRequest` has them.
+        partial_images, compression, negative_prompt, steps, guidance_scale, first_frame: as
+            `contract.GenerationRequest` has them; the first frame until it is encoded.
         model: the model's id, for the files.
         text_tokens: of its prompt, once it is encoded.
     """
@@ -67,6 +69,7 @@ class StageBatch:
     guidance_scale: float | None = None
     model: str = ""
     text_tokens: int = 0
+    first_frame: bytes | None = field(default=None, repr=False)
 
     def shows(self, step: Step) -> bool:
         """Say whether a step's picture is wanted."""
@@ -248,12 +251,19 @@ class Stage:
         spent: dict[str, float] = {}
         if stage_batch.conditions is None and engine.encoder is not None:
             began = time.perf_counter()
-            texts = (stage_batch.prompt, stage_batch.negative_prompt)
-            rows = engine.encoder.known(*texts)
-            if rows is None:
-                rows = await loop.run_in_executor(self._worker, engine.encoder.encode, *texts)
-            sized = engine.family.resized(stage_batch.shape)
-            stage_batch = replace(stage_batch, conditions=sized.for_size(rows), text_tokens=text_tokens(rows))
+            encoder, sized = engine.encoder, engine.family.resized(stage_batch.shape)
+            rows: dict[str, np.ndarray] | None
+            if (frame := stage_batch.first_frame) is not None:
+                call = partial(encoder.encode_first_frame, sized, stage_batch.prompt, frame)
+                rows = await loop.run_in_executor(self._worker, call)
+            else:
+                texts = (stage_batch.prompt, stage_batch.negative_prompt)
+                rows = encoder.known(*texts)
+                if rows is None:
+                    rows = await loop.run_in_executor(self._worker, encoder.encode, *texts)
+            stage_batch = replace(
+                stage_batch, conditions=sized.for_size(rows), text_tokens=text_tokens(rows), first_frame=None
+            )
             spent["encode"] = time.perf_counter() - began
             if self.parts == ("encode",):
                 return Piece(stage_batch, seconds=spent, batches={"encode": 1})

@@ -95,7 +95,7 @@ OBEYED = [
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"quality": "high"}, "one quality"), ({"quality": "hd"}, "one quality"),
     ({"background": "transparent"}, "transparency"), ({"moderation": "high"}, "'low'"), ({"style": "vivid"}, "prompt"),
-    ({"svg": {"model": "x"}}, "pixels"), ({"frame_count": 9}, "GIF"), ({"input_fidelity": "high"}, "text alone"),
+    ({"svg": {"model": "x"}}, "pixels"), ({"frame_count": 9}, "GIF"), ({"input_fidelity": "high"}, "first frame"),
     ({"true_cfg_scale": 4.0}, "guidance_scale"), ({"width": 64}, "size"), ({"output_format": "gif"}, "'png'"),
     ({"output_format": "svg"}, "'png'"), ({"output_format": "jpeg", "output_compression": 101}, "100"),
     ({"partial_images": 4, "stream": True}, "3"), ({"partial_images": 1}, "stream"),

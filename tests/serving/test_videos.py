@@ -10,6 +10,7 @@ import openai
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from PIL import Image
 from safetensors.torch import save_file
 from served import LONG, api, until
 
@@ -141,8 +142,10 @@ def test_openais_client_is_given_a_video(served):
         assert ai.videos.delete(job.id).deleted
         with pytest.raises(openai.NotFoundError):
             ai.videos.retrieve(job.id)
-        with pytest.raises(openai.BadRequestError, match="input_reference"):
-            ai.videos.create(prompt="1", input_reference=("a.png", b"123", "image/png"))
+        picture = io.BytesIO()
+        Image.new("RGB", (SIDE, SIDE)).save(picture, format="PNG")
+        with pytest.raises(openai.BadRequestError, match="input_reference: 'tiny' takes no first frame here"):
+            ai.videos.create(prompt="1", input_reference=("a.png", picture.getvalue(), "image/png"))
     shown = frames(data)
     assert len(shown) == FRAMES and shown[0].shape == (SIDE, SIDE, 3)
     assert not np.array_equal(shown[0], shown[-1])
@@ -300,12 +303,17 @@ def test_forms(http):
     assert made.status_code == 200 and made.json()["seed"] == 12
     refused(http.post("/v1/videos", files={"prompt": (None, "0"), "seed": (None, "1.5")}), 400, "seed")
     refused(http.post("/v1/videos", files={"prompt": (None, "0"), "x": (None, "1")}), 400, "x")
-    picture = {"prompt": (None, "0"), "input_reference": ("x.png", b"x", "image/png")}
-    assert "caption" in refused(http.post("/v1/videos", files=picture), 400, "input_reference")
+    for name, words in (("input_reference", "takes no first frame"), ("mask", "it is a file")):
+        picture = {"prompt": (None, "0"), name: ("x.png", b"x", "image/png")}
+        assert words in refused(http.post("/v1/videos", files=picture), 400, name)
     refused(http.post("/v1/videos", files={f"f{i}": (None, "0") for i in range(100)}), 400)
     kind = "multipart/form-data; boundary="
     good = b'--b\r\ncontent-disposition: form-data; name="prompt"\r\n\r\n0\r\n--b--\r\n'
     assert http.post("/v1/videos", content=good, headers={"content-type": f"{kind}b"}).status_code == 200
+    field = b'--b\r\ncontent-disposition: form-data; name="input_reference"'
+    for ending in (b'; filename=""\r\ncontent-type: application/octet-stream', b""):  # of a browser, empty
+        nothing = field + ending + b"\r\n\r\n\r\n" + good
+        assert http.post("/v1/videos", content=nothing, headers={"content-type": f"{kind}b"}).status_code == 200
     other_site = {"content-type": f"{kind}b", "sec-fetch-site": "cross-site"}
     refused(http.post("/v1/videos", content=good, headers=other_site), 403)
     nasty = [

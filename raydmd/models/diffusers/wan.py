@@ -1,7 +1,8 @@
 """Wan 2.1 and 2.2 (text or image to video, text to image): diffusers' WanTransformer3DModel behind the protocol."""
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -96,6 +97,13 @@ class WanFamily(PretrainedFamily):
         if self.options["image_channels"]:
             self._sizes = {bucket_column(size): size for size in sizes}
             self.condition_columns = [*self.condition_columns, *self._sizes]
+
+    def without_buckets(self) -> Self:
+        """Return the family without the buckets' columns of first frames."""
+        other = copy.copy(self)
+        other.condition_columns = [name for name in self.condition_columns if name not in self._sizes]
+        other._sizes = {}
+        return other
 
     def for_size(self, conditions: Mapping[str, Any]) -> dict[str, Any]:
         """Take the first frames at the samples' own size as ``image_latents``, and leave out the others."""

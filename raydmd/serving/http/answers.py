@@ -87,6 +87,8 @@ class ModelLimits(BaseModel):
     n: int
     prompt_characters: int
     num_inference_steps: int
+    image_bytes: int = Field(description="of a first frame's file")
+    image_pixels: int = Field(description="of a first frame")
 
 
 class ModelCard(BaseModel):
@@ -102,6 +104,9 @@ class ModelCard(BaseModel):
     guidance_scale: float | tuple[float, float]
     negative_prompts: bool
     frames: int
+    first_frame: Literal["none", "optional", "required"] = Field(
+        description="of a video, as input_reference; optional: a prompt without one is a caption of the run's own"
+    )
     fps: int
     layout: str
     revision: str

@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import time
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from raydmd.serving.contract import Backend, GenerationRequest, GenerationResult, Overloaded
@@ -117,7 +117,7 @@ class Jobs:
             job.status, job.error = "failed", as_api_error(error, job.id).body()["error"]
         else:
             job.status, job.progress = "completed", 100
-        job.ended = time.time()
+        job.ended, job.request = time.time(), replace(job.request, first_frame=None)
 
     async def _make(self, job: Job) -> GenerationResult:
         while True:

@@ -63,11 +63,12 @@ class Models:
                 "teacher": None if card.teacher_steps is None else {"id": teacher, "steps": card.teacher_steps},
                 "alias_of": None if name == own else own,
                 "guidance_scale": card.guidance_scale, "negative_prompts": card.negative_prompts,
-                "frames": card.frames, "fps": card.fps, "layout": card.layout, "revision": card.revision,
-                "export": card.export,
+                "frames": card.frames, "fps": card.fps, "first_frame": card.first_frame, "layout": card.layout,
+                "revision": card.revision, "export": card.export,
                 "limits": {
                     "n": limits.n, "prompt_characters": limits.prompt_characters,
-                    "num_inference_steps": limits.teacher_steps,
+                    "num_inference_steps": limits.teacher_steps, "image_bytes": limits.image_bytes,
+                    "image_pixels": limits.image_pixels,
                 },
             },
         }  # fmt: skip

@@ -14,6 +14,7 @@ from starlette.types import Scope
 from raydmd import __version__
 from raydmd.serving.contract import Backend, Card
 from raydmd.serving.http import answers
+from raydmd.serving.http.first_frame import FIELD, KINDS
 from raydmd.serving.http.schemas import ImageBody, VideoBody, VideoList, length_text, size_text
 from raydmd.serving.settings import Limits, Serving
 
@@ -27,7 +28,7 @@ WHY = {
     404: "There is no such model, video or file.",
     405: "Another method is meant.",
     408: "It was not done in time.",
-    413: "The body is too large.",
+    413: "The body, or the first frame in it, is too large.",
     415: "The body is not JSON, or does not say so.",
     416: "The range begins behind the file's end.",
     429: "Too many requests wait already; `Retry-After` says when to ask again.",
@@ -162,7 +163,10 @@ def video_request(limits: Limits) -> Callable[[Card], Tree]:
 
     def request(card: Card) -> Tree:
         schema = video_schema(card, limits)
-        content = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": form_schema(schema)}}
+        form = form_schema(schema)
+        if card.first_frame != "none":
+            form["properties"][FIELD] = {"type": "string", "format": "binary", "description": first_frame_words(limits)}
+        content = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": form}}
         note = "" if card.kind == "video" else f"'{card.name}' makes pictures: any request is answered with 400 here."
         return {"requestBody": {"required": True, "content": content}, "description": note}
 
@@ -196,7 +200,24 @@ def video_schema(card: Card, limits: Limits) -> Tree:
     tree = _with_model(VideoBody.model_json_schema(), card, limits)
     tree["properties"]["prompt"] = _prompt(card, limits)
     tree["properties"]["seconds"]["description"] = f"this model makes videos of {length_text(card)} s"
+    if card.first_frame == "none":
+        del tree["properties"][FIELD]
+        return tree
+    url = {"type": "string", "description": "a data URL (data:image/png;base64,...), or the file in Base64"}
+    openais = {"type": "object", "properties": {"image_url": url}, "required": ["image_url"],
+               "additionalProperties": False}  # fmt: skip
+    needed = card.first_frame == "required"
+    kinds = [url, openais, *([] if needed else [{"type": "null"}])]
+    tree["properties"][FIELD] = {"anyOf": kinds, "description": first_frame_words(limits)}
+    if needed:
+        tree["required"] = [*tree["required"], FIELD]
     return tree
+
+
+def first_frame_words(limits: Limits) -> str:
+    """Say what is taken as a first frame."""
+    return (f"the first frame: {KINDS} of at most {limits.image_bytes} bytes and {limits.image_pixels} pixels, resized "
+            f"and cut around its centre to the video's size")  # fmt: skip
 
 
 def form_schema(schema: Tree) -> Tree:

@@ -1,6 +1,7 @@
 """Reading a request no further than is allowed, and working for a client only while it is there."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -12,11 +13,12 @@ from starlette.requests import Request
 from starlette.types import Message, Receive
 
 from raydmd.serving.http.errors import ApiError, ClientGone
-from raydmd.serving.http.schemas import NO_IMAGE
+from raydmd.serving.http.schemas import FIRST_FRAME
 
 T = TypeVar("T")
 
 FIELDS = 32  # of a form
+PART = re.compile(r"(\w{1,100})\[(\w{1,100})\]", re.ASCII)
 
 
 async def read_body(request: Request, most: int) -> bytes:
@@ -61,11 +63,18 @@ def must_be_json(request: Request, also: tuple[str, ...] = ()) -> None:
         raise ApiError(415, f"send JSON, {given} (header 'content-type: application/json')", code="content_type")
 
 
-async def read_form(request: Request, body: bytes) -> dict[str, str]:
-    """Return the fields of a form that was read already.
+async def read_form(request: Request, body: bytes, file: str) -> tuple[dict[str, Any], bytes | None]:
+    """Return the fields of a form that was read already, and the file in it.
+
+    Fields of the form ``NAME[KEY]`` become an object.
+
+    Args:
+        request: says how the form is written.
+        body: the form.
+        file: the name of the one field that may be a file.
 
     Raises:
-        ApiError: 400, it is malformed, in another encoding than UTF-8, or holds a file.
+        ApiError: 400, it is malformed, in another encoding than UTF-8, or another field is a file.
     """
     charset = parse_options_header(request.headers.get("content-type"))[1].get(b"charset", b"utf-8")
     if charset.lower() not in (b"utf-8", b"utf8"):
@@ -74,13 +83,21 @@ async def read_form(request: Request, body: bytes) -> dict[str, str]:
     async def again() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
 
-    fields: dict[str, str] = {}
+    fields: dict[str, Any] = {}
+    data: bytes | None = None
     async with Request(request.scope, again).form(max_files=1, max_fields=FIELDS, max_part_size=len(body) + 1) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
-                raise ApiError(400, f"{name[:100]}: it is a file; {NO_IMAGE}", name[:100], "file")
-            fields[name] = value
-    return fields
+                if name != file:
+                    raise ApiError(400, f"{name[:100]}: it is a file; {FIRST_FRAME}", name[:100], "file")
+                data = await value.read() or (b"" if value.filename else None)  # a browser's form without a file
+            elif name == file and not value:
+                continue
+            elif (part := PART.fullmatch(name)) and isinstance(fields.setdefault(part[1], {}), dict):
+                fields[part[1]][part[2]] = value
+            else:
+                fields[name] = value
+    return fields, data
 
 
 @asynccontextmanager

@@ -26,7 +26,7 @@ Negative = Annotated[str, Field(description="of the teacher alone, where it has 
 Named = Annotated[str, Field(max_length=1000)]
 
 ONE_QUALITY = "a model here makes pictures of one quality"
-NO_IMAGE = "requests here are text alone; a model from image to video takes a caption of its run's own pictures"
+FIRST_FRAME = "a picture is taken as the first frame of a video alone: input_reference at POST /v1/videos"
 ONE_SCALE = "one number, that of a teacher's both networks where it has two"
 REASONS = {
     "quality": ONE_QUALITY,
@@ -37,9 +37,9 @@ REASONS = {
     "svg": "models here make pixels",
     "frame_count": "no GIFs are made here",
     "frame_duration_ms": "no GIFs are made here",
-    "input_fidelity": NO_IMAGE,
-    "input_reference": NO_IMAGE,
-    "image": NO_IMAGE,
+    "input_fidelity": FIRST_FRAME,
+    "input_reference": FIRST_FRAME,
+    "image": FIRST_FRAME,
     "true_cfg_scale": "guidance_scale is the scale of classifier-free guidance here",
     "guidance_scale_2": ONE_SCALE,
     "guidance_scale": ONE_SCALE,
@@ -95,10 +95,14 @@ class ImageBody(_Body):
 class VideoBody(_Body):
     """``POST /v1/videos``; null is as absent."""
 
+    reasons: ClassVar[Mapping[str, str]] = {
+        **REASONS, "input_reference": "the file in a form, or a data URL, by itself or as image_url of an object"
+    }  # fmt: skip
     prompt: str
     model: str | None = None
     size: str | None = None
     seconds: str | int | float | None = None
+    input_reference: str | dict[str, str] | None = None
     seed: Seed | None = None
     negative_prompt: Negative | None = None
     num_inference_steps: Steps | None = None

@@ -1,14 +1,17 @@
 """``/v1/videos``: jobs that make videos, as OpenAI's. They live in one API replica's memory: see `jobs.Jobs`."""
 
+import asyncio
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from raydmd.serving.contract import Backend, GenerationRequest
+from raydmd.serving.contract import Backend, GenerationRequest, Size, no_first_frame
 from raydmd.serving.http.cors import may_send_forms
 from raydmd.serving.http.errors import ApiError, parsed
 from raydmd.serving.http.files import file_response
+from raydmd.serving.http.first_frame import FIELD, first_frame_bytes, first_frame_pixels
 from raydmd.serving.http.jobs import Job, Jobs
 from raydmd.serving.http.reading import media_type, must_be_json, read_body, read_form, within
 from raydmd.serving.http.schemas import (
@@ -33,19 +36,25 @@ class Videos:
 
     def __init__(self, backend: Backend, serving: Serving, jobs: Jobs) -> None:
         self.backend, self.serving, self.jobs = backend, serving, jobs
+        self._decoding = asyncio.Lock()  # one picture at a time: each takes its pixels' memory
 
     async def create(self, http_request: Request) -> Response:
         """``POST /v1/videos``: begin a video; JSON, or the form that OpenAI's client sends."""
         must_be_json(http_request, also=(FORM,))
         async with within(self.serving.timeout_seconds):
-            raw = await read_body(http_request, self.serving.limits.body_bytes)
-        if media_type(http_request) == FORM:
-            if not may_send_forms(http_request, self.serving.cors_origins):
-                raise ApiError(403, "forms from pages of other sites are not taken", code="cross_site")
-            body = parsed(VideoBody, dict(await read_form(http_request, raw)), strict=False)
-        else:
-            body = parsed(VideoBody, raw)
-        job = self._job(body, http_request.scope["raydmd.owner"])
+            raw = await read_body(http_request, self._most_bytes())
+            file = None
+            if media_type(http_request) == FORM:
+                if not may_send_forms(http_request, self.serving.cors_origins):
+                    raise ApiError(403, "forms from pages of other sites are not taken", code="cross_site")
+                fields, file = await read_form(http_request, raw, FIELD)
+                body = parsed(VideoBody, fields, strict=False)
+            else:
+                body = parsed(VideoBody, raw)
+            job = self._job(body, http_request.scope["raydmd.owner"])
+            frame = await self._first_frame(body, file, job.request.size)
+            job.request = replace(job.request, first_frame=frame)
+            await self.backend.check(job.request)
         self.jobs.start(job)
         return JSONResponse(self._said(job))
 
@@ -88,6 +97,30 @@ class Videos:
 
     def _asked(self, http_request: Request) -> Job:
         return self.jobs.get(http_request.path_params["video"], http_request.scope["raydmd.owner"])
+
+    def _most_bytes(self) -> int:
+        """Return how large a request may be: with a first frame in Base64, where there may be one."""
+        limits = self.serving.limits
+        return limits.body_bytes + (4 * (limits.image_bytes // 3 + 1) if self.backend.card().kind == "video" else 0)
+
+    async def _first_frame(self, body: VideoBody, file: bytes | None, size: Size | None) -> bytes | None:
+        """Return the first frame's pixels, of a file or of what stands in JSON.
+
+        Raises:
+            ApiError: 400 or 413, it is no picture, too large, or not taken.
+        """
+        reference, limits, card = body.input_reference, self.serving.limits, self.backend.card()
+        if file is None and reference is None:
+            return None
+        if card.first_frame == "none":
+            raise ApiError(400, no_first_frame(card), FIELD, "unsupported_parameter")
+        if file is not None and reference is not None:
+            raise ApiError(400, f"{FIELD}: it is there twice", FIELD, "invalid_value")
+        assert size is not None
+        data = file if reference is None else first_frame_bytes(reference, limits)
+        assert data is not None
+        async with self._decoding:
+            return await asyncio.to_thread(first_frame_pixels, data, size, limits)
 
     def _job(self, body: VideoBody, owner: str) -> Job:
         card = self.backend.card()
