@@ -25,6 +25,7 @@ from raydmd.serving.contract import (
     no_first_frame,
     no_negative_prompt,
 )
+from raydmd.serving.known_prompts import check_prompt
 from raydmd.serving.settings import Serving
 from raydmd.serving.stage import KEPT, NoRevision, Piece, StageBatch, StepPreview
 
@@ -145,6 +146,9 @@ class Pipeline:
     async def check(self, request: GenerationRequest) -> None:
         """Refuse what is known to be wrong; see `contract.Backend.check`."""
         self._stage_batches(request)
+        if request.first_frame is None and isinstance(self._offer.texts, str):  # a table's: others are not looked up
+            for prompt in request.prompts:
+                await asyncio.to_thread(check_prompt, self._offer, prompt)
 
     async def make(self, request: GenerationRequest) -> GenerationResult:
         """Make pictures; see `contract.Backend.make`."""

@@ -149,6 +149,9 @@ def test_a_caption_of_the_runs_own_needs_none(http: httpx.Client, pictures: Path
     assert made(http, json={**own, "input_reference": frames[1]}) != by_caption
     by_teacher = [made(http, json={**own, "model": "tiny-teacher", "input_reference": frame}) for frame in frames]
     assert by_teacher[0] == made(http, json={**own, "model": "tiny-teacher"}) != by_teacher[1]
+    answer = http.post("/v1/videos", json={"prompt": "two fixes"})
+    words = refused(answer, 400, "prompt")
+    assert "did you mean 'two foxes'?; a prompt of your own comes with a first frame: input_reference" in words
 
 
 def test_layouts_make_the_same(runs: dict[str, Path], pictures: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+from contextlib import contextmanager
 
 import av
 import httpx
@@ -111,6 +112,17 @@ def ended(http, job):
     return now
 
 
+@contextmanager
+def no_table(run):
+    """Have a run's table of prompts away, so that a prompt which was not asked for before is found out by its job."""
+    table = run.parent / "prompts.parquet"
+    away = table.rename(table.with_suffix(".away"))
+    try:
+        yield
+    finally:
+        away.rename(table)
+
+
 def content(http, job, **headers):
     return http.get(f"/v1/videos/{job['id']}/content", headers=headers)
 
@@ -197,10 +209,20 @@ def test_a_job_on_its_way_is_seen_and_stopped(served, http):
     assert content(http, neighbour).status_code == 200
 
 
-def test_a_job_that_fails_says_why(http):
-    job = ended(http, begin(http, prompt="17"))
-    assert job["status"] == "failed" and job["error"]["param"] == "prompt" and "17" in job["error"]["message"]
+def test_a_job_that_fails_says_why(http, run):
+    with no_table(run):
+        job = ended(http, begin(http, prompt="2"))
+    assert job["status"] == "failed" and job["error"]["param"] == "prompt" and "no file" in job["error"]["message"]
     assert "it failed" in refused(content(http, job), 400)
+
+
+def test_a_prompt_that_is_not_the_runs_makes_no_job(http):
+    """Its table is looked at before the job begins; the words are those of a request for pictures."""
+    for maker in ("tiny", "tiny-teacher"):
+        for prompt, words in (("17", "'prompts.parquet' has rows 0..2"), ("a fox", "has no column of texts")):
+            answer = http.post("/v1/videos", json={"prompt": prompt, "model": maker})
+            assert words in refused(answer, 400, "prompt")
+    assert http.get("/v1/videos").json()["data"] == []
 
 
 def test_a_list_of_jobs(http):
@@ -237,7 +259,8 @@ def test_jobs_of_a_model_are_bounded_and_the_first_that_ended_makes_room(run):
         def kept():
             return {video["id"] for video in http.get("/v1/videos").json()["data"]}
 
-        failed = ended(http, begin(http, prompt="17"))  # the student's do not wait for the teacher's
+        with no_table(run):
+            failed = ended(http, begin(http, prompt="2"))  # the student's do not wait for the teacher's
         made = ended(http, begin(http))
         assert (failed["status"], made["status"]) == ("failed", "completed")
         assert kept() == {long["id"], second["id"], failed["id"], made["id"]}
