@@ -13,6 +13,7 @@ from raydmd.errors import UserError
 from raydmd.methods.base import Frozen, Method
 from raydmd.methods.loading import parse_recipe
 from raydmd.methods.registry import build_method
+from raydmd.models.buckets import draw_bucket, draws_of
 from raydmd.sampling.phase import Phase
 from raydmd.sampling.plan import plan_iterations
 
@@ -80,6 +81,17 @@ class Trace:
                 wanted.add(call)
                 wanted.update(call.inputs)
         return [call for call in self.calls if call in wanted]
+
+    def draws(self) -> dict[str, list[int]]:
+        """Return the draws that each trained role's updates are made on, in the order of the updates."""
+        of: dict[Node, set[int]] = {}
+        found: dict[str, list[int]] = {}
+        for call in self.calls:
+            of[call] = {draw for node in call.inputs for draw in ({node.draw} if isinstance(node, PromptsNode)
+                                                                  else of[node])}  # fmt: skip
+            if call.commits:
+                found.setdefault(call.role, []).extend(sorted(of[call]))
+        return found
 
 
 class Tracer:
@@ -185,6 +197,21 @@ class MethodTrace:
     def iteration(self, n: int) -> Trace:
         """Return the calls of iteration ``n``."""
         return self._tracer(n).iteration(n)
+
+    def buckets(self, n: int) -> dict[str, list[list[int]]]:
+        """Return the sizes of the batches that each trained role's updates of iteration ``n`` are made on, in order.
+
+        Empty where a run has no buckets.
+        """
+        recipe = self.method.recipe
+        if not (buckets := recipe.prompts.buckets):
+            return {}
+        weights, first = [bucket.weight for bucket in buckets], n * draws_of(recipe)
+
+        def size(draw: int) -> list[int]:
+            return list(buckets[draw_bucket(recipe.seed, first + draw, weights)].size)
+
+        return {role: [size(draw) for draw in draws] for role, draws in self.iteration(n).draws().items()}
 
     def preparation(self, n: int) -> Trace:
         """Return the calls that may be made ahead for iteration ``n``."""

@@ -27,6 +27,11 @@ def draw_bucket(seed: int, draw: int, weights: Sequence[float]) -> int:
     return min(bisect_right(ends, at), len(ends) - 1)
 
 
+def draws_of(recipe: Recipe) -> int:
+    """Return how many global batches an iteration draws: one for each of the fake score's updates, and one more."""
+    return recipe.method.fake_updates + 1
+
+
 class Buckets:
     """The sizes of a run's samples, each as the family of samples of that size.
 
@@ -46,7 +51,7 @@ class Buckets:
     def __init__(self, recipe: Recipe, family: Family) -> None:
         given = self.given = recipe.prompts.buckets or ()
         self.seed, self.weights = recipe.seed, [bucket.weight for bucket in given] or [1.0]
-        self.draws = recipe.method.fake_updates + 1  # of an iteration
+        self.draws = draws_of(recipe)
         self.families = [_resized(family, number, bucket) for number, bucket in enumerate(given)] or [family]
         shapes = self.shapes
         for number, shape in enumerate(shapes):

@@ -1,5 +1,6 @@
 """A run over two buckets, one of them of several frames: the same bits for any workers, on Ray or in one process."""
 
+import json
 from pathlib import Path
 
 import ray
@@ -58,6 +59,11 @@ def test_the_same_bits_for_any_workers_and_after_a_stop(tmp_path: Path) -> None:
         assert distill(recipe, tmp_path / "run", console=quiet) is True
     finally:
         ray.shutdown()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    size_of = {(4, 3, 8, 6): [9, 64, 48], (4, 1, 6, 10): [1, 48, 80]}
+    assert [line["buckets"] for line in lines] == [
+        {role: [size_of[shapes[2 * n + draw]]] for draw, role in enumerate(("fake", "generator"))} for n in range(4)
+    ]
     for index, expert in enumerate(experts):
         found = load_file(expert_file(tmp_path / "run", index))
         assert found.keys() == expert.keys()

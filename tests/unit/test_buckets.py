@@ -18,6 +18,7 @@ from raydmd.errors import UserError
 from raydmd.evaluation.sizes import choose_size, size_words, trained_sizes
 from raydmd.methods.loading import load_recipe, parse_recipe
 from raydmd.methods.local import LocalProgram, train
+from raydmd.methods.program import trace_method
 from raydmd.methods.registry import build_method, plan_phases
 from raydmd.models.base import IMAGE_COLUMN, Family, bucket_column
 from raydmd.models.buckets import Buckets, draw_bucket
@@ -168,6 +169,30 @@ def test_heads_of_the_smallest_size_are_the_ones_that_fit_all() -> None:
     assert all(Heads([small], 16, 0)([each]).isfinite().all() for each in maps)
     with pytest.raises(RuntimeError):
         Heads([large], 16, 0)([maps[0]])
+
+
+@pytest.mark.parametrize("method", ["dmd-sgts", "sid"])
+def test_the_sizes_of_a_roles_batches_are_told(method: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """As metrics.jsonl has them: those that the updates are made on."""
+    tiny, folder = TINY_MODELS["qwen_image"], folders["qwen_image"]
+    sizes = two_sizes(recipe_family(recipe_of(tiny, folder)))
+    more = [f"method.name={method}", "iterations=4", "method.fake_updates=2"]
+    recipe = bucket_recipe(tiny, folder, sizes, *more)
+    family = recipe_family(recipe)
+    table = PromptTable(str(recipe.prompts.path), family.condition_columns)
+    program = LocalProgram(build_method(recipe), family, family.load_teacher(), table)
+    generator, trace, seen = program.parts["generator"], trace_method(recipe), []
+    generator.start_phase(0, 0)
+    shapes = Buckets(recipe, family).shapes
+    for n in range(4):
+        calls = [("rollout", (n, update), update) for update in range(2)] + [("propose", (n,), 2)]
+        made = [getattr(generator, name)(*given, program.prompts(n, draw)[0]) for name, given, draw in calls]
+        tensors = [each.x_s if name == "rollout" else each.x_t for each, (name, *_) in zip(made, calls, strict=True)]
+        wanted = [sizes[shapes.index(tuple(tensor.shape[1:]))] for tensor in tensors]
+        assert trace.buckets(n) == {"fake": wanted[:2], "generator": wanted[2:]}
+        seen += wanted
+    assert sizes[0] in seen and sizes[1] in seen
+    assert trace_method(recipe_of(tiny, folder, *SGTS)).buckets(0) == {}
 
 
 # What is refused.

@@ -166,6 +166,8 @@ class Recorder:
             "seconds": seconds,
             "roles": {role: {"busy_seconds": busy[role], "workers": count} for role, count in workers.items()},
         }
+        if self.recipe.prompts.buckets is not None:
+            line["buckets"] = self.trace.buckets(iteration)
         assert self._metrics is not None
         self._metrics.append(line)
         self._recent.append(seconds)
