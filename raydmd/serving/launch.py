@@ -19,6 +19,7 @@ from raydmd.config.plugins import nodes_environment
 from raydmd.errors import RunError, UserError
 from raydmd.extras import require_extra
 from raydmd.interrupts import graceful
+from raydmd.models.base import one_line
 from raydmd.models.diffusers.hub import HUB
 from raydmd.runs.student import Student
 from raydmd.runtime import cluster_address  # before Ray: what it starts here then listens on loopback only
@@ -32,6 +33,8 @@ from raydmd.serving.settings import Serving, read_keys
 
 APP = "raydmd"
 Proxy = Literal["haproxy", "serve"]
+PROXY_READY_S = 20.0
+"""Within which Serve's proxy has to start, else Serve kills it; Serve's own 5 s are few on a busy machine."""
 
 
 def absolute(serving: Serving) -> Serving:
@@ -99,7 +102,7 @@ def serve_run(
 
     Raises:
         UserError: a run that cannot be served, or a port that is taken.
-        RunError: the replicas do not start.
+        RunError: the replicas, or Serve's proxy, do not start.
     """
     student = checked(serving, console)
     if student.family.frames > 1:
@@ -115,6 +118,7 @@ def serve_run(
             ports.close()  # Serve's proxies there may not share it
         else:
             os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", IMPORT_PATH)
+            os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(PROXY_READY_S))
             if proxy != "serve":
                 folder = use_haproxy(host, port, ports, asked=proxy is not None)
             if folder is None:  # Serve's proxy is what clients reach: it obeys the user's own proxies alone
@@ -164,6 +168,7 @@ def _serve(serving: Serving, student: Student, host: str, port: int, behind: boo
         console: where progress is shown.
     """
     from ray import serve
+    from ray.exceptions import RayError
     from ray.serve.config import HTTPOptions, ProxyLocation
     from ray.serve.schema import LoggingConfig
 
@@ -177,7 +182,11 @@ def _serve(serving: Serving, student: Student, host: str, port: int, behind: boo
         try:
             quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
             options = HTTPOptions(host="127.0.0.1" if behind else host, port=port)
-            serve.start(ProxyLocation.HeadOnly, options, logging_config=quiet)
+            try:
+                serve.start(ProxyLocation.HeadOnly, options, logging_config=quiet)
+            except (RayError, TimeoutError) as error:
+                said = f"Serve's proxy does not start here, on a machine that may be too busy: {one_line(error)}"
+                raise ray_health.error() or RunError(said) from None
             with console.status("starting replicas"):
                 serve.run(application(serving), name=APP, route_prefix="/", logging_config=quiet)
             shown = f"[{host}]" if ":" in host else host

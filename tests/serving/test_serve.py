@@ -435,6 +435,16 @@ def test_a_start_that_fails_says_why(folder: Path, tmp_path: Path) -> None:
     assert "phase-2" in line and "not finite" in line and "\x1b" not in line
 
 
+def test_a_proxy_that_is_not_ready_in_time_is_said_in_a_line(folder: Path, tmp_path: Path) -> None:
+    """As on a machine that is too busy to start it."""
+    patience = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "0.001"}
+    started = Server(folder, tmp_path / "log", XDG_STATE_HOME=str(tmp_path), **patience)
+    assert started.process.wait(START) == 1, (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    (line,) = [line for line in said.splitlines() if line.startswith("raydmd: ")]
+    assert "Serve's proxy does not start here" in line and "Traceback" not in said
+
+
 def test_a_picture_is_within_a_level_and_another_seed_is_not(folder: Path) -> None:
     """The measure that the tests above use tells pictures apart."""
     one, other = expected(folder, 7, 21, 1)[0], expected(folder, 7, 22, 1)[0]
