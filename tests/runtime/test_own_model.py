@@ -10,7 +10,7 @@ import pytest
 from commands import ROOT, command
 from documents import Block, blocks_of
 from ports import free_ports
-from worker_forks import PRELOADED, SOCKET
+from worker_forks import PRELOADED
 
 from raydmd.cli import run
 
@@ -68,7 +68,7 @@ def ask(server: Block, client: Block, here: Path) -> None:
     program, *words = server.text.replace(PORT, port).split()
     assert program == "raydmd"
     words[1] = str(here / words[1])
-    with command(words, here / "serve.log", HOME=str(here), **{SOCKET: ""}) as served:
+    with command(words, here / "serve.log", HOME=str(here)) as served:
         served.until(lambda: f"serving {here}" in served.log.read_text())
         done = subprocess.run(
             [sys.executable, "-c", client.text.replace(PORT, port)], capture_output=True, text=True, timeout=SECONDS,

@@ -27,6 +27,7 @@ from ports import free_ports
 from ray.serve.schema import ServeDeploySchema
 from run_folders import make_run
 from served import until
+from worker_forks import PRELOADED, descendants
 
 from raydmd.cli import run as command
 from raydmd.config.recipe import Recipe
@@ -46,7 +47,8 @@ class Server:
     def __init__(self, run: Path, log: Path, *arguments: str, **variables: str) -> None:
         (self.port,) = free_ports(1)
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_ADDRESS": "", **variables}  # blank: unset
+        environment |= {"PYTHONPATH": f"{PRELOADED}:{ROOT}", "OMP_NUM_THREADS": "1"}
+        environment |= {"RAY_ADDRESS": "", **variables}  # blank: unset
         self.log, self.url = log, f"http://127.0.0.1:{self.port}"
         with log.open("w") as output:
             self.process = subprocess.Popen(
@@ -62,7 +64,7 @@ class Server:
             time.sleep(0.05)
 
     def family(self) -> list[psutil.Process]:
-        return [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        return [psutil.Process(self.process.pid), *descendants(psutil.Process(self.process.pid))]
 
     def replicas(self, name: str) -> list[int]:
         """Return the processes of a deployment's replicas."""

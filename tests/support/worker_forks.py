@@ -65,7 +65,8 @@ def descendants(process: psutil.Process) -> list[psutil.Process]:
     if folder := os.environ.get(SOCKET):
         for asked in [Path(folder).with_name(str(child.pid)) for child in found]:
             with suppress(FileNotFoundError, psutil.NoSuchProcess):
-                found.append(psutil.Process(int(asked.read_text())))
+                fork = psutil.Process(int(asked.read_text()))
+                found += [fork, *fork.children(recursive=True)]
     return found
 
 
