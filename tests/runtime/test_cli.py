@@ -18,7 +18,8 @@ from PIL import Image
 from run_folders import make_run
 
 from raydmd import __version__
-from raydmd.cli import _next_commands, app, run
+from raydmd.cli import app, run
+from raydmd.cli.distill import next_commands
 from raydmd.config.recipe import shipped_recipes
 from raydmd.data.prompts import write_prompts
 from raydmd.methods.loading import load_recipe, parse_recipe
@@ -306,4 +307,4 @@ def test_a_cluster_that_is_not_as_this_process_takes_it(here: Path, teachers: di
 def test_only_next_commands_that_work_are_named(
     family: str, overrides: list[str], folder: str, expected: list[str]
 ) -> None:
-    assert _next_commands(load_recipe(family, overrides), Path(folder)) == expected
+    assert next_commands(load_recipe(family, overrides), Path(folder)) == expected
