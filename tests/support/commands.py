@@ -34,7 +34,7 @@ def beyond_loopback(processes: list[psutil.Process]) -> tuple[list[tuple[str, st
     return found, here
 
 
-def _default_signals() -> None:
+def default_signals() -> None:
     """Give a command the signals that a terminal's has, whatever these tests run under (`nohup`, a shell's `&`)."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
@@ -66,7 +66,7 @@ class Command:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.PIPE if pipe else output, stderr=output, env=kept,
                 start_new_session=True, text=True,
-                preexec_fn=_default_signals,
+                preexec_fn=default_signals,
             )  # fmt: skip
         self.pid = self.process.pid
         self.seen: dict[int, psutil.Process] = {}

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import default_signals
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,6 +75,6 @@ finally:
 def test_an_end_at_once_says_why(program: str, code: int, words: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=60,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, preexec_fn=default_signals,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (code, words)
