@@ -77,7 +77,8 @@ def finish(title: str, figures: dict[str, Any], path: Path | None) -> None:
     for key, value in figures.items():
         if isinstance(value, int | float | str):
             table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
-    console.print(table)
+    if table.row_count:
+        console.print(table)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**figures, "machine": machine()}, indent=1) + "\n", encoding="utf-8")
